@@ -1,0 +1,1 @@
+"""ARL²: attend locally, remember linearly. Hybrid attention with a fixed-size recurrent memory for causal Wan."""

@@ -1,0 +1,127 @@
+"""Writing to the recurrent memory: the gated delta rule.
+
+For the tokens of a block in raster order, for every head, with state S [key dim, value dim]:
+
+    S ← exp(g)·S,    S ← S + β·k·(v - Sᵀk)ᵀ
+
+g ≤ 0 is the log decay and β in (0, 2) the write strength of the token. Only the final state is wanted:
+reads happen elsewhere, against the state that a whole block left (ARL², arXiv 2605.16579). Three writers compute the
+same function: `write_recurrent` is the specification, `write_chunked` the plain-torch path for any device,
+`write_fla` flash-linear-attention's kernel on CUDA.
+"""
+
+from enum import StrEnum
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 64
+
+
+class WriteBackend(StrEnum):
+    """Who computes a write."""
+
+    AUTO = "auto"
+    RECURRENT = "recurrent"
+    CHUNKED = "chunked"
+    FLA = "fla"
+
+
+def gated_delta_write(
+    state_BHKV: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    backend: WriteBackend = WriteBackend.AUTO,
+) -> Tensor:
+    """The state after writing L tokens; the given state is not changed. Differentiable in everything.
+
+    Args:
+        state_BHKV: state before, float32 or float64.
+        k_BLHK, v_BLHV: L2-normalised keys, and values; computed in the precision of the state.
+        log_decay_BLH, beta_BLH: log decay ≤ 0 and write strength of every token and head.
+        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys), else `CHUNKED`.
+
+    Returns:
+        new state [B, H, K, V] in the dtype of `state_BHKV`.
+    """
+    if backend is WriteBackend.AUTO:
+        half = k_BLHK.dtype in (torch.float16, torch.bfloat16)
+        backend = WriteBackend.FLA if k_BLHK.is_cuda and half and fla_installed() else WriteBackend.CHUNKED
+    writer = {
+        WriteBackend.RECURRENT: write_recurrent,
+        WriteBackend.CHUNKED: write_chunked,
+        WriteBackend.FLA: write_fla,
+    }[backend]
+    return writer(state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+
+
+def fla_installed() -> bool:
+    """Whether flash-linear-attention and the Triton that its kernels need are there."""
+    return find_spec("fla") is not None and find_spec("triton") is not None
+
+
+def write_recurrent(
+    state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor
+) -> Tensor:
+    """Token by token, as the formula reads. The specification; slow."""
+    state = state_BHKV
+    k_LBHK, v_LBHV, log_decay_LBH, beta_LBH = (
+        x.to(state.dtype).transpose(0, 1) for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    )
+    for k, v, log_decay, beta in zip(k_LBHK, v_LBHV, log_decay_LBH, beta_LBH, strict=True):
+        state = log_decay.exp()[..., None, None] * state
+        error = v - torch.einsum("bhk,bhkv->bhv", k, state)
+        state = state + torch.einsum("bhk,bhv->bhkv", beta[..., None] * k, error)
+    return state
+
+
+def write_chunked(
+    state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """Chunk by chunk, the tokens of a chunk at once.
+
+    With G the decay accumulated since the start of a chunk, the rank-one updates u of its tokens solve a unit lower
+    triangular system, (I + A)·u = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i, and
+    S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·u_jᵀ. All exponents are ≤ 0, so nothing overflows. The part of
+    the solution that does not depend on S is computed for all chunks at once.
+    """
+    batch, tokens, heads, _ = k_BLHK.shape
+    padding = -tokens % chunk
+    # A padded token has k = 0, β = 0 and g = 0: it changes nothing.
+    k, v, log_decay, beta = (
+        F.pad(x.to(state_BHKV.dtype), (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk))
+        for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    )
+    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k, v))  # [B, H, N chunks, chunk, K or V]
+    decay, beta = (x.permute(0, 3, 1, 2)[..., None] for x in (log_decay.cumsum(dim=2), beta))  # [B, H, N, chunk, 1]
+    between = (decay - decay.transpose(-1, -2)).tril(-1).exp()
+    system = torch.eye(chunk, dtype=k.dtype, device=k.device) + (beta * between * (k @ k.transpose(-1, -2))).tril(-1)
+    right = torch.cat([beta * v, beta * decay.exp() * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    updates, corrections = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    last = decay[..., -1:, :]
+    kept = ((last - decay).exp() * k).transpose(-1, -2)  # [B, H, N, K, chunk]
+    state, total = state_BHKV, last.exp()
+    for n in range(k.shape[2]):
+        state = total[:, :, n] * state + kept[:, :, n] @ (updates[:, :, n] - corrections[:, :, n] @ state)
+    return state.reshape(batch, heads, *state_BHKV.shape[2:])
+
+
+def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
+    """flash-linear-attention's chunked kernel, forward and backward; its output, a causal read, is thrown away."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # needs Triton and a GPU
+
+    _, state = chunk_gated_delta_rule(
+        k_BLHK,
+        k_BLHK,
+        v_BLHV,
+        log_decay_BLH.float(),
+        beta_BLH.float(),
+        initial_state=state_BHKV,
+        output_final_state=True,
+    )
+    return state

@@ -1,0 +1,184 @@
+"""The hybrid attention layer: softmax inside the block, a recurrent state for everything earlier.
+
+Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state that the block
+before left; a block is written once, token by token, from its clean latents:
+
+    out = W_o( softmax(q, k, v within the block) + sigmoid(W_gate·x) ⊙ D^-½·q̂ᵀS )
+
+q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ likewise, v̂ = φ_v(W_v·x + Δ_v·x). With S = 0 the layer is the
+teacher's attention on the first block exactly.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arl2.gated_delta import WriteBackend, gated_delta_write
+from arl2.lora import new_lora_pair
+from wan.attention import attention
+from wan.memory import LayerMemory, MemorySpec
+from wan.model import SelfAttention
+from wan.rope import Rotary, rotate
+
+L2_NORM_EPS = 1e-6
+BRANCHES = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class StateView:
+    """The state that the blocks before left, [B, H, key dim, value dim], float32."""
+
+    state_BHKV: Tensor
+
+
+class StateMemory:
+    """A gated-delta state: the same size whatever the length of the video."""
+
+    def __init__(self, state_BHKV: Tensor) -> None:
+        self._empty = state_BHKV
+        self._state = state_BHKV
+
+    def read(self, tokens: int) -> StateView:
+        """The state, whatever the size of the block."""
+        return StateView(self._state)
+
+    def commit(self, update: Tensor) -> None:
+        """Put the state that the clean pass returned in the place of the old one."""
+        self._state = update
+
+    def detach(self) -> None:
+        """Cut back-propagation into earlier blocks."""
+        self._state = self._state.detach()
+
+    def reset(self) -> None:
+        """Forget the video."""
+        self._state = self._empty
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the state."""
+        return self._state.numel() * self._state.element_size()
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)
+
+
+class HybridAttention(SelfAttention):
+    """Drop-in for `wan.model.SelfAttention`, which it extends: q, k, v, o and their norms are the teacher's.
+
+    Args:
+        dim, num_heads, qk_norm, eps: as in the layer that it replaces.
+        lora_rank: rank of the adapters on q, k and v of the state branch; None for none.
+        lora_alpha: their scale is alpha / rank.
+
+    Attributes:
+        enabled: without it the layer is the softmax layer that it replaced, memory included.
+        write_backend: who computes the write.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qk_norm: bool, eps: float, lora_rank: int | None, lora_alpha: float
+    ) -> None:
+        super().__init__(dim, num_heads, qk_norm, eps)
+        self.enabled = True
+        self.write_backend = WriteBackend.AUTO
+        self.a_proj = nn.Linear(dim, num_heads, bias=False)
+        self.b_proj = nn.Linear(dim, num_heads, bias=False)
+        self.gate_proj = nn.Linear(dim, num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        for branch in BRANCHES:
+            phi = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+            self.register_module(f"phi_{branch}", phi)
+        self.lora_scale = lora_alpha / lora_rank if lora_rank else None
+        if lora_rank:
+            for branch in BRANCHES:
+                a, b = new_lora_pair(self.get_submodule(branch), lora_rank)
+                self.register_parameter(f"lora_{branch}_A", a)
+                self.register_parameter(f"lora_{branch}_B", b)
+        self.init_hybrid_weights()
+
+    @torch.no_grad()
+    def init_hybrid_weights(self) -> None:
+        """Initial values of the new parameters: φ the identity, slow to fast decays, the gate near one half."""
+        for branch in BRANCHES:
+            weight = self.get_submodule(f"phi_{branch}").weight
+            weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
+        for projection in (self.a_proj, self.b_proj, self.gate_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
+        # log U(0, 16): zero itself has no logarithm.
+        self.A_log.uniform_(torch.finfo(torch.float32).tiny, 16).log_()
+        dt = torch.empty(self.num_heads).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def new_memory(self, spec: MemorySpec) -> LayerMemory:
+        """An empty state; the softmax layer's memory while the hybrid is not enabled."""
+        if not self.enabled:
+            return super().new_memory(spec)
+        shape = (spec.batch_size, self.num_heads, self.head_dim, self.head_dim)
+        dtype = torch.promote_types(spec.dtype, torch.float32)
+        return StateMemory(torch.zeros(shape, device=spec.device, dtype=dtype))
+
+    def forward(
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+    ) -> tuple[Tensor | None, Any]:
+        """As `SelfAttention.forward`, over a `StateView`; the update is the new state."""
+        if not self.enabled:
+            return super().forward(x_BLD, rotary, view, attend, remember)
+        k, v = self.k(x_BLD), self.v(x_BLD)
+        update = self.write(view.state_BHKV, x_BLD, k, v, rotary) if remember else None
+        if not attend:
+            return None, update
+        q = self.q(x_BLD)
+        q_local = rotate(self.heads(self.norm_q(q)), rotary)
+        k_local = rotate(self.heads(self.norm_k(k)), rotary)
+        local = attention(q_local, k_local, self.heads(v), backend=self.backend)
+        remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
+        return self.o((local + self.output_gate(x_BLD)[..., None] * remembered).flatten(2)), update
+
+    def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
+        """D^-½·qᵀS for every token, [B, L, H, value dim], in the dtype of the queries."""
+        return torch.einsum("blhk,bhkv->blhv", q_BLHK, state_BHKV.to(q_BLHK.dtype)) * self.head_dim**-0.5
+
+    def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
+        k = l2_norm(rotate(self._phi("k", self.norm_k(self._adapted("k", x_BLD, k_BLD))), rotary))
+        v = self._phi("v", self._adapted("v", x_BLD, v_BLD))
+        return gated_delta_write(state_BHKV, k, v, self.log_decay(x_BLD), self.beta(x_BLD), self.write_backend)
+
+    def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
+        return l2_norm(rotate(self._phi("q", self.norm_q(self._adapted("q", x_BLD, q_BLD))), rotary))
+
+    def log_decay(self, x_BLD: Tensor) -> Tensor:
+        """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
+        a = self.a_proj(x_BLD)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+
+    def beta(self, x_BLD: Tensor) -> Tensor:
+        """Write strength 2·sigmoid(W_b·x), [B, L, H] in float32 at least."""
+        b = self.b_proj(x_BLD)
+        return 2 * b.to(torch.promote_types(b.dtype, torch.float32)).sigmoid()
+
+    def output_gate(self, x_BLD: Tensor) -> Tensor:
+        """sigmoid(W_gate·x), [B, L, H]: how much of what was remembered is let through."""
+        return self.gate_proj(x_BLD).sigmoid()
+
+    def _adapted(self, branch: str, x_BLD: Tensor, projected_BLD: Tensor) -> Tensor:
+        if self.lora_scale is None:
+            return projected_BLD
+        a, b = self.get_parameter(f"lora_{branch}_A"), self.get_parameter(f"lora_{branch}_B")
+        return projected_BLD + self.lora_scale * (x_BLD @ a @ b)
+
+    def _phi(self, branch: str, x_BLD: Tensor) -> Tensor:
+        """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""
+        weight_HOI = self.get_submodule(f"phi_{branch}").weight.view(self.num_heads, self.head_dim, self.head_dim)
+        return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)

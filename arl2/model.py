@@ -1,0 +1,191 @@
+"""The causal Wan transformer with hybrid attention in some of its layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from arl2.gated_delta import WriteBackend
+from arl2.hybrid_attention import HybridAttention
+from arl2.lora import LoRALinear
+from wan.errors import InputError
+from wan.model import CausalWanModel
+
+FFN_LINEARS = (0, 2)
+"""Places of the two linear layers in a block's feed-forward."""
+
+
+class FFNLoRA(StrEnum):
+    """Which blocks carry adapters on their feed-forward."""
+
+    NONE = "none"
+    HYBRID = "hybrid"
+    ALL = "all"
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The layer indices in order.
+
+    Raises:
+        InputError: an index is out of range or repeated.
+    """
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise InputError(f"hybrid layer {outside[0]} is out of range: the model has layers 0 to {num_layers - 1}")
+    if len(set(layers)) != len(layers):
+        repeated = next(layer for layer in layers if list(layers).count(layer) > 1)
+        raise InputError(f"hybrid layer {repeated} is named more than once: name every layer once")
+    return tuple(sorted(layers))
+
+
+@dataclass(frozen=True)
+class HybridSettings:
+    """Where and how a softmax model is made hybrid.
+
+    Attributes:
+        layers: indices of the layers whose self-attention is hybrid.
+        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for none.
+        lora_alpha: scale of the adapters times their rank. Checkpoints do not store it.
+        ffn_lora: which feed-forwards carry adapters, if there are adapters at all.
+    """
+
+    layers: tuple[int, ...] = ()
+    lora_rank: int | None = None
+    lora_alpha: float = 32.0
+    ffn_lora: FFNLoRA = FFNLoRA.HYBRID
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
+
+    def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Blocks whose feed-forward carries adapters."""
+        if self.lora_rank is None or self.ffn_lora is FFNLoRA.NONE:
+            return ()
+        return tuple(range(num_layers)) if self.ffn_lora is FFNLoRA.ALL else self.layers
+
+
+class HybridWanModel(CausalWanModel):
+    """`CausalWanModel` with hybrid attention in `hybrid_layers`, and adapters if a rank is given.
+
+    Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
+    `HybridSettings`, as plain values so that they can be stored in a `config.json`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: Sequence[int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 1536,
+        ffn_dim: int = 8960,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 12,
+        num_layers: int = 30,
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        model_type: str = "t2v",
+        hybrid_layers: Sequence[int] = (),
+        lora_rank: int | None = None,
+        lora_alpha: float = 32.0,
+        ffn_lora: str = "hybrid",
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            text_len=text_len,
+            in_dim=in_dim,
+            dim=dim,
+            ffn_dim=ffn_dim,
+            freq_dim=freq_dim,
+            text_dim=text_dim,
+            out_dim=out_dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            qk_norm=qk_norm,
+            cross_attn_norm=cross_attn_norm,
+            eps=eps,
+            model_type=model_type,
+        )
+        layers = check_layers(hybrid_layers, num_layers)
+        self.hybrid = HybridSettings(layers, lora_rank, lora_alpha, FFNLoRA(ffn_lora))
+        for layer in layers:
+            self.blocks[layer].self_attn = HybridAttention(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+        for layer in self.hybrid.ffn_lora_layers(num_layers):
+            ffn = self.blocks[layer].ffn
+            for place in FFN_LINEARS:
+                ffn[place] = LoRALinear(ffn[place], lora_rank, lora_alpha)
+
+    def hybrid_attentions(self) -> dict[int, HybridAttention]:
+        """The hybrid attention modules by layer."""
+        attentions = {layer: self.blocks[layer].self_attn for layer in self.hybrid.layers}
+        return {layer: module for layer, module in attentions.items() if isinstance(module, HybridAttention)}
+
+    def use_write_backend(self, backend: WriteBackend) -> None:
+        """Let `backend` compute all writes to states."""
+        for module in self.hybrid_attentions().values():
+            module.write_backend = backend
+
+    def adapters(self) -> list[LoRALinear]:
+        """The feed-forward adapters."""
+        return [module for module in self.modules() if isinstance(module, LoRALinear)]
+
+    @contextmanager
+    def as_teacher(self) -> Iterator["HybridWanModel"]:
+        """Be the softmax model again: hybrid layers and adapters are switched off inside the context.
+
+        A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
+        """
+        parts: list[HybridAttention | LoRALinear] = [*self.hybrid_attentions().values(), *self.adapters()]
+        before = [part.enabled for part in parts]
+        try:
+            for part in parts:
+                part.enabled = False
+            yield self
+        finally:
+            for part, enabled in zip(parts, before, strict=True):
+                part.enabled = enabled
+
+    def hybrid_parameter_names(self) -> list[str]:
+        """Names of all parameters that the softmax model does not have."""
+        owners = {id(module): name for name, module in self.named_modules()}
+        names = []
+        for attention in self.hybrid_attentions().values():
+            prefix = owners[id(attention)]
+            teacher = ("q.", "k.", "v.", "o.", "norm_q.", "norm_k.")
+            names += [f"{prefix}.{name}" for name, _ in attention.named_parameters() if not name.startswith(teacher)]
+        for adapter in self.adapters():
+            names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
+        return names
+
+    def merge_ffn_lora(self) -> None:
+        """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
+        for block in self._layers():
+            for place in FFN_LINEARS:
+                linear = block.ffn[place]
+                if isinstance(linear, LoRALinear):
+                    block.ffn[place] = linear.merged()
+        self.hybrid = HybridSettings(self.hybrid.layers, self.hybrid.lora_rank, self.hybrid.lora_alpha, FFNLoRA.NONE)
+        self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+
+
+def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model to `dtype` but keep A_log and dt_bias, whose rounding changes the memory's half-life, in float32."""
+    model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, HybridAttention):
+            for parameter in (module.A_log, module.dt_bias):
+                parameter.data = parameter.data.float()
+
+
+def model_config(model: CausalWanModel) -> dict[str, Any]:
+    """The constructor arguments of a model, without diffusers' own entries."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}

@@ -1,0 +1,183 @@
+"""Generating a video block by block: denoise, then remember.
+
+The same loop serves inference and training: teacher forcing or self-rollout is only which latents are remembered.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wan.errors import InputError
+from wan.flow import FlowSchedule, add_noise, flow_to_x0
+from wan.memory import Memory
+from wan.model import CausalWanModel, TextKV
+
+Noise = Callable[[int, int], Tensor]
+"""(block, step) to the noise of that block before that step, [B, F, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class FewStepSampler:
+    """The steps of a few-step generator.
+
+    Attributes:
+        timesteps: timestep of every step, falling.
+        sigmas: noise level of every step.
+    """
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    @classmethod
+    def from_steps(cls, steps: Sequence[int], shift: float, warp: bool = True) -> "FewStepSampler":
+        """From a step list such as [1000, 750, 500, 250], warped through the shift unless told otherwise.
+
+        Raises:
+            InputError: the list is empty, not falling, or leaves 1..1000.
+        """
+        if not steps or steps[0] > 1000 or steps[-1] < 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise InputError(f"denoising steps {list(steps)} must fall from at most 1000 to at least 1")
+        schedule = FlowSchedule(shift)
+        timesteps = schedule.warp(steps) if warp else torch.tensor(steps, dtype=torch.float32)
+        return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
+
+
+def block_starts(num_frames: int, frames_per_block: int, context_frames: int = 0) -> list[tuple[int, int]]:
+    """First frame and length of every block of a video that starts with some given frames.
+
+    Raises:
+        InputError: the frames to generate do not divide into blocks.
+    """
+    if num_frames < 1 or num_frames % frames_per_block:
+        nearest = max(1, round(num_frames / frames_per_block)) * frames_per_block
+        raise InputError(
+            f"{num_frames} latent frames do not divide into blocks of {frames_per_block}: give a multiple, such as {nearest}"
+        )
+    return [(context_frames + start, frames_per_block) for start in range(0, num_frames, frames_per_block)]
+
+
+def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
+    """Absolute frame indices of a block, and its number of frames."""
+    frames = latents_BFCHW.shape[1]
+    return torch.arange(start_frame, start_frame + frames, device=latents_BFCHW.device), frames
+
+
+def predict_flow(
+    model: CausalWanModel, latents_BFCHW: Tensor, timestep: Tensor, text: TextKV, memory: Memory, start_frame: int
+) -> Tensor:
+    """The velocity of a block at one timestep (a scalar tensor); a pure read of the memory."""
+    positions, frames = _positions(start_frame, latents_BFCHW)
+    views = memory.read(_block_tokens(model, latents_BFCHW))
+    timesteps = timestep.expand(latents_BFCHW.shape[0], frames)
+    flow = model(latents_BFCHW, timesteps, text, views, positions).flow
+    assert flow is not None
+    return flow
+
+
+def denoise_block(
+    model: CausalWanModel,
+    sampler: FewStepSampler,
+    noise: Callable[[int], Tensor],
+    text: TextKV,
+    memory: Memory,
+    start_frame: int,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Turn noise into one block of clean latents. The memory is only read.
+
+    Args:
+        model: predicts the velocity.
+        sampler: the steps.
+        noise: noise of the block before each step, [B, F, C, H, W]: `noise(0)` is where it starts from.
+        text: from `CausalWanModel.embed_text`.
+        memory: of all earlier blocks.
+        start_frame: absolute index of the block's first latent frame.
+        on_step: told the step and its x0.
+
+    Returns:
+        the last step's x0, [B, F, C, H, W].
+    """
+    x_t = noise(0)
+    for step, (time, level) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
+        timestep = torch.full((), time, device=x_t.device)
+        flow = predict_flow(model, x_t, timestep, text, memory, start_frame)
+        x0 = flow_to_x0(flow, x_t, torch.full((), level, device=x_t.device))
+        if on_step is not None:
+            on_step(step, x0)
+        if step + 1 < len(sampler.timesteps):
+            x_t = add_noise(x0, noise(step + 1), torch.full((), sampler.sigmas[step + 1], device=x_t.device))
+    return x0
+
+
+def remember_block(
+    model: CausalWanModel,
+    latents_BFCHW: Tensor,
+    text: TextKV,
+    memory: Memory,
+    start_frame: int,
+    timestep: float = 0.0,
+) -> None:
+    """The clean pass: run the model once more on a finished block and commit what it returns.
+
+    Args:
+        model, text, memory, start_frame: as in `denoise_block`.
+        latents_BFCHW: the finished block, the model's own or given.
+        timestep: context noise; 0 for clean latents.
+    """
+    positions, frames = _positions(start_frame, latents_BFCHW)
+    timesteps = torch.full((latents_BFCHW.shape[0], frames), timestep, device=latents_BFCHW.device)
+    views = memory.read(_block_tokens(model, latents_BFCHW))
+    updates = model(latents_BFCHW, timesteps, text, views, positions, remember=True).updates
+    assert updates is not None
+    memory.commit(updates)
+
+
+def _block_tokens(model: CausalWanModel, latents_BFCHW: Tensor) -> int:
+    height, width = latents_BFCHW.shape[-2:]
+    return latents_BFCHW.shape[1] * model.tokens_per_frame(height, width)
+
+
+@dataclass(frozen=True)
+class GeneratedBlock:
+    """One finished block.
+
+    Attributes:
+        index: from 0, context not counted.
+        start_frame: absolute index of its first latent frame.
+        latents_BFCHW: its clean latents.
+    """
+
+    index: int
+    start_frame: int
+    latents_BFCHW: Tensor
+
+
+def rollout(
+    model: CausalWanModel,
+    sampler: FewStepSampler,
+    noise: Noise,
+    text: TextKV,
+    memory: Memory,
+    blocks: Sequence[tuple[int, int]],
+    context_noise: float = 0.0,
+) -> Iterator[GeneratedBlock]:
+    """Generate the blocks of a video one after the other, each handed out before it is remembered.
+
+    Handing a block out first lets its decoding start while the clean pass runs.
+
+    Args:
+        model, sampler, text, memory: as in `denoise_block`; the memory may already hold context.
+        noise: of every block and step.
+        blocks: (first frame, frames) of every block, from `block_starts`.
+        context_noise: timestep of the clean pass.
+
+    Yields:
+        every block. The last one is not remembered: nothing reads it. To extend a video, call `remember_block`.
+    """
+    for index, (start_frame, _) in enumerate(blocks):
+        latents = denoise_block(model, sampler, lambda step, i=index: noise(i, step), text, memory, start_frame)
+        yield GeneratedBlock(index, start_frame, latents)
+        if index + 1 < len(blocks):
+            remember_block(model, latents, text, memory, start_frame, context_noise)

@@ -1,0 +1,106 @@
+"""Reading weights safely and loading them strictly.
+
+Checkpoints are untrusted input: only safetensors, or ``torch.load(weights_only=True)``. Loading is
+strict: every name in the file and every parameter of the model is accounted for, or nothing loads.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from wan.errors import CheckpointError
+
+StateDict = dict[str, Tensor]
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def read_weights(path: str | Path) -> dict[str, object]:
+    """Read one weight file, or a folder's sharded safetensors, onto the CPU without running code.
+
+    Args:
+        path: a ``.safetensors`` file, a ``*.safetensors.index.json``, or a ``.pt``/``.pth`` file.
+
+    Returns:
+        What the file holds: names to tensors, or (``.pt`` only) nested dictionaries of these.
+
+    Raises:
+        CheckpointError: missing, truncated, or holding more than tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: check the path, or download it (see README, Weights)")
+    try:
+        if path.name.endswith(".index.json"):
+            return _read_shards(path)
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        if path.suffix in PICKLE_SUFFIXES:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(loaded, dict):
+                raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
+            return loaded
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, json.JSONDecodeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"cannot read {path} as a weight file ({reason}): it is damaged, incomplete or holds more than tensors; "
+            "download it again or convert it with scripts/convert_checkpoint.py"
+        ) from error
+    raise CheckpointError(f"{path} is no weight file: expected .safetensors, .pt or .pth")
+
+
+def _read_shards(index_path: Path) -> dict[str, object]:
+    weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+    state: dict[str, object] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}")
+        state.update(read_weights(index_path.parent / shard))
+    return state
+
+
+def as_state_dict(weights: Mapping[str, object], source: str | Path) -> StateDict:
+    """Check that `weights` maps names to tensors and nothing else."""
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor")
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """A few names for a one-line message, with the count of the rest."""
+    ordered = sorted(names)
+    rest = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `state` into `model`, all names and shapes equal, or raise and change nothing.
+
+    A model on the meta device takes the tensors themselves (no second copy); any other copies
+    values into its own parameters and keeps their dtype.
+
+    Raises:
+        CheckpointError: names missing or unexpected, or shapes that differ; the message says which.
+    """
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unexpected:
+        parts = [f"missing {some(missing)}"] if missing else []
+        parts += [f"unexpected {some(unexpected)}"] if unexpected else []
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
+    wrong = {name for name, value in expected.items() if value.shape != state[name].shape}
+    if wrong:
+        name = min(wrong)
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__}: {len(wrong)} tensors differ in shape, {name} is "
+            f"{tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}: check the model size in the config"
+        )
+    on_meta = any(value.is_meta for value in expected.values())
+    model.load_state_dict(dict(state), strict=True, assign=on_meta)

@@ -1,0 +1,293 @@
+"""What a causal model remembers of earlier blocks: one object a layer, all behind one protocol.
+
+Attending is a pure read: a layer gets a *view* of its memory and returns its output. Remembering is the
+only write: the clean pass returns *updates*, and the caller commits them. Layers own no memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from wan.errors import InputError
+
+
+class LayerMemory(Protocol):
+    """The memory of one layer. What a view and an update are is between the layer and its memory."""
+
+    def read(self, tokens: int) -> Any:
+        """A view of all that was committed, for a block of `tokens` tokens to attend to."""
+
+    def commit(self, update: Any) -> None:
+        """Take in what the layer returned from a clean pass."""
+
+    def detach(self) -> None:
+        """Cut back-propagation into earlier commits."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held on the device."""
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """What a memory must be able to hold.
+
+    Attributes:
+        batch_size: videos at a time.
+        tokens_per_frame: tokens of one latent frame.
+        device, dtype: where keys and values live, and their type.
+        frames: latent frames to allocate at once; full memories grow beyond it.
+        window_frames: most latent frames that a query sees, its own block included; None for all.
+        sink_frames: first frames of the video that a window never drops.
+        differentiable: keep the graph of committed updates, for training; without it commits are in place.
+    """
+
+    batch_size: int
+    tokens_per_frame: int
+    device: torch.device
+    dtype: torch.dtype
+    frames: int
+    window_frames: int | None = None
+    sink_frames: int = 0
+    differentiable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window_frames is not None and not 0 <= self.sink_frames < self.window_frames:
+            raise InputError(
+                f"sink of {self.sink_frames} frames does not fit a window of {self.window_frames}: "
+                "the sink is part of the window and must be smaller"
+            )
+
+    @property
+    def window_tokens(self) -> int | None:
+        """The window in tokens."""
+        return None if self.window_frames is None else self.window_frames * self.tokens_per_frame
+
+    @property
+    def sink_tokens(self) -> int:
+        """The sink in tokens."""
+        return self.sink_frames * self.tokens_per_frame
+
+
+@dataclass(frozen=True)
+class KVUpdate:
+    """Keys and values of one finished block, [B, L, H, D], keys already rotated."""
+
+    keys_BLHD: Tensor
+    values_BLHD: Tensor
+
+
+class KVView(Protocol):
+    """What a softmax layer may see of its memory."""
+
+    def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask (None: all visible) for queries of the block whose keys and values are given."""
+
+
+@dataclass(frozen=True)
+class SlotView:
+    """Remembered keys and values in a preallocated buffer, with a slot among them for the current block.
+
+    The slot is scratch: its content means nothing before `with_block` and after the pass.
+
+    Attributes:
+        keys_BMHD, values_BMHD: the whole buffer.
+        slot: buffer ranges [start, stop) of the current block, two where a ring wraps around.
+        visible: leading buffer tokens that a query sees once the block is in its slot.
+    """
+
+    keys_BMHD: Tensor
+    values_BMHD: Tensor
+    slot: list[tuple[int, int]]
+    visible: int
+
+    def write(self, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
+        """Put a block into the slot."""
+        sizes = [stop - start for start, stop in self.slot]
+        for buffer, block in ((self.keys_BMHD, k_BLHD), (self.values_BMHD, v_BLHD)):
+            for (start, stop), piece in zip(self.slot, block.split(sizes, dim=1), strict=True):
+                buffer[:, start:stop].copy_(piece)
+
+    def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The remembered tokens and the block's own, without copying the past. Softmax needs no order of keys."""
+        self.write(k_BLHD, v_BLHD)
+        return self.keys_BMHD[:, : self.visible], self.values_BMHD[:, : self.visible], None
+
+
+class KVMemory:
+    """Keys and values of all earlier blocks, or of a sink and a sliding window, in a preallocated buffer.
+
+    The current block takes the place of the oldest frames after the sink, so a window is a ring in which
+    nothing is ever moved, and a commit only moves the mark. Not differentiable.
+    """
+
+    def __init__(self, spec: MemorySpec, num_heads: int, head_dim: int) -> None:
+        self._window = spec.window_tokens
+        self._sink = spec.sink_tokens
+        self._written = 0
+        capacity = self._window or spec.frames * spec.tokens_per_frame
+        shape = (spec.batch_size, capacity, num_heads, head_dim)
+        self._keys, self._values = (torch.zeros(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
+
+    def read(self, tokens: int) -> SlotView:
+        """The committed tokens, and a slot for a block of `tokens` tokens.
+
+        Raises:
+            InputError: the window is too small for such a block.
+        """
+        end = self._written + tokens
+        if self._window is None:
+            self._reserve(end)
+            return SlotView(self._keys, self._values, [(self._written, end)], end)
+        return SlotView(self._keys, self._values, self._ring_slot(tokens), min(end, self._window))
+
+    def _ring_slot(self, tokens: int) -> list[tuple[int, int]]:
+        """Buffer ranges of the next `tokens` tokens: first through the whole window, then round the ring."""
+        assert self._window is not None
+        ring = self._window - self._sink
+        if tokens > (ring if self._written else self._window):
+            raise InputError(
+                f"a block of {tokens} tokens does not fit a window of {self._window} tokens with a sink of {self._sink}: "
+                "widen the window"
+            )
+        ranges, position, end = [], self._written, self._written + tokens
+        while position < end:
+            start = position if position < self._window else self._sink + (position - self._sink) % ring
+            length = min(end - position, self._window - start)
+            ranges.append((start, start + length))
+            position += length
+        return ranges
+
+    def commit(self, update: KVUpdate) -> None:
+        """Keep a block for good; a window forgets its oldest tokens for it."""
+        tokens = update.keys_BLHD.shape[1]
+        self.read(tokens).write(update.keys_BLHD, update.values_BLHD)
+        self._written += tokens
+
+    def _reserve(self, tokens: int) -> None:
+        """Hold at least `tokens` tokens; grows by doubling so that copies stay rare."""
+        capacity = self._keys.shape[1]
+        if tokens <= capacity:
+            return
+        extra = self._keys.new_zeros(self._keys.shape[0], max(tokens - capacity, capacity), *self._keys.shape[2:])
+        self._keys, self._values = (torch.cat([buffer, extra], dim=1) for buffer in (self._keys, self._values))
+
+    def remembered(self, tokens: int) -> KVUpdate:
+        """A copy of what a next block of `tokens` tokens can see of earlier ones, in no particular order."""
+        view = self.read(tokens)
+        kept = torch.ones(view.visible, dtype=torch.bool, device=self._keys.device)
+        for start, stop in view.slot:
+            kept[start:stop] = False
+        return KVUpdate(self._keys[:, : view.visible][:, kept], self._values[:, : view.visible][:, kept])
+
+    def detach(self) -> None:
+        """Nothing to cut: commits are copies."""
+
+    def reset(self) -> None:
+        """Forget everything; the buffer stays allocated."""
+        self._written = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffer."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in (self._keys, self._values))
+
+
+@dataclass(frozen=True)
+class ConcatView:
+    """Remembered keys and values as they were committed; the current block is concatenated behind them."""
+
+    keys_BMHD: Tensor
+    values_BMHD: Tensor
+
+    def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The remembered tokens and the block's own, in new tensors."""
+        return torch.cat([self.keys_BMHD, k_BLHD], dim=1), torch.cat([self.values_BMHD, v_BLHD], dim=1), None
+
+
+class ConcatKVMemory:
+    """The differentiable counterpart of `KVMemory`, and its plain specification: everything by concatenation."""
+
+    def __init__(self, spec: MemorySpec, num_heads: int, head_dim: int) -> None:
+        self._window = spec.window_tokens
+        self._sink = spec.sink_tokens
+        self._empty = torch.zeros(spec.batch_size, 0, num_heads, head_dim, device=spec.device, dtype=spec.dtype)
+        self.reset()
+
+    def read(self, tokens: int) -> ConcatView:
+        """The committed tokens that a block of `tokens` tokens may see."""
+        if self._window is None:
+            return ConcatView(self._keys, self._values)
+        most = self._window - tokens
+        return ConcatView(self._newest(self._keys, most), self._newest(self._values, most))
+
+    def _newest(self, x_BMHD: Tensor, most: int) -> Tensor:
+        """The sink and the newest tokens after it, `most` in all."""
+        if x_BMHD.shape[1] <= most:
+            return x_BMHD
+        return torch.cat([x_BMHD[:, : self._sink], x_BMHD[:, x_BMHD.shape[1] - (most - self._sink) :]], dim=1)
+
+    def commit(self, update: KVUpdate) -> None:
+        """Append a block and keep its graph."""
+        self._keys, self._values, _ = ConcatView(self._keys, self._values).with_block(
+            update.keys_BLHD, update.values_BLHD
+        )
+        if self._window is not None:
+            self._keys, self._values = (self._newest(x, self._window) for x in (self._keys, self._values))
+
+    def detach(self) -> None:
+        """Cut back-propagation into earlier blocks."""
+        self._keys, self._values = self._keys.detach(), self._values.detach()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._keys = self._values = self._empty
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the committed tokens."""
+        return sum(x.numel() * x.element_size() for x in (self._keys, self._values))
+
+
+class Memory:
+    """The memories of all layers of one model, for one batch of videos."""
+
+    def __init__(self, layers: Sequence[LayerMemory]) -> None:
+        self.layers = list(layers)
+
+    def read(self, tokens: int) -> list[Any]:
+        """One view a layer, for a block of `tokens` tokens."""
+        return [layer.read(tokens) for layer in self.layers]
+
+    def commit(self, updates: Sequence[Any]) -> None:
+        """Give every layer the update that it returned from a clean pass."""
+        for layer, update in zip(self.layers, updates, strict=True):
+            layer.commit(update)
+
+    def detach(self) -> None:
+        """Cut back-propagation into earlier blocks. Call it before remembering a block, not after:
+        between remembering and the next read it would cut the gradient of what is written."""
+        for layer in self.layers:
+            layer.detach()
+
+    def reset(self) -> None:
+        """Forget the video."""
+        for layer in self.layers:
+            layer.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+
+def new_kv_memory(spec: MemorySpec, num_heads: int, head_dim: int) -> LayerMemory:
+    """The memory of a softmax layer: in place, or differentiable if the spec says so."""
+    kind = ConcatKVMemory if spec.differentiable else KVMemory
+    return kind(spec, num_heads, head_dim)

@@ -1,0 +1,352 @@
+"""The Wan 2.1 diffusion transformer as a causal model over blocks of latent frames.
+
+Shapes: B videos, F latent frames of a block, C channels, L = F·height·width tokens, D model channels.
+Parameter names are those of the Wan 2.1 release. Source: Wan 2.1, made causal by Causal Forcing (arXiv 2602.02214).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wan.attention import AttentionBackend, attention
+from wan.errors import CheckpointError, InputError
+from wan.flow import timestep_embedding
+from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
+from wan.rope import Rotary, rotary_angles, rotate
+
+TextKV = list[tuple[Tensor, Tensor]]
+"""Keys and values of the text for every layer, each [B, text_len, heads, head dim]."""
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis in float32; the weight is applied in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, each frame's values applied to that frame's tokens."""
+    x = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
+    return (x * (1 + scale_BFD[:, :, None]) + shift_BFD[:, :, None]).flatten(1, 2)
+
+
+def gated(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
+    """x·gate, each frame's gate applied to that frame's tokens."""
+    return (x_BLD.unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD[:, :, None]).flatten(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Softmax attention of a block's tokens over what its memory holds and over the block itself."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.backend = AttentionBackend.AUTO
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def heads(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, dim] as [B, L, heads, head dim]."""
+        return x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def new_memory(self, spec: MemorySpec) -> LayerMemory:
+        """An empty memory of this layer's kind."""
+        return new_kv_memory(spec, self.num_heads, self.head_dim)
+
+    def forward(
+        self, x_BLD: Tensor, rotary: Rotary, view: KVView, attend: bool, remember: bool
+    ) -> tuple[Tensor | None, KVUpdate | None]:
+        """Attend, or return what to remember of these tokens, or both; the memory is not changed.
+
+        Args:
+            x_BLD: normed and modulated tokens.
+            rotary: rotation of these tokens.
+            view: what to see of earlier blocks.
+            attend: whether to compute the output.
+            remember: whether to compute the update.
+
+        Returns:
+            output [B, L, dim] or None, update or None.
+        """
+        k = rotate(self.heads(self.norm_k(self.k(x_BLD))), rotary)
+        v = self.heads(self.v(x_BLD))
+        update = KVUpdate(k, v) if remember else None
+        if not attend:
+            return None, update
+        q = rotate(self.heads(self.norm_q(self.q(x_BLD))), rotary)
+        keys, values, mask = view.with_block(k, v)
+        return self.o(attention(q, keys, values, mask_LM=mask, backend=self.backend).flatten(2)), update
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens over the text; padding is attended too, as in Wan 2.1."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.backend = AttentionBackend.AUTO
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text, each [B, T, heads, head dim]; constant over a video."""
+        k, v = self.norm_k(self.k(text_BTD)), self.v(text_BTD)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x_BLD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
+        q = self.norm_q(self.q(x_BLD)).unflatten(-1, (self.num_heads, -1))
+        return self.o(attention(q, *text_kv, backend=self.backend).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; self-attention and feed-forward modulated by the timestep."""
+
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, qk_norm: bool, cross_attn_norm: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn: SelfAttention = SelfAttention(dim, num_heads, qk_norm, eps)
+        self.norm3 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(dim, num_heads, qk_norm, eps)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        time_BF6D: Tensor,
+        rotary: Rotary,
+        view: Any,
+        text_kv: tuple[Tensor, Tensor],
+        attend: bool,
+        remember: bool,
+    ) -> tuple[Tensor, Any]:
+        """One pass of a block's tokens; see `SelfAttention.forward` for `attend` and `remember`.
+
+        Returns:
+            the tokens for the next layer (unchanged input without `attend`), and the update or None.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BF6D).unbind(dim=2)
+        mixed, update = self.self_attn(modulate(self.norm1(x_BLD), shift1, scale1), rotary, view, attend, remember)
+        if mixed is None:
+            return x_BLD, update
+        x = x_BLD + gated(mixed, gate1)
+        x = x + self.cross_attn(self.norm3(x), text_kv)
+        x = x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x, update
+
+
+class Head(nn.Module):
+    """Norm, modulation and projection to patches."""
+
+    def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, patch_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x_BLD: Tensor, time_BFD: Tensor) -> Tensor:
+        shift, scale = (self.modulation[:, None] + time_BFD[:, :, None]).unbind(dim=2)
+        return self.head(modulate(self.norm(x_BLD), shift, scale))
+
+
+class PassOutput(NamedTuple):
+    """What one pass over a block returns.
+
+    Attributes:
+        flow: predicted velocity [B, F, C, H, W]; None from a pass that remembers.
+        updates: one memory update a layer; None from a pass that only attends.
+    """
+
+    flow: Tensor | None
+    updates: list[Any] | None
+
+
+class CausalWanModel(ModelMixin, ConfigMixin):
+    """Wan 2.1's transformer, run block by block over a memory that the caller owns.
+
+    Args:
+        patch_size: (frames, rows, columns) of latent that make one token.
+        text_len, text_dim: tokens and channels of the text embedding.
+        in_dim, out_dim: latent channels in and out.
+        dim, ffn_dim, freq_dim: channels of the model, its feed-forward and its timestep sinusoids.
+        num_heads, num_layers: sizes; see `wan.config.WAN_SIZES`.
+        qk_norm, cross_attn_norm: norms that every released Wan 2.1 model has.
+        eps: epsilon of all norms.
+        model_type: only "t2v", text to video.
+
+    Raises:
+        InputError: sizes that do not fit one another.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers declares it as an instance attribute)
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: Sequence[int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 1536,
+        ffn_dim: int = 8960,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 12,
+        num_layers: int = 30,
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        model_type: str = "t2v",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or dim // num_heads % 2:
+            raise InputError(f"dim {dim} does not divide into {num_heads} heads of an even number of channels")
+        if model_type != "t2v" or patch_size[0] != 1:
+            raise InputError(f"model_type {model_type!r} with patches of {patch_size[0]} frames: only t2v with 1 is built")
+        self.patch_size = tuple(patch_size)
+        self.head_dim = dim // num_heads
+        patch_channels = out_dim * patch_size[0] * patch_size[1] * patch_size[2]
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        self.head = Head(dim, patch_channels, eps)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but a name that is missing or unexpected is an error, never a random parameter."""
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: {problem.replace('_', ' ')}, first {info[problem][0]}: "
+                    f"the folder does not hold a {cls.__name__}"
+                )
+        return model
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial values that training from scratch starts with; the output is zero at first."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            if name.startswith(("text_embedding.", "time_embedding.")) and isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.head.head.weight)
+
+    def use_attention_backend(self, backend: AttentionBackend) -> None:
+        """Let `backend` compute all softmax attention."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.backend = backend
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` × `width`.
+
+        Raises:
+            InputError: the latent does not divide into patches.
+        """
+        _, rows, columns = self.patch_size
+        if height % rows or width % columns:
+            raise InputError(f"a latent of {height}×{width} does not divide into patches of {rows}×{columns}")
+        return (height // rows) * (width // columns)
+
+    def new_memory(self, spec: MemorySpec) -> Memory:
+        """An empty memory: one object a layer, of the kind that the layer reads."""
+        return Memory([block.self_attn.new_memory(spec) for block in self._layers()])
+
+    def _layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def embed_text(self, text_BTD: Tensor) -> TextKV:
+        """Keys and values of a prompt for every layer, to be computed once a video.
+
+        Args:
+            text_BTD: text encoder output [B, up to text_len, text_dim]; zero rows are added up to text_len.
+        """
+        missing = self.config.text_len - text_BTD.shape[1]
+        text = self.text_embedding(F.pad(text_BTD, (0, 0, 0, missing)))
+        return [block.cross_attn.keys_values(text) for block in self._layers()]
+
+    def forward(
+        self,
+        latents_BFCHW: Tensor,
+        timesteps_BF: Tensor,
+        text: Tensor | TextKV,
+        views: Sequence[Any],
+        frames_F: Tensor,
+        remember: bool = False,
+    ) -> PassOutput:
+        """One pass over a block. The memory behind `views` is not changed.
+
+        Args:
+            latents_BFCHW: noisy or clean latents of the block.
+            timesteps_BF: timestep of every latent frame, 0 (clean) to 1000 (noise).
+            text: text encoder output [B, T, text_dim], or what `embed_text` made of it.
+            views: what each layer may see of earlier blocks, from `Memory.read`.
+            frames_F: absolute index of every latent frame.
+            remember: return what to remember of these latents instead of the flow; then only what the
+                memory needs is computed.
+
+        Returns:
+            flow, or updates for `Memory.commit`.
+        """
+        height, width = latents_BFCHW.shape[-2:]
+        grid = (height // self.patch_size[1], width // self.patch_size[2])
+        rotary = rotary_angles(frames_F, *grid, self.head_dim)
+        text_kv = self.embed_text(text) if isinstance(text, Tensor) else text
+        time_BFD = self.time_embedding(
+            timestep_embedding(timesteps_BF, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
+        )
+        time_BF6D = self.time_projection(time_BFD).unflatten(-1, (6, -1))
+        x = self.patch_embedding(latents_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
+        layers, updates = self._layers(), []
+        for block, view, kv in zip(layers, views, text_kv, strict=True):
+            attend = not (remember and block is layers[-1])
+            arguments = (x, time_BF6D, rotary, view, kv, attend, remember)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, update = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x, update = block(*arguments)
+            updates.append(update)
+        if remember:
+            return PassOutput(None, updates)
+        return PassOutput(self._unpatchify(self.head(x, time_BFD), *grid), None)
+
+    def _unpatchify(self, x_BLP: Tensor, height: int, width: int) -> Tensor:
+        _, rows, columns = self.patch_size
+        return rearrange(
+            x_BLP, "b (f h w) (r s c) -> b f c (h r) (w s)", h=height, w=width, r=rows, s=columns
+        )
