@@ -22,6 +22,7 @@ from arl2.lora import new_lora_pair
 from wan.attention import attention
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
+from wan.parallel import ParallelLayout
 from wan.rope import Rotary, rotate
 
 L2_NORM_EPS = 1e-6
@@ -33,6 +34,13 @@ class StateView:
     """The state that the blocks before left, [B, H, key dim, value dim], float32."""
 
     state_BHKV: Tensor
+
+
+@dataclass(frozen=True)
+class BlockwiseView:
+    """No memory: all blocks are in the sequence, and the states between them are computed on the way."""
+
+    layout: ParallelLayout
 
 
 class StateMemory:
@@ -126,12 +134,21 @@ class HybridAttention(SelfAttention):
         dtype = torch.promote_types(spec.dtype, torch.float32)
         return StateMemory(torch.zeros(shape, device=spec.device, dtype=dtype))
 
+    def parallel_view(self, layout: ParallelLayout) -> Any:
+        """See `SelfAttention.parallel_view`."""
+        return BlockwiseView(layout) if self.enabled else super().parallel_view(layout)
+
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
-        """As `SelfAttention.forward`, over a `StateView`; the update is the new state."""
+        """As `SelfAttention.forward`, over a `StateView`; the update is the new state.
+
+        With a `BlockwiseView` the tokens are those of all blocks and the memory is empty before them.
+        """
         if not self.enabled:
             return super().forward(x_BLD, rotary, view, attend, remember)
+        if isinstance(view, BlockwiseView):
+            return self._forward_blockwise(x_BLD, rotary, view.layout), None
         k, v = self.k(x_BLD), self.v(x_BLD)
         update = self.write(view.state_BHKV, x_BLD, k, v, rotary) if remember else None
         if not attend:
@@ -143,15 +160,49 @@ class HybridAttention(SelfAttention):
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
         return self.o((local + self.output_gate(x_BLD)[..., None] * remembered).flatten(2)), update
 
+    def _forward_blockwise(self, x_BLD: Tensor, rotary: Rotary, layout: ParallelLayout) -> Tensor:
+        """Attend in all blocks at once; the state of each is the one that the first half's blocks before it left."""
+        size, batch = layout.tokens_per_block, x_BLD.shape[0]
+        q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
+        q_local = rotate(self.heads(self.norm_q(q)), rotary)
+        k_local = rotate(self.heads(self.norm_k(k)), rotary)
+        per_block = (x.reshape(-1, size, self.num_heads, self.head_dim) for x in (q_local, k_local, v))
+        local = attention(*per_block, backend=self.backend)
+        clean = slice(0, layout.num_blocks * size)
+        clean_rotary = (rotary[0][clean], rotary[1][clean])
+        states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, layout)
+        queries = self.state_query(x_BLD, q, rotary).unflatten(1, (layout.halves, layout.num_blocks, size))
+        remembered = torch.einsum("bsnlhk,bnhkv->bsnlhv", queries, states.to(queries.dtype)) * self.head_dim**-0.5
+        out = local.view(batch, -1, *local.shape[2:]) + self.output_gate(x_BLD)[..., None] * remembered.flatten(1, 3)
+        return self.o(out.flatten(2))
+
+    def _states_between(
+        self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
+    ) -> Tensor:
+        """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
+        keys, values, log_decay, beta = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
+        states = [torch.zeros(shape, device=x_BLD.device, dtype=log_decay.dtype)]
+        blocks = [x.split(layout.tokens_per_block, dim=1) for x in (keys, values, log_decay, beta)]
+        for tokens in list(zip(*blocks, strict=True))[:-1]:
+            states.append(gated_delta_write(states[-1], *tokens, self.write_backend))
+        return torch.stack(states, dim=1)
+
     def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
         """D^-½·qᵀS for every token, [B, L, H, value dim], in the dtype of the queries."""
         return torch.einsum("blhk,bhkv->blhv", q_BLHK, state_BHKV.to(q_BLHK.dtype)) * self.head_dim**-0.5
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
+        return gated_delta_write(state_BHKV, *self._write_inputs(x_BLD, k_BLD, v_BLD, rotary), self.write_backend)
+
+    def _write_inputs(
+        self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k̂, v̂, log decay and write strength of every token."""
         k = l2_norm(rotate(self._phi("k", self.norm_k(self._adapted("k", x_BLD, k_BLD))), rotary))
         v = self._phi("v", self._adapted("v", x_BLD, v_BLD))
-        return gated_delta_write(state_BHKV, k, v, self.log_decay(x_BLD), self.beta(x_BLD), self.write_backend)
+        return k, v, self.log_decay(x_BLD), self.beta(x_BLD)
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""

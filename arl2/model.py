@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -76,6 +76,9 @@ class HybridWanModel(CausalWanModel):
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
     `HybridSettings`, as plain values so that they can be stored in a `config.json`.
     """
+
+    # Their rounding changes the memory's half-life; `from_pretrained` heeds this list in any dtype.
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "dt_bias"]
 
     @register_to_config
     def __init__(
@@ -178,12 +181,16 @@ class HybridWanModel(CausalWanModel):
 
 
 def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model to `dtype` but keep A_log and dt_bias, whose rounding changes the memory's half-life, in float32."""
-    model.to(dtype)
-    for module in model.modules():
-        if isinstance(module, HybridAttention):
-            for parameter in (module.A_log, module.dt_bias):
-                parameter.data = parameter.data.float()
+    """Cast a model to `dtype`, all but A_log and dt_bias: their rounding changes the memory's half-life."""
+    gates = {
+        parameter: parameter.data.to(torch.promote_types(dtype, torch.float32))
+        for module in model.modules()
+        if isinstance(module, HybridAttention)
+        for parameter in (module.A_log, module.dt_bias)
+    }
+    nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
+    for parameter, value in gates.items():
+        parameter.data = value
 
 
 def model_config(model: CausalWanModel) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 The same loop serves inference and training: teacher forcing or self-rollout is only which latents are remembered.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -44,18 +46,18 @@ class FewStepSampler:
         return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
 
 
-def block_starts(num_frames: int, frames_per_block: int, context_frames: int = 0) -> list[tuple[int, int]]:
-    """First frame and length of every block of a video that starts with some given frames.
+def num_blocks(num_frames: int, frames_per_block: int) -> int:
+    """Blocks of a video of `num_frames` generated latent frames.
 
     Raises:
-        InputError: the frames to generate do not divide into blocks.
+        InputError: the frames do not divide into blocks.
     """
     if num_frames < 1 or num_frames % frames_per_block:
         nearest = max(1, round(num_frames / frames_per_block)) * frames_per_block
         raise InputError(
             f"{num_frames} latent frames do not divide into blocks of {frames_per_block}: give a multiple, such as {nearest}"
         )
-    return [(context_frames + start, frames_per_block) for start in range(0, num_frames, frames_per_block)]
+    return num_frames // frames_per_block
 
 
 def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
@@ -160,24 +162,32 @@ def rollout(
     noise: Noise,
     text: TextKV,
     memory: Memory,
-    blocks: Sequence[tuple[int, int]],
+    blocks: int | None,
+    start_frame: int = 0,
     context_noise: float = 0.0,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> Iterator[GeneratedBlock]:
-    """Generate the blocks of a video one after the other, each handed out before it is remembered.
+    """Generate a video block by block, each handed out before it is remembered.
 
     Handing a block out first lets its decoding start while the clean pass runs.
 
     Args:
         model, sampler, text, memory: as in `denoise_block`; the memory may already hold context.
         noise: of every block and step.
-        blocks: (first frame, frames) of every block, from `block_starts`.
+        blocks: how many; None to go on for as long as the caller asks.
+        start_frame: absolute index of the first latent frame, after the context.
         context_noise: timestep of the clean pass.
+        phase: entered around the two verbs, "denoise" and "remember", to time them.
 
     Yields:
         every block. The last one is not remembered: nothing reads it. To extend a video, call `remember_block`.
     """
-    for index, (start_frame, _) in enumerate(blocks):
-        latents = denoise_block(model, sampler, lambda step, i=index: noise(i, step), text, memory, start_frame)
+    indices: Iterable[int] = count() if blocks is None else range(blocks)
+    for index in indices:
+        with phase("denoise"):
+            latents = denoise_block(model, sampler, lambda step, i=index: noise(i, step), text, memory, start_frame)
         yield GeneratedBlock(index, start_frame, latents)
-        if index + 1 < len(blocks):
-            remember_block(model, latents, text, memory, start_frame, context_noise)
+        if blocks is None or index + 1 < blocks:
+            with phase("remember"):
+                remember_block(model, latents, text, memory, start_frame, context_noise)
+        start_frame += latents.shape[1]

@@ -5,8 +5,10 @@ strict: every name in the file and every parameter of the model is accounted for
 """
 
 import json
+import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wan.errors import CheckpointError
+from wan.errors import CheckpointError, InputError
 
 StateDict = dict[str, Tensor]
 
@@ -63,6 +65,24 @@ def _read_shards(index_path: Path) -> dict[str, object]:
             raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}")
         state.update(read_weights(index_path.parent / shard))
     return state
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once the block ends well, and is removed if it does not.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def as_state_dict(weights: Mapping[str, object], source: str | Path) -> StateDict:

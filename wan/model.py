@@ -18,6 +18,7 @@ from wan.attention import AttentionBackend, attention
 from wan.errors import CheckpointError, InputError
 from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
+from wan.parallel import MaskedView, ParallelLayout
 from wan.rope import Rotary, rotary_angles, rotate
 
 TextKV = list[tuple[Tensor, Tensor]]
@@ -70,6 +71,10 @@ class SelfAttention(nn.Module):
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """An empty memory of this layer's kind."""
         return new_kv_memory(spec, self.num_heads, self.head_dim)
+
+    def parallel_view(self, layout: ParallelLayout) -> Any:
+        """What this layer reads in place of a memory when all blocks are in the sequence."""
+        return MaskedView(layout)
 
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: KVView, attend: bool, remember: bool
@@ -287,6 +292,10 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         """An empty memory: one object a layer, of the kind that the layer reads."""
         return Memory([block.self_attn.new_memory(spec) for block in self._layers()])
 
+    def parallel_views(self, layout: ParallelLayout) -> list[Any]:
+        """One view a layer for a forward over all blocks at once; see `wan.teacher_forcing`."""
+        return [block.self_attn.parallel_view(layout) for block in self._layers()]
+
     def _layers(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
@@ -331,7 +340,8 @@ class CausalWanModel(ModelMixin, ConfigMixin):
             timestep_embedding(timesteps_BF, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
         )
         time_BF6D = self.time_projection(time_BFD).unflatten(-1, (6, -1))
-        x = self.patch_embedding(latents_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
+        latents = latents_BFCHW.to(self.patch_embedding.weight.dtype)
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
         layers, updates = self._layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
             attend = not (remember and block is layers[-1])

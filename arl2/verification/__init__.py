@@ -1,0 +1,1 @@
+"""Replaying golden vectors: is what we compute what the reference computed?"""

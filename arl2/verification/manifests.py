@@ -1,0 +1,35 @@
+"""Manifests: do our models of real size have exactly the parameter names and shapes of the releases?"""
+
+from typing import Any
+
+import torch
+
+from arl2.model import HybridWanModel
+from arl2.verification.backbone import HYBRID_KEYS, MODEL_KEYS
+from arl2.verification.golden import CaseResult, Golden
+from wan.checkpoint import some
+from wan.text import native_umt5_names
+from wan.vae import native_vae_names
+
+
+def our_names(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model that a manifest's configuration describes; nothing is allocated."""
+    if "vocab_size" in config:
+        return native_umt5_names(config)
+    if "z_dim" in config:
+        return native_vae_names(config)
+    with torch.device("meta"):
+        model = HybridWanModel(**{key: config[key] for key in MODEL_KEYS + HYBRID_KEYS if config.get(key) is not None})
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def check_manifest(golden: Golden) -> CaseResult:
+    """Compare names and shapes both ways."""
+    listed = {name: tuple(shape) for name, shape in golden.info["parameters"].items()}
+    ours = our_names(golden.info["config"])
+    result = CaseResult(golden.path.stem, "names", compared=len(listed))
+    if listed.keys() != ours.keys():
+        result.failure = f"missing {some(listed.keys() - ours.keys())}; unexpected {some(ours.keys() - listed.keys())}"
+    elif wrong := [name for name, shape in listed.items() if ours[name] != shape]:
+        result.failure = f"shape of {wrong[0]} is {ours[wrong[0]]}, the manifest has {listed[wrong[0]]}"
+    return result

@@ -1,0 +1,103 @@
+"""Settings of an inference run: a typed YAML file, in which an unknown key is an error."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from arl2.model import FFNLoRA, HybridSettings
+from wan.errors import InputError
+
+Config = TypeVar("Config")
+
+
+class MemoryKind(StrEnum):
+    """How much softmax layers remember."""
+
+    full = "full"
+    window = "window"
+
+
+@dataclass
+class MemoryConfig:
+    """Memory of the softmax layers; hybrid layers have their state.
+
+    Attributes:
+        kind: everything, or a sink and a sliding window, whose size does not grow with the video.
+        window_frames: latent frames that a query sees, its own block and the sink included.
+        sink_frames: first latent frames, never dropped.
+    """
+
+    kind: MemoryKind = MemoryKind.full
+    window_frames: int = 9
+    sink_frames: int = 3
+
+
+@dataclass
+class HybridConfig:
+    """Which layers are hybrid; empty means those of the checkpoint. See `arl2.model.HybridSettings`."""
+
+    layers: list[int] = field(default_factory=list)
+    lora_rank: int | None = None
+    lora_alpha: float = 32.0
+    ffn_lora: FFNLoRA = FFNLoRA.HYBRID
+
+    def settings(self) -> HybridSettings:
+        """As the model takes them."""
+        return HybridSettings(tuple(self.layers), self.lora_rank, self.lora_alpha, self.ffn_lora)
+
+
+@dataclass
+class InferenceConfig:
+    """Everything that shapes a video, but the prompt and the seed.
+
+    Attributes:
+        model_folder: native Wan 2.1 or diffusers folder with text encoder, tokenizer, VAE and transformer sizes.
+        checkpoint_path: transformer weights; null for those in the folder.
+        frames_per_block: latent frames generated at a time, 3 for chunk-wise and 1 for frame-wise checkpoints.
+        num_output_frames: latent frames of a video; F of them decode to 4F - 3 frames.
+        height, width: pixels.
+        fps: of the video file.
+        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+        context_noise: timestep of the clean pass.
+        attention_backend: see `wan.attention.AttentionBackend`.
+    """
+
+    model_folder: str = "wan_models/Wan2.1-T2V-1.3B"
+    checkpoint_path: str | None = None
+    frames_per_block: int = 3
+    num_output_frames: int = 21
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+    warp_denoising_steps: bool = True
+    timestep_shift: float = 5.0
+    context_noise: float = 0.0
+    attention_backend: str = "auto"
+    hybrid: HybridConfig = field(default_factory=HybridConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+def load_config(kind: type[Config], path: Path) -> Config:
+    """Read a YAML file into the dataclass `kind`; keys that it leaves out keep their defaults.
+
+    Raises:
+        InputError: missing or malformed file, unknown key, or a value of the wrong type.
+    """
+    if not path.is_file():
+        raise InputError(f"no config file {path}: see configs/ for those that come with the project")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), loaded)
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f" at {error.full_key!r}" if error.full_key else ""
+        raise InputError(f"config {path}{key}: {str(error).splitlines()[0]}; see {kind.__name__} for the known keys") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"config {path} is not valid YAML: {error}") from error
+    return config

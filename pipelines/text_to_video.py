@@ -1,0 +1,335 @@
+"""Text to video: prompt → block-autoregressive rollout → streamed decode, in the manner of a diffusers pipeline."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from arl2.checkpoint import build_hybrid
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, num_blocks, remember_block, rollout
+from pipelines.config import MemoryConfig, MemoryKind
+from wan.attention import AttentionBackend
+from wan.errors import InputError
+from wan.formats import read_config, read_transformer, transformer_config
+from wan.memory import Memory, MemorySpec
+from wan.text import TextEncoder, load_text_encoder
+from wan.vae import WanVAE, load_vae
+
+SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", "timestep_shift", "context_noise")
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class NonFiniteBlockError(RuntimeError):
+    """A generated block holds NaN or infinity; its video cannot go on.
+
+    Attributes:
+        block: index of the block.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__(f"block {block} is not finite: check the weights, or use --dtype float32")
+        self.block = block
+
+
+@dataclass(frozen=True)
+class VideoBlock:
+    """Some frames of a video, as soon as they exist.
+
+    Attributes:
+        index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
+        pixels_BTCHW: decoded frames in [-1, 1].
+        latents_BFCHW: the block's latents, normalised.
+    """
+
+    index: int
+    pixels_BTCHW: Tensor
+    latents_BFCHW: Tensor
+
+
+@dataclass
+class VideoOutput(BaseOutput):
+    """What a call returns.
+
+    Attributes:
+        frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;
+            "latent" [B, F, C, h, w].
+    """
+
+    frames: Any
+
+
+class SeededNoise:
+    """The noise of some videos: a function of their seeds, the block and the step.
+
+    Drawn on the CPU, so that it is the same on every device, and whatever was generated before.
+
+    Args:
+        seeds: one a video.
+        shape: of one block of one video, (F, C, h, w).
+        device: where it is wanted, in float32.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self._seeds = seeds
+        self._shape = shape
+        self._device = device
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        noise = []
+        for seed in self._seeds:
+            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            noise.append(torch.randn(self._shape, generator=generator))
+        return torch.stack(noise).to(self._device, non_blocking=True)
+
+
+class CausalVideoPipeline(DiffusionPipeline):
+    """Text to video with a causal Wan transformer, hybrid or softmax.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the parts.
+        frames_per_block: latent frames generated at a time.
+        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+        context_noise: timestep of the clean pass.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: HybridWanModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        frames_per_block: int = 3,
+        denoising_steps: Sequence[int] = (1000, 750, 500, 250),
+        warp_denoising_steps: bool = True,
+        timestep_shift: float = 5.0,
+        context_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            frames_per_block=frames_per_block,
+            denoising_steps=list(denoising_steps),
+            warp_denoising_steps=warp_denoising_steps,
+            timestep_shift=timestep_shift,
+            context_noise=context_noise,
+        )
+        self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
+        self.wan_vae = WanVAE(vae)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        checkpoint_path: str | Path | None = None,
+        use_ema: bool = False,
+        hybrid: HybridSettings = HybridSettings(),
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Self:
+        """Load every part, strictly and offline, from a native Wan 2.1 folder or a diffusers folder.
+
+        Args:
+            pretrained_model_name_or_path: the folder; never asks a hub.
+            checkpoint_path: transformer weights of any supported format; those of the folder without it.
+            use_ema: take `generator_ema` of a checkpoint that has both.
+            hybrid: hybrid layers and adapters; by default those of the weights.
+            torch_dtype, device: of all parts.
+            seed: of parameters that a conversion adds.
+            sampling: settings of this class that replace those stored in the folder.
+
+        Raises:
+            CheckpointError, InputError: something is missing, damaged or does not fit.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        weights = read_transformer(checkpoint_path or folder, use_ema)
+        transformer, _ = build_hybrid(
+            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
+        )
+        vae = load_vae(folder, dtype=torch_dtype, device=device)
+        text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
+        return cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [B, text_len, text_dim]; rows of padding are zero.
+
+        Raises:
+            InputError: a prompt is empty, or the text encoder was not loaded.
+        """
+        if any(not prompt.strip() for prompt in prompts):
+            raise InputError("the prompt is empty: write what the video should show")
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("this pipeline has no text encoder: pass prompt_embeds")
+        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len=self.transformer.config.text_len)
+        return encoder.encode(prompts)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video of `num_frames` frames.
+
+        Raises:
+            InputError: the VAE cannot make that number.
+        """
+        stride = self.wan_vae.temporal_compression
+        if num_frames < 1 or (num_frames - 1) % stride:
+            raise InputError(f"{num_frames} frames cannot be decoded: give 1 plus a multiple of {stride}")
+        return (num_frames - 1) // stride + 1
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        stride = self.wan_vae.spatial_compression
+        size = (height // stride, width // stride)
+        _, rows, columns = self.transformer.patch_size
+        if height % (stride * rows) or width % (stride * columns):
+            raise InputError(
+                f"{height}×{width} pixels do not divide into patches: height must be a multiple of {stride * rows}, "
+                f"width of {stride * columns}"
+            )
+        return size
+
+    def new_memory(
+        self, batch_size: int, height: int, width: int, latent_frames: int | None, memory: MemoryConfig
+    ) -> Memory:
+        """An empty memory for videos of this size.
+
+        Args:
+            latent_frames: of the whole video, to be allocated at once; None if it is not known.
+            memory: full or windowed.
+        """
+        windowed = memory.kind is MemoryKind.window
+        if windowed and memory.window_frames - memory.sink_frames < self.config.frames_per_block:
+            raise InputError(
+                f"a window of {memory.window_frames} frames with a sink of {memory.sink_frames} has no room for a block of "
+                f"{self.config.frames_per_block}: widen memory.window_frames"
+            )
+        spec = MemorySpec(
+            batch_size=batch_size,
+            tokens_per_frame=self.transformer.tokens_per_frame(*self._latent_size(height, width)),
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
+            frames=latent_frames or self.config.frames_per_block,
+            window_frames=memory.window_frames if windowed else None,
+            sink_frames=memory.sink_frames if windowed else 0,
+        )
+        return self.transformer.new_memory(spec)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int | None = 81,
+        height: int = 480,
+        width: int = 832,
+        *,
+        prompt_embeds: Tensor | None = None,
+        image: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        memory: MemoryConfig | None = None,
+        phase: Phase = lambda name: nullcontext(),
+    ) -> Iterator[VideoBlock]:
+        """Generate a video and hand out its frames block by block.
+
+        Args:
+            prompt: one, or one a video of the batch; `prompt_embeds` from `encode_prompt` may take its place.
+            num_frames: frames of the video; None to go on for ever (give `memory` a window then).
+            height, width: pixels.
+            image: frames that the video starts with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; they are remembered first.
+            seeds: one a video; without them, drawn from `generator` (or from torch's own).
+            memory: of the softmax layers; full by default.
+            phase: entered around "text", "denoise", "remember" and "vae", to time them.
+
+        Yields:
+            blocks in order; the first brings the given frames too.
+
+        Raises:
+            InputError: sizes that do not fit.
+            NonFiniteBlockError: the model produced NaN or infinity.
+        """
+        device, frames_per_block = self._execution_device, self.config.frames_per_block
+        size = self._latent_size(height, width)
+        if prompt_embeds is None:
+            if prompt is None:
+                raise InputError("give a prompt or prompt_embeds")
+            with phase("text"):
+                prompt_embeds = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        batch = prompt_embeds.shape[0]
+        if seeds is None:
+            seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
+        vae = self.wan_vae
+        context = None if image is None else vae.encode(image.to(device, vae.dtype))
+        context_frames = 0 if context is None else context.shape[1]
+        blocks, latent_frames = None, None
+        if num_frames is not None:
+            latent_frames = self.latent_frames(num_frames)
+            blocks = num_blocks(latent_frames - context_frames, frames_per_block)
+        state = self.new_memory(batch, height, width, latent_frames, memory or MemoryConfig())
+        text = self.transformer.embed_text(prompt_embeds.to(device, self.transformer.dtype))
+        decoder = vae.decode_stream()
+        head = []
+        if context is not None:
+            for start in range(0, context_frames, frames_per_block):
+                remember_block(self.transformer, context[:, start : start + frames_per_block], text, state, start)
+            head = [decoder.decode(context.to(vae.dtype))]
+        noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
+        for block in rollout(
+            self.transformer, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
+        ):
+            if not torch.isfinite(block.latents_BFCHW).all():
+                raise NonFiniteBlockError(block.index)
+            with phase("vae"):
+                pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
+            head = []
+            yield VideoBlock(block.index, pixels, block.latents_BFCHW)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        *,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+        **options: Any,
+    ) -> VideoOutput:
+        """Generate a whole video; see `stream` for the arguments, and `VideoOutput` for output types."""
+        if output_type not in ("pt", "np", "pil", "latent"):
+            raise InputError(f"unknown output_type {output_type!r}: give pt, np, pil or latent")
+        pixels, latents = [], []
+        with self.progress_bar() as bar:
+            for block in self.stream(prompt, num_frames, height, width, generator=generator, **options):
+                # Frames wait on the CPU, so that the GPU's memory does not grow with the video.
+                pixels.append(block.pixels_BTCHW.float().cpu())
+                latents.append(block.latents_BFCHW)
+                bar.update()
+        if output_type == "latent":
+            return VideoOutput(torch.cat(latents, dim=1))
+        processor = VideoProcessor(vae_scale_factor=self.wan_vae.spatial_compression)
+        return VideoOutput(processor.postprocess_video(torch.cat(pixels, dim=1).transpose(1, 2), output_type))
+
+    def use_attention_backend(self, backend: AttentionBackend) -> None:
+        """Let `backend` compute all softmax attention of the transformer."""
+        self.transformer.use_attention_backend(backend)
+
+
+def stored_sampling(folder: Path) -> dict[str, Any]:
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    return {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}

@@ -1,0 +1,37 @@
+"""Where the seconds of a generation go, measured without making the GPU wait."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Seconds spent in named phases. On a GPU, the time between events in the stream; else wall time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: dict[str, list[Callable[[], float]]] = defaultdict(list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what runs inside towards `name`."""
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._spans[name].append(lambda: begin.elapsed_time(end) / 1000)
+        else:
+            start = time.perf_counter()
+            yield
+            seconds = time.perf_counter() - start
+            self._spans[name].append(lambda: seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """Total seconds of every phase; waits for the GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return {name: sum(span() for span in spans) for name, spans in self._spans.items()}

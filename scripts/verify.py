@@ -1,0 +1,69 @@
+"""Replay golden vectors through the project and say, case by case, whether our numbers are the reference's.
+
+    python scripts/verify.py tests/golden
+    python scripts/verify.py tests/golden --device cuda --dtype bfloat16 --backend cudnn
+
+The folder holds pairs of .json and .safetensors, and manifests (.json alone). Exit status 1 if any case fails.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from arl2.verification.golden import CaseResult, Precision
+from arl2.verification.run import verify_folder
+from pipelines.cli import choose_device, exit_on_input_error
+from wan.attention import require_backend
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def line(result: CaseResult) -> str:
+    """One case: largest relative error, the share of the tolerance used, the verdict."""
+    if result.failure is not None:
+        return f"FAIL  {result.file} {result.case}: {result.failure}"
+    verdict = "ok  " if result.passed else "FAIL"
+    return (
+        f"{verdict}  {result.file} {result.case}: {result.compared} compared, rms {result.rms_rel:.1e}, "
+        f"max abs {result.max_abs:.1e}, {100 * result.used:.1f} % of the tolerance" + (f" ({result.worst})" if result.worst else "")
+    )
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, replay, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of golden files")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--backend", default="auto", help="attention backend, see wan/attention.py")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    arguments = parser.parse_args()
+    device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
+    # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))
+    console, results = Console(soft_wrap=True, highlight=False), []
+    for result in verify_folder(arguments.folder, precision):
+        console.print(line(result), style=None if result.passed else "red", markup=False)
+        results.append(result)
+    failed = sum(not result.passed for result in results)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    console.print(
+        f"{len(results) - failed} of {len(results)} cases passed on {device} ({name}), {arguments.dtype}, "
+        f"backend {precision.backend}, torch {torch.__version__}"
+    )
+    if arguments.json:
+        rows = [asdict(result) | {"passed": result.passed} for result in results]
+        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1) + os.linesep)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""All blocks of a video in one forward: what replaces a memory when the latents are known beforehand.
+
+The block loop is the specification; this computes the same numbers faster where blocks are short.
+The sequence is one half, or two: the clean latents that are remembered, then the noisy ones that attend.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from wan.errors import InputError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How a sequence divides into halves, blocks, frames and tokens.
+
+    Attributes:
+        num_frames: latent frames of the video (of one half).
+        frames_per_block, tokens_per_frame: sizes of a block and a frame.
+        halves: 2 where clean latents stand before the noisy ones, 1 where the latents remember themselves.
+        device: where the mask is needed.
+        window_frames, sink_frames: as in `wan.memory.MemorySpec`; only softmax layers heed them.
+    """
+
+    num_frames: int
+    frames_per_block: int
+    tokens_per_frame: int
+    halves: int
+    device: torch.device
+    window_frames: int | None = None
+    sink_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_frames % self.frames_per_block:
+            raise InputError(f"{self.num_frames} latent frames do not divide into blocks of {self.frames_per_block}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the video."""
+        return self.num_frames // self.frames_per_block
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of one block."""
+        return self.frames_per_block * self.tokens_per_frame
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """True where a token may see another, [L, L]: its own block of its own half, and earlier blocks of the first half."""
+        frame = torch.arange(self.num_frames, device=self.device).repeat(self.halves)
+        half = torch.arange(self.halves, device=self.device).repeat_interleave(self.num_frames)
+        block = frame // self.frames_per_block
+        own = (block[:, None] == block) & (half[:, None] == half)
+        earlier = (block[:, None] > block) & (half == 0)
+        if self.window_frames is not None:
+            block_end = (block + 1) * self.frames_per_block
+            earlier &= (frame >= block_end[:, None] - self.window_frames) | (frame < self.sink_frames)
+        visible = own | earlier
+        return visible.repeat_interleave(self.tokens_per_frame, 0).repeat_interleave(self.tokens_per_frame, 1)
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """A softmax layer's view when all blocks are in the sequence: nothing is remembered, the mask says who sees whom."""
+
+    layout: ParallelLayout
+
+    def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The keys and values given, and the mask."""
+        return k_BLHD, v_BLHD, self.layout.mask
