@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 
 import torch
@@ -30,19 +31,27 @@ def exit_on_input_error(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`; the GPU if there is one and no name is given.
+    """The device called `name`; the GPU if there is one and no name is given. Under torchrun "cuda" is the rank's own.
 
     Raises:
         InputError: no such device, or no GPU for a CUDA device.
     """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"no GPU for device {name!r}: {torch.cuda.device_count()} found; give --device cpu")
     return device
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's place among those that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

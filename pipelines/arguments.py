@@ -1,0 +1,180 @@
+"""The command line of inference.py, checked before any weights are read."""
+
+import argparse
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from arl2.model import FFNLoRA, check_layers
+from arl2.rollout import FewStepSampler, num_blocks
+from pipelines.cli import choose_device
+from pipelines.config import InferenceConfig, MemoryKind, load_config
+from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from wan.attention import AttentionBackend, require_backend
+from wan.errors import InputError
+from wan.formats import transformer_config
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LEAST_FREE_BYTES = 16 * 2**20
+"""Less free disk than this cannot hold a video."""
+
+
+def inference_parser() -> argparse.ArgumentParser:
+    """The flags of inference.py; those that the config also has override it."""
+    parser = argparse.ArgumentParser(description="Generate videos from prompts with a causal Wan model, hybrid or softmax.")
+    add = parser.add_argument
+    add("--config_path", type=Path, required=True, help="YAML file, see configs/")
+    add("--output_folder", type=Path, required=True, help="where videos go; finished ones are skipped")
+    add("--checkpoint_path", type=Path, help="transformer weights (.pt, .safetensors or a folder)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_path", type=Path, help="prompt file, one a line; with --i2v image<TAB>prompt")
+    source.add_argument("--prompt", help="one prompt instead of a file")
+    add("--image", type=Path, help="with --i2v and --prompt: the first frame")
+    add("--hybrid_layers", type=int, nargs="*", help="layers with hybrid attention; by default those of the checkpoint")
+    add("--lora_rank", type=int, help="rank of the adapters")
+    add("--lora_alpha", type=float, help="scale of the adapters times their rank")
+    add("--ffn_lora_all_layers", action="store_true", help="adapters on the feed-forward of every block")
+    add("--num_output_frames", type=int, help="latent frames, the given one included; F make 4F - 3 frames")
+    add("--seed", type=int, default=0)
+    add("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
+    add("--i2v", action="store_true", help="start from an image (frame-wise models)")
+    add("--memory", choices=[kind.value for kind in MemoryKind], help="memory of the softmax layers")
+    add("--metrics_dir", type=Path, help="where the measurements of each video go; by default the output folder")
+    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    return parser
+
+
+@dataclass(frozen=True)
+class InferenceRun:
+    """A checked request: what to generate, with what, and where to.
+
+    Attributes:
+        config: with the flags applied.
+        jobs: all prompts of the run; ranks share them.
+        images: the first frame of every job, for --i2v.
+    """
+
+    config: InferenceConfig
+    jobs: list[PromptJob]
+    images: dict[str, Path]
+    output_folder: Path
+    metrics_folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    backend: AttentionBackend
+    seed: int
+    use_ema: bool
+
+
+def plan_run(arguments: argparse.Namespace) -> InferenceRun:
+    """Check everything that can be checked before models load.
+
+    Raises:
+        InputError: the cause and the cure in one line.
+    """
+    config = apply_flags(load_config(InferenceConfig, arguments.config_path), arguments)
+    device = choose_device(arguments.device)
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    check_config(config, arguments.i2v)
+    prompts, images = read_requests(arguments)
+    jobs = plan_jobs(prompts, arguments.seed)
+    metrics_folder = arguments.metrics_dir or arguments.output_folder
+    for folder in (arguments.output_folder, metrics_folder):
+        check_writable(folder)
+    return InferenceRun(
+        config=config,
+        jobs=jobs,
+        images={job.name: image for job, image in zip(jobs, images, strict=True)} if arguments.i2v else {},
+        output_folder=arguments.output_folder,
+        metrics_folder=metrics_folder,
+        device=device,
+        dtype=dtype,
+        backend=require_backend(config.attention_backend, device, dtype),
+        seed=arguments.seed,
+        use_ema=arguments.use_ema,
+    )
+
+
+def apply_flags(config: InferenceConfig, arguments: argparse.Namespace) -> InferenceConfig:
+    """The config with the flags that were given in the place of its own values."""
+    flags = {
+        "layers": arguments.hybrid_layers,
+        "lora_rank": arguments.lora_rank,
+        "lora_alpha": arguments.lora_alpha,
+        "ffn_lora": FFNLoRA.ALL if arguments.ffn_lora_all_layers else None,
+    }
+    hybrid = replace(config.hybrid, **{key: value for key, value in flags.items() if value is not None})
+    memory = replace(config.memory, kind=MemoryKind(arguments.memory)) if arguments.memory else config.memory
+    frames = config.num_output_frames if arguments.num_output_frames is None else arguments.num_output_frames
+    checkpoint = config.checkpoint_path if arguments.checkpoint_path is None else str(arguments.checkpoint_path)
+    return replace(config, hybrid=hybrid, memory=memory, num_output_frames=frames, checkpoint_path=checkpoint)
+
+
+def check_config(config: InferenceConfig, i2v: bool) -> None:
+    """Check settings against each other and against the model's sizes.
+
+    Raises:
+        InputError: a value that cannot work.
+    """
+    if i2v and config.frames_per_block != 1:
+        raise InputError(
+            f"--i2v needs a frame-wise model, this config is chunk-wise ({config.frames_per_block} frames a block): "
+            "use configs/causal_forcing_dmd_framewise.yaml with a frame-wise checkpoint"
+        )
+    if config.frames_per_block < 1:
+        raise InputError(f"frames_per_block {config.frames_per_block} is not positive")
+    num_blocks(config.num_output_frames - (1 if i2v else 0), config.frames_per_block)
+    FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+    checkpoint = config.checkpoint_path
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
+    sizes = transformer_config(Path(config.model_folder))
+    check_layers(config.hybrid.layers, sizes["num_layers"])
+    config.hybrid.settings()
+
+
+def read_requests(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
+    """Prompts, and with --i2v their images.
+
+    Raises:
+        InputError: an empty prompt, a missing file, or a line without an image.
+    """
+    if arguments.prompt is not None:
+        if not arguments.prompt.strip():
+            raise InputError("--prompt is empty: write what the video should show")
+        if arguments.i2v != (arguments.image is not None):
+            raise InputError("--i2v with --prompt needs --image, and --image needs --i2v")
+        lines = [f"{arguments.image}\t{arguments.prompt}" if arguments.i2v else arguments.prompt]
+    else:
+        lines = read_prompts(arguments.data_path)
+    if not arguments.i2v:
+        return lines, []
+    pairs = [line.split("\t", 1) for line in lines]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"{arguments.data_path}: with --i2v every line must be an image path, a tab, and a prompt")
+    images = [Path(image) for image, _ in pairs]
+    for image in images:
+        if not image.is_file():
+            raise InputError(f"no image {image}: check the path")
+    return [prompt for _, prompt in pairs], images
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if need be, and make sure that files can be written there.
+
+    Raises:
+        InputError: it cannot be made or written, or its disk is full.
+    """
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions") from error
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES:
+        raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")

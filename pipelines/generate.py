@@ -1,0 +1,194 @@
+"""Generating the videos of a run: one file and one page of measurements a prompt, resumable."""
+
+import json
+import logging
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from arl2.rollout import num_blocks
+from pipelines.arguments import InferenceRun
+from pipelines.prompts import PromptJob, share
+from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.timing import PhaseTimer
+from pipelines.video import VideoWriter, to_uint8
+from wan.checkpoint import atomic_path
+from wan.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MEASURED_PACKAGES = ("torch", "diffusers", "transformers", "arl2")
+
+
+def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
+    """The pipeline that a run asks for.
+
+    Raises:
+        CheckpointError, InputError: weights that are missing, damaged or do not fit.
+    """
+    config = run.config
+    pipeline = CausalVideoPipeline.from_pretrained(
+        config.model_folder,
+        checkpoint_path=config.checkpoint_path,
+        use_ema=run.use_ema,
+        hybrid=config.hybrid.settings(),
+        torch_dtype=run.dtype,
+        device=run.device,
+        seed=run.seed,
+        frames_per_block=config.frames_per_block,
+        denoising_steps=config.denoising_steps,
+        warp_denoising_steps=config.warp_denoising_steps,
+        timestep_shift=config.timestep_shift,
+        context_noise=config.context_noise,
+    )
+    pipeline.use_attention_backend(run.backend)
+    return pipeline
+
+
+def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, world_size: int = 1) -> int:
+    """Generate this rank's share of the videos; finished ones are skipped.
+
+    A block that is not finite ends its video, not the run.
+
+    Returns:
+        how many videos failed.
+    """
+    mine = share(run.jobs, rank, world_size)
+    todo = [job for job in mine if not video_path(run, job).exists()]
+    if len(todo) < len(mine):
+        log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
+    failed = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=rank != 0) as progress:
+        bar = progress.add_task("videos", total=len(todo))
+        for job in todo:
+            blocks = progress.add_task(job.name[:40], total=generated_blocks(run))
+            try:
+                generate_one(run, pipeline, job, lambda task=blocks: progress.advance(task))
+            except NonFiniteBlockError as error:
+                failed += 1
+                log.error("%s: %s; going on with the next video", job.name, error)
+            progress.remove_task(blocks)
+            progress.advance(bar)
+    return failed
+
+
+def video_path(run: InferenceRun, job: PromptJob) -> Path:
+    """Where a job's video goes."""
+    return run.output_folder / f"{job.name}.mp4"
+
+
+def generated_blocks(run: InferenceRun) -> int:
+    """Blocks to generate for one video of the run."""
+    given = 1 if run.images else 0
+    return num_blocks(run.config.num_output_frames - given, run.config.frames_per_block)
+
+
+@dataclass
+class Measurement:
+    """The measurements of one video.
+
+    Attributes:
+        arrivals: seconds from the start until each block's frames were on the CPU.
+    """
+
+    start: float
+    frames: int = 0
+    arrivals: list[float] = field(default_factory=list)
+
+    def block_seconds(self) -> list[float]:
+        """Seconds from one block to the next; the first block, which waits for the text too, is left out."""
+        return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+    def report(self, phases: dict[str, float], total: float) -> dict[str, Any]:
+        """Seconds, rates and latencies under the names of the metrics file."""
+        blocks = self.block_seconds()
+        names = {"text": "text", "denoise": "denoise", "remember": "clean_pass", "vae": "vae"}
+        seconds = {name: phases.get(phase, 0.0) for phase, name in names.items()}
+        dit = seconds["denoise"] + seconds["clean_pass"]
+        return {
+            "frames": self.frames,
+            "seconds": seconds | {"total": total},
+            "time_to_first_frame": self.arrivals[0],
+            "block_seconds": {
+                "median": statistics.median(blocks) if blocks else None,
+                "p90": float(np.percentile(blocks, 90)) if blocks else None,
+            },
+            "fps": {"end_to_end": self.frames / total, "dit": self.frames / dit, "vae": self.frames / seconds["vae"]},
+        }
+
+
+def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJob, on_block: Any) -> None:
+    """Generate, write and measure one video. Nothing is left under its name unless it is whole.
+
+    Raises:
+        NonFiniteBlockError: the model produced NaN or infinity.
+        InputError: the video cannot be written.
+    """
+    config, timer = run.config, PhaseTimer(run.device)
+    image = read_image(run.images[job.name], config.height, config.width) if run.images else None
+    num_frames = (config.num_output_frames - 1) * pipeline.wan_vae.temporal_compression + 1
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    measured = Measurement(time.perf_counter())
+    with VideoWriter(video_path(run, job), config.height, config.width, fps=config.fps) as writer:
+        stream = pipeline.stream(
+            job.prompt,
+            num_frames,
+            config.height,
+            config.width,
+            image=image,
+            seeds=[job.seed],
+            memory=config.memory,
+            phase=timer.phase,
+        )
+        for block in stream:
+            frames = to_uint8(block.pixels_BTCHW[0]).cpu()
+            measured.arrivals.append(time.perf_counter() - measured.start)
+            measured.frames += len(frames)
+            writer.write(frames)
+            on_block()
+    total = time.perf_counter() - measured.start
+    metrics = measured.report(timer.seconds(), total) | provenance(run, job)
+    with atomic_path(run.metrics_folder / f"{job.name}.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
+
+
+def provenance(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
+    """What made a video: prompt, settings, device, versions, and the memory it took."""
+    on_gpu = run.device.type == "cuda"
+    return {
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "settings": asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value},
+        "device": torch.cuda.get_device_name(run.device) if on_gpu else platform.processor() or platform.machine(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
+        "versions": {package: version(package) for package in MEASURED_PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def read_image(path: Path, height: int, width: int) -> Tensor:
+    """An image scaled and cropped about its centre, [1, 1, 3, height, width] in [-1, 1].
+
+    Raises:
+        InputError: not an image.
+    """
+    try:
+        image = Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"cannot read {path} as an image: give a PNG or JPEG") from error
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = torch.from_numpy(np.asarray(image.crop((left, top, left + width, top + height))).copy())
+    return (pixels.permute(2, 0, 1).float() / 127.5 - 1)[None, None]

@@ -1,0 +1,215 @@
+"""The UMT5 text encoder and its tokenizer, through transformers, from Wan's own files or a diffusers folder."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights
+from wan.errors import CheckpointError, InputError
+from wan.formats import family
+
+NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
+UMT5_XXL: dict[str, Any] = {
+    "vocab_size": 256384,
+    "dim": 4096,
+    "dim_attn": 4096,
+    "dim_ffn": 10240,
+    "num_heads": 64,
+    "num_layers": 24,
+    "num_buckets": 32,
+    "shared_pos": False,
+    "max_distance": 128,
+    "norm_eps": 1e-6,
+}
+"""Sizes of the released encoder, under the names of Wan's own code."""
+
+# A block's parts: Wan's names and those of transformers.
+_BLOCK_PARTS = {
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_EMBEDDING = "token_embedding.weight"
+_EMBEDDING_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken Unicode, resolve HTML entities and collapse white space, as Wan does before tokenizing."""
+    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", mended).strip()
+
+
+class TextEncoder:
+    """Prompts to embeddings.
+
+    Args:
+        model: the encoder.
+        tokenizer: None if only token ids will be encoded.
+        text_len: tokens of every embedding; longer prompts are cut, shorter ones padded with zero rows.
+    """
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase | None, text_len: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings of some prompts, [B, text_len, dim] in the encoder's dtype.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError("this text encoder has no tokenizer: load it from a folder that has one")
+        tokens = self.tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.text_len,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return self.encode_ids(tokens["input_ids"], tokens["attention_mask"])
+
+    @torch.no_grad()
+    def encode_ids(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Embeddings of token ids; rows where the mask is 0 are zero."""
+        ids, mask = (x.to(self.model.device) for x in (ids_BT, mask_BT))
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return hidden * mask[..., None].to(hidden.dtype)
+
+
+def umt5_config(config: Mapping[str, Any]) -> UMT5Config:
+    """transformers' configuration of an encoder of these sizes, whose keys are those of `UMT5_XXL`.
+
+    Raises:
+        CheckpointError: one position table for all blocks, which UMT5 does not have.
+    """
+    if config["shared_pos"]:
+        raise CheckpointError("a text encoder with one position table for all blocks is a T5, not a UMT5")
+    return UMT5Config(
+        vocab_size=config["vocab_size"],
+        d_model=config["dim"],
+        d_kv=config["dim_attn"] // config["num_heads"],
+        d_ff=config["dim_ffn"],
+        num_layers=config["num_layers"],
+        num_heads=config["num_heads"],
+        relative_attention_num_buckets=config["num_buckets"],
+        relative_attention_max_distance=config["max_distance"],
+        layer_norm_epsilon=config["norm_eps"],
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+
+
+def native_text_name(name: str) -> str:
+    """Wan's name of a parameter of transformers' UMT5EncoderModel."""
+    if name in _EMBEDDING_COPIES:
+        return _EMBEDDING
+    if name == "encoder.final_layer_norm.weight":
+        return "norm.weight"
+    block, rest = re.sub(r"^encoder\.block\.", "", name).split(".", 1)
+    for ours, theirs in sorted(_BLOCK_PARTS.items(), key=lambda item: -len(item[1])):
+        if rest.startswith(theirs + "."):
+            return f"blocks.{block}.{ours}{rest.removeprefix(theirs)}"
+    raise KeyError(name)
+
+
+def native_umt5_names(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Wan's names and shapes of all parameters of an encoder; nothing is allocated."""
+    with torch.device("meta"):
+        model = UMT5EncoderModel(umt5_config(config))
+    return {native_text_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def umt5_from_native(
+    state: StateDict, config: Mapping[str, Any], source: str | Path = "text encoder weights"
+) -> UMT5EncoderModel:
+    """An encoder from weights under Wan's names, which it takes over without a copy.
+
+    Raises:
+        CheckpointError: names or shapes do not fit.
+    """
+    if _EMBEDDING not in state:
+        raise CheckpointError(f"{source} holds {family(state)}, not a UMT5 encoder: check the model folder")
+    with torch.device("meta"):
+        model = UMT5EncoderModel(umt5_config(config))
+    names = {name: native_text_name(name) for name in model.state_dict()}
+    unknown = {name: value for name, value in state.items() if name not in names.values()}
+    known = {name: state[native] for name, native in names.items() if native in state}
+    load_strict(model, known | unknown, source)
+    model.tie_weights()
+    return model.eval()
+
+
+def load_text_encoder(
+    folder: str | Path,
+    *,
+    config: Mapping[str, Any] = UMT5_XXL,
+    text_len: int = 512,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),
+) -> TextEncoder:
+    """Load encoder and tokenizer, strictly and offline.
+
+    Args:
+        folder: a native Wan folder, or a diffusers folder with `text_encoder` and `tokenizer`.
+        config: sizes of native weights; diffusers folders bring their own.
+        text_len: see `TextEncoder`.
+        dtype, device: of the encoder.
+
+    Raises:
+        CheckpointError: something is missing, damaged, of another family, or does not fit.
+    """
+    folder = Path(folder)
+    native = folder / NATIVE_TEXT_FILE
+    if native.is_file():
+        tokenizer = _load_tokenizer(folder / NATIVE_TOKENIZER_FOLDER)
+        model = umt5_from_native(as_state_dict(read_weights(native), native), config, native)
+    elif (folder / "text_encoder" / "config.json").is_file():
+        tokenizer = _load_tokenizer(folder / "tokenizer")
+        model = _load_transformers(folder / "text_encoder")
+    else:
+        raise CheckpointError(f"no text encoder in {folder}: expected {NATIVE_TEXT_FILE}, or text_encoder/")
+    return TextEncoder(model.to(device=device, dtype=dtype), tokenizer, text_len)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise CheckpointError(f"no tokenizer in {folder}: download it with scripts/download_weights.py")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _load_transformers(folder: Path) -> UMT5EncoderModel:
+    try:
+        model, info = UMT5EncoderModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot read the text encoder in {folder}: {str(error).splitlines()[0]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # The embedding is one tensor under two names; a file need hold only one of them.
+        names = set(map(str, info[problem])) - set(_EMBEDDING_COPIES)
+        if names:
+            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}, first {min(names)}: not a UMT5 encoder")
+    return model.eval()
+
+
+def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:
+    """Write the weights under Wan's names as a `.pth`; atomic."""
+    state = {native_text_name(name): value for name, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
