@@ -24,7 +24,9 @@ from wan.formats import TransformerWeights
 
 log = logging.getLogger(__name__)
 
-_HYBRID_PART = re.compile(r"^blocks\.(\d+)\.self_attn\.(a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])")
+_HYBRID_PART = re.compile(
+    r"^blocks\.(\d+)\.self_attn\.(a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])"
+)
 _FFN_LORA_PART = re.compile(r"^blocks\.(\d+)\.ffn\.\d+\.lora_A$")
 _PLAIN_FFN = re.compile(r"^(blocks\.\d+\.ffn\.\d+)\.(weight|bias)$")
 
@@ -66,7 +68,8 @@ def resolve_settings(found: HybridSettings, wanted: HybridSettings, source: str)
     lacking = sorted(set(layers) - set(found.layers))
     if found.layers and lacking:
         raise InputError(
-            f"{source} is hybrid in layers {list(found.layers)}, not in {lacking}: name a subset of its layers in --hybrid_layers"
+            f"{source} is hybrid in layers {list(found.layers)}, not in {lacking}: "
+            "name a subset of its layers in --hybrid_layers"
         )
     rank, ffn_lora = wanted.lora_rank, wanted.ffn_lora
     if found.lora_rank is not None:
@@ -188,12 +191,11 @@ def _initial_values(config: dict[str, Any], settings: HybridSettings, names: lis
     return values
 
 
-def _report(
-    weights: TransformerWeights, settings: HybridSettings, untrained: list[str], dropped: list[str]
-) -> None:
+def _report(weights: TransformerWeights, settings: HybridSettings, untrained: list[str], dropped: list[str]) -> None:
     if weights.causal is False:
         log.warning(
-            "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training", weights.source
+            "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training",
+            weights.source,
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", weights.source, len(dropped))
@@ -220,4 +222,3 @@ def save_generator(model: HybridWanModel, path: Path) -> None:
             torch.save({"generator": {f"model.{name}": value for name, value in state.items()}}, temporary)
         else:
             raise InputError(f"cannot write {path}: give a name that ends in .pt or .safetensors")
-

@@ -1,7 +1,7 @@
 """The hybrid attention layer: softmax inside the block, a recurrent state for everything earlier.
 
-Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state that the block
-before left; a block is written once, token by token, from its clean latents:
+Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state that the
+block before left; a block is written once, token by token, from its clean latents:
 
     out = W_o( softmax(q, k, v within the block) + sigmoid(W_gate·x) ⊙ D^-½·q̂ᵀS )
 
@@ -26,7 +26,6 @@ from wan.parallel import ParallelLayout
 from wan.rope import Rotary, rotate
 
 L2_NORM_EPS = 1e-6
-BRANCHES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -102,23 +101,20 @@ class HybridAttention(SelfAttention):
         self.gate_proj = nn.Linear(dim, num_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        for branch in BRANCHES:
-            phi = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
-            self.register_module(f"phi_{branch}", phi)
-        self.lora_scale = lora_alpha / lora_rank if lora_rank else None
-        if lora_rank:
-            for branch in BRANCHES:
-                a, b = new_lora_pair(self.get_submodule(branch), lora_rank)
-                self.register_parameter(f"lora_{branch}_A", a)
-                self.register_parameter(f"lora_{branch}_B", b)
+        self.phi_q = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+        self.phi_k = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+        self.phi_v = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+        self.lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
+        self.lora_q_A, self.lora_q_B = new_lora_pair(self.q, lora_rank)
+        self.lora_k_A, self.lora_k_B = new_lora_pair(self.k, lora_rank)
+        self.lora_v_A, self.lora_v_B = new_lora_pair(self.v, lora_rank)
         self.init_hybrid_weights()
 
     @torch.no_grad()
     def init_hybrid_weights(self) -> None:
         """Initial values of the new parameters: φ the identity, slow to fast decays, the gate near one half."""
-        for branch in BRANCHES:
-            weight = self.get_submodule(f"phi_{branch}").weight
-            weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
+        for phi in (self.phi_q, self.phi_k, self.phi_v):
+            phi.weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
         for projection in (self.a_proj, self.b_proj, self.gate_proj):
             nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
         # log U(0, 16): zero itself has no logarithm.
@@ -180,12 +176,13 @@ class HybridAttention(SelfAttention):
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
     ) -> Tensor:
         """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
-        keys, values, log_decay, beta = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
         shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
-        states = [torch.zeros(shape, device=x_BLD.device, dtype=log_decay.dtype)]
-        blocks = [x.split(layout.tokens_per_block, dim=1) for x in (keys, values, log_decay, beta)]
+        states = [torch.zeros(shape, device=x_BLD.device, dtype=inputs[2].dtype)]
+        blocks = [x.split(layout.tokens_per_block, dim=1) for x in inputs]
         for tokens in list(zip(*blocks, strict=True))[:-1]:
-            states.append(gated_delta_write(states[-1], *tokens, self.write_backend))
+            k, v, g, b = tokens
+            states.append(gated_delta_write(states[-1], k, v, g, b, backend=self.write_backend))
         return torch.stack(states, dim=1)
 
     def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
@@ -194,19 +191,22 @@ class HybridAttention(SelfAttention):
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        return gated_delta_write(state_BHKV, *self._write_inputs(x_BLD, k_BLD, v_BLD, rotary), self.write_backend)
+        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
 
     def _write_inputs(
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k̂, v̂, log decay and write strength of every token."""
-        k = l2_norm(rotate(self._phi("k", self.norm_k(self._adapted("k", x_BLD, k_BLD))), rotary))
-        v = self._phi("v", self._adapted("v", x_BLD, v_BLD))
-        return k, v, self.log_decay(x_BLD), self.beta(x_BLD)
+        k = self.norm_k(self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B))
+        v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
+        k_hat, v_hat = l2_norm(rotate(self._mapped(k, self.phi_k), rotary)), self._mapped(v, self.phi_v)
+        return k_hat, v_hat, self.log_decay(x_BLD), self.beta(x_BLD)
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
-        return l2_norm(rotate(self._phi("q", self.norm_q(self._adapted("q", x_BLD, q_BLD))), rotary))
+        q = self.norm_q(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B))
+        return l2_norm(rotate(self._mapped(q, self.phi_q), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
         """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
@@ -223,13 +223,11 @@ class HybridAttention(SelfAttention):
         """sigmoid(W_gate·x), [B, L, H]: how much of what was remembered is let through."""
         return self.gate_proj(x_BLD).sigmoid()
 
-    def _adapted(self, branch: str, x_BLD: Tensor, projected_BLD: Tensor) -> Tensor:
-        if self.lora_scale is None:
-            return projected_BLD
-        a, b = self.get_parameter(f"lora_{branch}_A"), self.get_parameter(f"lora_{branch}_B")
-        return projected_BLD + self.lora_scale * (x_BLD @ a @ b)
+    def _adapted(self, projected_BLD: Tensor, x_BLD: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """A projection with its adapter, if there is one."""
+        return projected_BLD if a is None or b is None else projected_BLD + self.lora_scale * (x_BLD @ a @ b)
 
-    def _phi(self, branch: str, x_BLD: Tensor) -> Tensor:
+    def _mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
         """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""
-        weight_HOI = self.get_submodule(f"phi_{branch}").weight.view(self.num_heads, self.head_dim, self.head_dim)
+        weight_HOI = phi.weight.view(self.num_heads, self.head_dim, self.head_dim)
         return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def new_lora_pair(linear: nn.Linear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A, Kaiming-uniform with a = √5, and B, zero: at first the adapter adds nothing."""
-    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    a = nn.Parameter(torch.empty(linear.in_features, rank, **like))
+def new_lora_pair(linear: nn.Linear, rank: int | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """A, Kaiming-uniform with a = √5, and B, zero: at first the adapter adds nothing. No rank, no adapter."""
+    if rank is None:
+        return None, None
+    a = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
     # A is stored [in, rank]; its fan-in is the linear's.
     nn.init.kaiming_uniform_(a.data.T, a=math.sqrt(5))
-    return a, nn.Parameter(torch.zeros(rank, linear.out_features, **like))
+    return a, nn.Parameter(linear.weight.new_zeros(rank, linear.out_features))
 
 
 class LoRALinear(nn.Module):
@@ -30,7 +31,9 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = alpha / rank
         self.enabled = True
-        self.lora_A, self.lora_B = new_lora_pair(linear, rank)
+        a, b = new_lora_pair(linear, rank)
+        assert a is not None and b is not None
+        self.lora_A, self.lora_B = a, b
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)

@@ -83,7 +83,7 @@ class HybridWanModel(CausalWanModel):
     @register_to_config
     def __init__(
         self,
-        patch_size: Sequence[int] = (1, 2, 2),
+        patch_size: tuple[int, int, int] = (1, 2, 2),
         text_len: int = 512,
         in_dim: int = 16,
         dim: int = 1536,
@@ -120,16 +120,18 @@ class HybridWanModel(CausalWanModel):
         )
         layers = check_layers(hybrid_layers, num_layers)
         self.hybrid = HybridSettings(layers, lora_rank, lora_alpha, FFNLoRA(ffn_lora))
-        for layer in layers:
-            self.blocks[layer].self_attn = HybridAttention(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
-        for layer in self.hybrid.ffn_lora_layers(num_layers):
-            ffn = self.blocks[layer].ffn
-            for place in FFN_LINEARS:
-                ffn[place] = LoRALinear(ffn[place], lora_rank, lora_alpha)
+        adapted = self.hybrid.ffn_lora_layers(num_layers)
+        for layer, block in enumerate(self.layers()):
+            if layer in layers:
+                block.self_attn = HybridAttention(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+            for place in FFN_LINEARS if layer in adapted else ():
+                linear = block.ffn[place]
+                assert lora_rank is not None and isinstance(linear, nn.Linear)
+                block.ffn[place] = LoRALinear(linear, lora_rank, lora_alpha)
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
         """The hybrid attention modules by layer."""
-        attentions = {layer: self.blocks[layer].self_attn for layer in self.hybrid.layers}
+        attentions = {layer: block.self_attn for layer, block in enumerate(self.layers())}
         return {layer: module for layer, module in attentions.items() if isinstance(module, HybridAttention)}
 
     def use_write_backend(self, backend: WriteBackend) -> None:
@@ -171,7 +173,7 @@ class HybridWanModel(CausalWanModel):
 
     def merge_ffn_lora(self) -> None:
         """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
-        for block in self._layers():
+        for block in self.layers():
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):

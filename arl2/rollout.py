@@ -6,7 +6,8 @@ The same loop serves inference and training: teacher forcing or self-rollout is 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class FewStepSampler:
         Raises:
             InputError: the list is empty, not falling, or leaves 1..1000.
         """
-        if not steps or steps[0] > 1000 or steps[-1] < 1 or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        if not steps or steps[0] > 1000 or steps[-1] < 1 or any(a <= b for a, b in pairwise(steps)):
             raise InputError(f"denoising steps {list(steps)} must fall from at most 1000 to at least 1")
         schedule = FlowSchedule(shift)
         timesteps = schedule.warp(steps) if warp else torch.tensor(steps, dtype=torch.float32)
@@ -55,7 +56,8 @@ def num_blocks(num_frames: int, frames_per_block: int) -> int:
     if num_frames < 1 or num_frames % frames_per_block:
         nearest = max(1, round(num_frames / frames_per_block)) * frames_per_block
         raise InputError(
-            f"{num_frames} latent frames do not divide into blocks of {frames_per_block}: give a multiple, such as {nearest}"
+            f"{num_frames} latent frames do not divide into blocks of {frames_per_block}: give a multiple, "
+            f"such as {nearest}"
         )
     return num_frames // frames_per_block
 
@@ -85,7 +87,7 @@ def denoise_block(
     text: TextKV,
     memory: Memory,
     start_frame: int,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_x0: Callable[[Tensor], None] = lambda x0: None,
 ) -> Tensor:
     """Turn noise into one block of clean latents. The memory is only read.
 
@@ -96,7 +98,7 @@ def denoise_block(
         text: from `CausalWanModel.embed_text`.
         memory: of all earlier blocks.
         start_frame: absolute index of the block's first latent frame.
-        on_step: told the step and its x0.
+        on_x0: told the x0 of every step.
 
     Returns:
         the last step's x0, [B, F, C, H, W].
@@ -106,8 +108,7 @@ def denoise_block(
         timestep = torch.full((), time, device=x_t.device)
         flow = predict_flow(model, x_t, timestep, text, memory, start_frame)
         x0 = flow_to_x0(flow, x_t, torch.full((), level, device=x_t.device))
-        if on_step is not None:
-            on_step(step, x0)
+        on_x0(x0)
         if step + 1 < len(sampler.timesteps):
             x_t = add_noise(x0, noise(step + 1), torch.full((), sampler.sigmas[step + 1], device=x_t.device))
     return x0
@@ -185,7 +186,7 @@ def rollout(
     indices: Iterable[int] = count() if blocks is None else range(blocks)
     for index in indices:
         with phase("denoise"):
-            latents = denoise_block(model, sampler, lambda step, i=index: noise(i, step), text, memory, start_frame)
+            latents = denoise_block(model, sampler, partial(noise, index), text, memory, start_frame)
         yield GeneratedBlock(index, start_frame, latents)
         if blocks is None or index + 1 < blocks:
             with phase("remember"):

@@ -23,7 +23,9 @@ LEAST_FREE_BYTES = 16 * 2**20
 
 def inference_parser() -> argparse.ArgumentParser:
     """The flags of inference.py; those that the config also has override it."""
-    parser = argparse.ArgumentParser(description="Generate videos from prompts with a causal Wan model, hybrid or softmax.")
+    parser = argparse.ArgumentParser(
+        description="Generate videos from prompts with a causal Wan model, hybrid or softmax."
+    )
     add = parser.add_argument
     add("--config_path", type=Path, required=True, help="YAML file, see configs/")
     add("--output_folder", type=Path, required=True, help="where videos go; finished ones are skipped")
@@ -174,7 +176,9 @@ def check_writable(folder: Path) -> None:
         probe.write_bytes(b"0")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions") from error
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES:
         raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")

@@ -97,7 +97,9 @@ def load_config(kind: type[Config], path: Path) -> Config:
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f" at {error.full_key!r}" if error.full_key else ""
-        raise InputError(f"config {path}{key}: {str(error).splitlines()[0]}; see {kind.__name__} for the known keys") from error
+        raise InputError(
+            f"config {path}{key}: {str(error).splitlines()[0]}; see {kind.__name__} for the known keys"
+        ) from error
     except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
         raise InputError(f"config {path} is not valid YAML: {error}") from error
     return config

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from arl2 import __version__
 from arl2.rollout import num_blocks
 from pipelines.arguments import InferenceRun
 from pipelines.prompts import PromptJob, share
@@ -27,7 +28,7 @@ from wan.errors import InputError
 
 log = logging.getLogger(__name__)
 
-MEASURED_PACKAGES = ("torch", "diffusers", "transformers", "arl2")
+MEASURED_PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
@@ -173,7 +174,8 @@ def provenance(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
         "settings": asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value},
         "device": torch.cuda.get_device_name(run.device) if on_gpu else platform.processor() or platform.machine(),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
-        "versions": {package: version(package) for package in MEASURED_PACKAGES} | {"python": platform.python_version()},
+        "versions": {package: version(package) for package in MEASURED_PACKAGES}
+        | {"arl2": __version__, "python": platform.python_version()},
     }
 
 

@@ -31,7 +31,8 @@ def line(result: CaseResult) -> str:
     verdict = "ok  " if result.passed else "FAIL"
     return (
         f"{verdict}  {result.file} {result.case}: {result.compared} compared, rms {result.rms_rel:.1e}, "
-        f"max abs {result.max_abs:.1e}, {100 * result.used:.1f} % of the tolerance" + (f" ({result.worst})" if result.worst else "")
+        f"max abs {result.max_abs:.1e}, {100 * result.used:.1f} % of the tolerance"
+        + (f" ({result.worst})" if result.worst else "")
     )
 
 
@@ -61,7 +62,9 @@ def main() -> int:
     )
     if arguments.json:
         rows = [asdict(result) | {"passed": result.passed} for result in results]
-        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1) + os.linesep)
+        arguments.json.write_text(
+            json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1) + os.linesep
+        )
     return 1 if failed else 0
 
 

@@ -120,7 +120,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
         name = min(wrong)
         raise CheckpointError(
             f"{source} does not fit {type(model).__name__}: {len(wrong)} tensors differ in shape, {name} is "
-            f"{tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}: check the model size in the config"
+            f"{tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}: check the model size"
         )
     on_meta = any(value.is_meta for value in expected.values())
     model.load_state_dict(dict(state), strict=True, assign=on_meta)

@@ -1,9 +1,9 @@
 """The formats that transformer weights come in, all read into Wan's own parameter names.
 
-    native folder       config.json + diffusion_pytorch_model.safetensors (or its shards)
-    diffusers folder    transformer/ of diffusers' WanTransformer3DModel, or of our models
-    Causal Forcing .pt  {"generator": …, "generator_ema": …}, names behind the wrappers of a training run
-    .safetensors, .pt   names to tensors
+native folder       config.json + diffusion_pytorch_model.safetensors (or its shards)
+diffusers folder    transformer/ of diffusers' WanTransformer3DModel, or of our models
+Causal Forcing .pt  {"generator": …, "generator_ema": …}, names behind the wrappers of a training run
+.safetensors, .pt   names to tensors
 """
 
 import json
@@ -41,7 +41,18 @@ _DIFFUSERS_PARTS = (
     ("proj_out.", "head.head."),
 )
 _NATIVE_DEFAULTS: dict[str, Any] = {"patch_size": (1, 2, 2), "text_dim": 4096, "qk_norm": True, "cross_attn_norm": True}
-_NATIVE_KEYS = ("text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "out_dim", "num_heads", "num_layers", "eps", "model_type")
+_NATIVE_KEYS = (
+    "text_len",
+    "in_dim",
+    "dim",
+    "ffn_dim",
+    "freq_dim",
+    "out_dim",
+    "num_heads",
+    "num_layers",
+    "eps",
+    "model_type",
+)
 
 _FAMILIES = (
     (re.compile(r"^(encoder|decoder)\.(conv1|downsamples|upsamples|middle|conv_in|mid_block)"), "a VAE"),
@@ -97,7 +108,9 @@ def native_config(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor arguments from the config of diffusers' WanTransformer3DModel."""
     c = diffusers_config
     if c.get("image_dim") is not None or c.get("added_kv_proj_dim") is not None:
-        raise CheckpointError("this is an image-to-video transformer with an image branch: only text-to-video is supported")
+        raise CheckpointError(
+            "this is an image-to-video transformer with an image branch: only text-to-video is supported"
+        )
     return {
         "patch_size": tuple(c["patch_size"]),
         "in_dim": c["in_channels"],
@@ -210,7 +223,9 @@ def _named(state: StateDict, path: Path) -> StateDict:
     if len(named) != len(state):
         raise CheckpointError(f"{path}: several entries have one name once wrappers are removed")
     if "patch_embedding.weight" not in named or any(_FAMILIES[2][0].search(name) for name in named):
-        raise CheckpointError(f"{path} holds {family(named)}, not a Wan text-to-video transformer: check --checkpoint_path")
+        raise CheckpointError(
+            f"{path} holds {family(named)}, not a Wan text-to-video transformer: check --checkpoint_path"
+        )
     return named
 
 

@@ -153,8 +153,8 @@ class KVMemory:
         ring = self._window - self._sink
         if tokens > (ring if self._written else self._window):
             raise InputError(
-                f"a block of {tokens} tokens does not fit a window of {self._window} tokens with a sink of {self._sink}: "
-                "widen the window"
+                f"a block of {tokens} tokens does not fit a window of {self._window} with a sink of {self._sink}: "
+                "widen it"
             )
         ranges, position, end = [], self._written, self._written + tokens
         while position < end:
@@ -218,7 +218,7 @@ class ConcatKVMemory:
         self._window = spec.window_tokens
         self._sink = spec.sink_tokens
         self._empty = torch.zeros(spec.batch_size, 0, num_heads, head_dim, device=spec.device, dtype=spec.dtype)
-        self.reset()
+        self._keys, self._values = self._empty, self._empty
 
     def read(self, tokens: int) -> ConcatView:
         """The committed tokens that a block of `tokens` tokens may see."""

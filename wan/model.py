@@ -214,7 +214,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        patch_size: Sequence[int] = (1, 2, 2),
+        patch_size: tuple[int, int, int] = (1, 2, 2),
         text_len: int = 512,
         in_dim: int = 16,
         dim: int = 1536,
@@ -233,8 +233,11 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         if dim % num_heads or dim // num_heads % 2:
             raise InputError(f"dim {dim} does not divide into {num_heads} heads of an even number of channels")
         if model_type != "t2v" or patch_size[0] != 1:
-            raise InputError(f"model_type {model_type!r} with patches of {patch_size[0]} frames: only t2v with 1 is built")
-        self.patch_size = tuple(patch_size)
+            raise InputError(
+                f"model_type {model_type!r} with patches of {patch_size[0]} frames: only t2v with 1 is built"
+            )
+        frames, rows, columns = patch_size
+        self.patch_size = (frames, rows, columns)
         self.head_dim = dim // num_heads
         patch_channels = out_dim * patch_size[0] * patch_size[1] * patch_size[2]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
@@ -290,13 +293,14 @@ class CausalWanModel(ModelMixin, ConfigMixin):
 
     def new_memory(self, spec: MemorySpec) -> Memory:
         """An empty memory: one object a layer, of the kind that the layer reads."""
-        return Memory([block.self_attn.new_memory(spec) for block in self._layers()])
+        return Memory([block.self_attn.new_memory(spec) for block in self.layers()])
 
     def parallel_views(self, layout: ParallelLayout) -> list[Any]:
         """One view a layer for a forward over all blocks at once; see `wan.teacher_forcing`."""
-        return [block.self_attn.parallel_view(layout) for block in self._layers()]
+        return [block.self_attn.parallel_view(layout) for block in self.layers()]
 
-    def _layers(self) -> list[Block]:
+    def layers(self) -> list[Block]:
+        """The blocks in order."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def embed_text(self, text_BTD: Tensor) -> TextKV:
@@ -307,7 +311,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         """
         missing = self.config.text_len - text_BTD.shape[1]
         text = self.text_embedding(F.pad(text_BTD, (0, 0, 0, missing)))
-        return [block.cross_attn.keys_values(text) for block in self._layers()]
+        return [block.cross_attn.keys_values(text) for block in self.layers()]
 
     def forward(
         self,
@@ -337,12 +341,12 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         rotary = rotary_angles(frames_F, *grid, self.head_dim)
         text_kv = self.embed_text(text) if isinstance(text, Tensor) else text
         time_BFD = self.time_embedding(
-            timestep_embedding(timesteps_BF, self.config.freq_dim).to(self.time_embedding[0].weight.dtype)
+            timestep_embedding(timesteps_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
         )
         time_BF6D = self.time_projection(time_BFD).unflatten(-1, (6, -1))
         latents = latents_BFCHW.to(self.patch_embedding.weight.dtype)
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
-        layers, updates = self._layers(), []
+        layers, updates = self.layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
             attend = not (remember and block is layers[-1])
             arguments = (x, time_BF6D, rotary, view, kv, attend, remember)
@@ -357,6 +361,4 @@ class CausalWanModel(ModelMixin, ConfigMixin):
 
     def _unpatchify(self, x_BLP: Tensor, height: int, width: int) -> Tensor:
         _, rows, columns = self.patch_size
-        return rearrange(
-            x_BLP, "b (f h w) (r s c) -> b f c (h r) (w s)", h=height, w=width, r=rows, s=columns
-        )
+        return rearrange(x_BLP, "b (f h w) (r s c) -> b f c (h r) (w s)", h=height, w=width, r=rows, s=columns)

@@ -49,7 +49,7 @@ class ParallelLayout:
 
     @cached_property
     def mask(self) -> Tensor:
-        """True where a token may see another, [L, L]: its own block of its own half, and earlier blocks of the first half."""
+        """True where a token sees another, [L, L]: its own block in its half, and earlier blocks of the first half."""
         frame = torch.arange(self.num_frames, device=self.device).repeat(self.halves)
         half = torch.arange(self.halves, device=self.device).repeat_interleave(self.num_frames)
         block = frame // self.frames_per_block
@@ -64,7 +64,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class MaskedView:
-    """A softmax layer's view when all blocks are in the sequence: nothing is remembered, the mask says who sees whom."""
+    """A softmax layer's view when all blocks are in the sequence: the mask says who sees whom."""
 
     layout: ParallelLayout
 

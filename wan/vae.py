@@ -22,6 +22,7 @@ from wan.errors import CheckpointError, InputError
 from wan.formats import WEIGHT_FILES, family, read_config
 
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
+# fmt: off
 WAN21_VAE: dict[str, Any] = {
     "dim": 96,
     "z_dim": 16,
@@ -29,11 +30,16 @@ WAN21_VAE: dict[str, Any] = {
     "num_res_blocks": 2,
     "attn_scales": [],
     "temperal_downsample": [False, True, True],
-    "latent_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508]
-    + [0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-    "latent_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743]
-    + [3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916],
+    "latent_mean": [
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ],
+    "latent_std": [
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+    ],
 }
+# fmt: on
 """Sizes of the released VAE, under the names of its own code."""
 
 # A residual block's parts: diffusers' names and Wan's.
@@ -79,7 +85,7 @@ class WanVAE:
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move or cast the module."""
-        self.model.to(device=device, dtype=dtype) if dtype else self.model.to(device)
+        nn.Module.to(self.model, device=device, dtype=dtype)  # diffusers' own warns about any cast
         return self
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -266,12 +272,13 @@ def load_vae(
     if path.is_file() or (path / NATIVE_VAE_FILE).is_file():
         file = path if path.is_file() else path / NATIVE_VAE_FILE
         vae = vae_from_native(as_state_dict(read_weights(file), file), config, file)
-    elif (folder / "config.json").is_file() and read_config(folder / "config.json").get("_class_name") == "AutoencoderKLWan":
+    elif (folder / "config.json").is_file() and read_config(folder / "config.json").get(
+        "_class_name"
+    ) == "AutoencoderKLWan":
         vae = WanVAE(_load_diffusers(folder))
     else:
         raise CheckpointError(f"no VAE in {path}: expected {NATIVE_VAE_FILE}, or vae/ in diffusers' layout")
-    vae.model.to(device=device, dtype=dtype)
-    return vae
+    return vae.to(device, dtype)
 
 
 def _load_diffusers(folder: Path) -> AutoencoderKLWan:

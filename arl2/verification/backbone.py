@@ -119,9 +119,7 @@ def replay_few_step_loops(golden: Golden, precision: Precision) -> Iterator[Outp
         yield from _replay_few_step_loop(golden, name, case, precision)
 
 
-def _replay_few_step_loop(
-    golden: Golden, name: str, case: dict[str, Any], precision: Precision
-) -> Iterator[Output]:
+def _replay_few_step_loop(golden: Golden, name: str, case: dict[str, Any], precision: Precision) -> Iterator[Output]:
     config = case["config"]
     model = build_model(config, golden.state(case["state"]), golden.path.name, precision)
     memory = new_memory(model, config, precision)
@@ -146,7 +144,7 @@ def _replay_few_step_loop(
             return golden.get(f"{name}.in.block{block}.renoise{step - 1}", precision)
 
         first = config["initial_latent_frames"] + start
-        x0 = denoise_block(model, sampler, noise, text, memory, first, lambda _, x0, steps=steps: steps.append(x0))
+        x0 = denoise_block(model, sampler, noise, text, memory, first, on_x0=steps.append)
         for step, prediction in enumerate(steps):
             yield Output(f"{name}.out.block{block}.step{step}.x0", prediction, "output", name)
         remember_block(model, x0, text, memory, first, case["context_noise"])

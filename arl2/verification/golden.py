@@ -164,7 +164,9 @@ def tolerance_of(golden: Golden, output: Output, precision: Precision) -> Tolera
     return Tolerance(bounds["max_abs"], bounds["rms_rel"])
 
 
-def compare(golden: Golden, outputs: Iterable[Output], precision: Precision, skipped: Callable[[str], bool]) -> list[CaseResult]:
+def compare(
+    golden: Golden, outputs: Iterable[Output], precision: Precision, skipped: Callable[[str], bool]
+) -> list[CaseResult]:
     """Compare what a replay yields with the file, and make sure that no reference tensor was left out.
 
     Args:

@@ -42,9 +42,7 @@ def _rotary(config: dict[str, Any], frames: Tensor) -> Rotary:
     return rotary_angles(frames, config["grid_height"], config["grid_width"], config["head_dim"])
 
 
-def _replay_hybrid_case(
-    golden: Golden, name: str, case: dict[str, Any], precision: Precision
-) -> Iterator[Output]:
+def _replay_hybrid_case(golden: Golden, name: str, case: dict[str, Any], precision: Precision) -> Iterator[Output]:
     config, prefix = golden.info["config"], case["output_prefix"]
     layer = build_hybrid_attention(golden, case["lora"], precision)
     clean = golden.get("in.x_clean", precision)

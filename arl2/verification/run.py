@@ -24,7 +24,7 @@ REPLAYS: dict[str, Replay] = {
 
 
 def known_fault(name: str) -> bool:
-    """Reference tensors that record a fault of the published code: its teacher forcing leaves the noisy half unrotated."""
+    """Tensors that record a fault of the published code: its teacher forcing leaves the noisy half unrotated."""
     return name.endswith("teacher_forcing_published")
 
 

@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime-installed
+DEVELOPMENT := $(VENV)/.development-installed
+
+.PHONY: demo test install lint format types clean
+
+demo: $(RUNTIME)  ## install, and generate a video
+	$(BIN)/python scripts/demo.py
+
+test: lint types  ## install, lint, check types, test
+	$(BIN)/python -m pytest -n 2
+
+install: $(DEVELOPMENT)
+
+lint: $(DEVELOPMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEVELOPMENT)
+	$(BIN)/mypy
+
+format: $(DEVELOPMENT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found: install Python 3.11 or newer, or set PYTHON"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11: install a newer Python, or set PYTHON"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone, at its pinned version: nothing else may choose another build of it.
+$(RUNTIME): requirements.txt setup.py | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep -o '^torch==[^ ]*' requirements.txt)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

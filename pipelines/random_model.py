@@ -1,0 +1,108 @@
+"""Models with random weights, of any size and in the public layouts: for tests, speed and memory, not for pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from arl2.model import HybridSettings, HybridWanModel
+from pipelines.text_to_video import CausalVideoPipeline
+from wan.checkpoint import atomic_path
+from wan.config import wan_size
+from wan.formats import WEIGHT_FILES
+from wan.text import NATIVE_TEXT_FILE, NATIVE_TOKENIZER_FOLDER, UMT5_XXL, save_native_umt5, umt5_config
+from wan.vae import NATIVE_VAE_FILE, WAN21_VAE, WanVAE, new_vae, save_native_vae
+
+TOY_VAE: dict[str, Any] = WAN21_VAE | {"dim": 16}
+TOY_TEXT: dict[str, Any] = UMT5_XXL | {
+    "vocab_size": 256,
+    "dim": 64,
+    "dim_attn": 64,
+    "dim_ffn": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+}
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows some words, with UMT5's special tokens: padding 0, end 1, unknown 2."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    pad, end, unknown = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
+
+
+def random_pipeline(
+    size: str,
+    hybrid: HybridSettings = HybridSettings(),
+    *,
+    vae_config: Mapping[str, Any] = TOY_VAE,
+    text_config: Mapping[str, Any] = TOY_TEXT,
+    words: Sequence[str] = ("a", "red", "blue", "shape", "rolls"),
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype = torch.float32,
+    **sampling: Any,
+) -> CausalVideoPipeline:
+    """A whole pipeline with random weights.
+
+    Args:
+        size: of the transformer, see `wan.config.WAN_SIZES`; its text_dim becomes that of the text encoder.
+        hybrid: hybrid layers and adapters.
+        vae_config, text_config: sizes; toy ones by default, `WAN21_VAE` and `UMT5_XXL` for the real ones.
+        words: the tokenizer's vocabulary.
+        seed, device, dtype: of the weights.
+        sampling: further arguments of `CausalVideoPipeline`.
+    """
+    previous = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            transformer = HybridWanModel(
+                **(wan_size(size) | {"text_dim": text_config["dim"]}),
+                hybrid_layers=list(hybrid.layers),
+                lora_rank=hybrid.lora_rank,
+                lora_alpha=hybrid.lora_alpha,
+                ffn_lora=hybrid.ffn_lora.value,
+            )
+            text_encoder = UMT5EncoderModel(umt5_config(text_config))
+            vae = new_vae(vae_config)
+    finally:
+        torch.set_default_dtype(previous)
+    for part in (transformer, text_encoder, vae):
+        part.eval().requires_grad_(False)
+    return CausalVideoPipeline(transformer, vae, text_encoder, word_tokenizer(words), **sampling)
+
+
+def save_native_folder(pipeline: CausalVideoPipeline, folder: Path) -> None:
+    """Write a pipeline's parts in the layout of a Wan 2.1 release."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = pipeline.transformer.config
+    keys = (
+        "dim",
+        "eps",
+        "ffn_dim",
+        "freq_dim",
+        "in_dim",
+        "model_type",
+        "num_heads",
+        "num_layers",
+        "out_dim",
+        "text_len",
+    )
+    settings = {"_class_name": "WanModel"} | {key: config[key] for key in keys}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    with atomic_path(folder / WEIGHT_FILES[0]) as temporary:
+        save_file(pipeline.transformer.state_dict(), temporary, metadata={"format": "pt"})
+    save_native_umt5(pipeline.text_encoder, folder / NATIVE_TEXT_FILE)
+    save_native_vae(WanVAE(pipeline.vae), folder / NATIVE_VAE_FILE)
+    pipeline.tokenizer.save_pretrained(folder / NATIVE_TOKENIZER_FOLDER)
