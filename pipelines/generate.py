@@ -101,11 +101,20 @@ class Measurement:
 
     Attributes:
         arrivals: seconds from the start until each block's frames were on the CPU.
+        allocated: bytes on the GPU after each block.
     """
 
     start: float
     frames: int = 0
     arrivals: list[float] = field(default_factory=list)
+    allocated: list[int] = field(default_factory=list)
+
+    def block_arrived(self, frames: int, device: torch.device) -> None:
+        """Note that a block's frames are on the CPU."""
+        self.frames += frames
+        self.arrivals.append(time.perf_counter() - self.start)
+        if device.type == "cuda":
+            self.allocated.append(torch.cuda.memory_allocated(device))
 
     def block_seconds(self) -> list[float]:
         """Seconds from one block to the next; the first block, which waits for the text too, is left out."""
@@ -124,7 +133,9 @@ class Measurement:
             "block_seconds": {
                 "median": statistics.median(blocks) if blocks else None,
                 "p90": float(np.percentile(blocks, 90)) if blocks else None,
+                "all": blocks,
             },
+            "allocated_bytes_after_block": self.allocated,
             "fps": {"end_to_end": self.frames / total, "dit": self.frames / dit, "vae": self.frames / seconds["vae"]},
         }
 
@@ -155,8 +166,7 @@ def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJo
         )
         for block in stream:
             frames = to_uint8(block.pixels_BTCHW[0]).cpu()
-            measured.arrivals.append(time.perf_counter() - measured.start)
-            measured.frames += len(frames)
+            measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()
     total = time.perf_counter() - measured.start

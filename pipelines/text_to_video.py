@@ -247,7 +247,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: one, or one a video of the batch; `prompt_embeds` from `encode_prompt` may take its place.
             num_frames: frames of the video; None to go on for ever (give `memory` a window then).
             height, width: pixels.
-            image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; they are remembered first.
+            image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; remembered first.
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
             memory: of the softmax layers; full by default.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.

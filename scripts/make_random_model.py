@@ -1,0 +1,56 @@
+"""Write a model folder with random weights, of real or toy size: to measure speed and memory without the real ones.
+
+python scripts/make_random_model.py --size 1.3B --folder wan_models/random-1.3B          # 20 GB, as released
+python scripts/make_random_model.py --size toy --layout diffusers --folder models/random-toy
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from arl2.model import HybridSettings
+from pipelines.arguments import DTYPES
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.random_model import TOY_TEXT, TOY_VAE, random_pipeline, save_native_folder
+from wan.config import WAN_SIZES
+from wan.errors import InputError
+from wan.text import UMT5_XXL
+from wan.vae import WAN21_VAE
+
+log = logging.getLogger(__name__)
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, draw, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=WAN_SIZES, required=True, help="toy brings a toy VAE and text encoder")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layout", choices=("native", "diffusers"), default="native")
+    parser.add_argument("--hybrid_layers", type=int, nargs="*", default=[], help="only in the diffusers layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="where the weights are drawn")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    arguments = parser.parse_args()
+    if arguments.layout == "native" and (arguments.hybrid_layers or arguments.size == "toy"):
+        raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
+    toy = arguments.size == "toy"
+    pipeline = random_pipeline(
+        arguments.size,
+        HybridSettings(tuple(arguments.hybrid_layers)),
+        vae_config=TOY_VAE if toy else WAN21_VAE,
+        text_config=TOY_TEXT if toy else UMT5_XXL,
+        seed=arguments.seed,
+        device=choose_device(arguments.device),
+        dtype=DTYPES[arguments.dtype],
+    )
+    if arguments.layout == "native":
+        save_native_folder(pipeline, arguments.folder)
+    else:
+        pipeline.save_pretrained(arguments.folder)
+    log.info("random %s model written to %s", arguments.size, arguments.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
