@@ -212,7 +212,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         windowed = memory.kind is MemoryKind.window
         if windowed and memory.window_frames - memory.sink_frames < self.config.frames_per_block:
             raise InputError(
-                f"a window of {memory.window_frames} frames with a sink of {memory.sink_frames} has no room for a block of "
+                f"a window of {memory.window_frames} frames with a sink of {memory.sink_frames} cannot hold a block of "
                 f"{self.config.frames_per_block}: widen memory.window_frames"
             )
         spec = MemorySpec(
