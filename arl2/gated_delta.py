@@ -11,9 +11,12 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 """
 
 from enum import StrEnum
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,14 +46,18 @@ def gated_delta_write(
         state_BHKV: state before, float32 or float64.
         k_BLHK, v_BLHV: L2-normalised keys, and values; computed in the precision of the state.
         log_decay_BLH, beta_BLH: log decay ≤ 0 and write strength of every token and head.
-        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys), else `CHUNKED`.
+        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys; with gradients only where its
+            backward is right), else `CHUNKED`.
 
     Returns:
         new state [B, H, K, V] in the dtype of `state_BHKV`.
     """
     if backend is WriteBackend.AUTO:
+        inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         half = k_BLHK.dtype in (torch.float16, torch.bfloat16)
-        backend = WriteBackend.FLA if k_BLHK.is_cuda and half and fla_installed() else WriteBackend.CHUNKED
+        kernel = k_BLHK.is_cuda and half and fla_installed() and (not training or fla_trains(k_BLHK.device))
+        backend = WriteBackend.FLA if kernel else WriteBackend.CHUNKED
     writer = {
         WriteBackend.RECURRENT: write_recurrent,
         WriteBackend.CHUNKED: write_chunked,
@@ -62,6 +69,14 @@ def gated_delta_write(
 def fla_installed() -> bool:
     """Whether flash-linear-attention and the Triton that its kernels need are there."""
     return find_spec("fla") is not None and find_spec("triton") is not None
+
+
+@cache
+def fla_trains(device: torch.device) -> bool:
+    """Whether FLA's backward runs: it refuses on Hopper with Triton 3.4 to 3.7.0, which miscompiles it."""
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    triton = Version(version("triton"))
+    return not hopper or not Version("3.4") <= triton < Version("3.7.1") or find_spec("tilelang") is not None
 
 
 def write_recurrent(

@@ -169,7 +169,7 @@ class HybridAttention(SelfAttention):
         states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, layout)
         queries = self.state_query(x_BLD, q, rotary).unflatten(1, (layout.halves, layout.num_blocks, size))
         remembered = torch.einsum("bsnlhk,bnhkv->bsnlhv", queries, states.to(queries.dtype)) * self.head_dim**-0.5
-        out = local.view(batch, -1, *local.shape[2:]) + self.output_gate(x_BLD)[..., None] * remembered.flatten(1, 3)
+        out = local.reshape(batch, -1, *local.shape[2:]) + self.output_gate(x_BLD)[..., None] * remembered.flatten(1, 3)
         return self.o(out.flatten(2))
 
     def _states_between(

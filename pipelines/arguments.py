@@ -129,6 +129,7 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     if config.frames_per_block < 1:
         raise InputError(f"frames_per_block {config.frames_per_block} is not positive")
     num_blocks(config.num_output_frames - (1 if i2v else 0), config.frames_per_block)
+    config.memory.check(config.frames_per_block)
     FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():

@@ -36,6 +36,18 @@ class MemoryConfig:
     window_frames: int = 9
     sink_frames: int = 3
 
+    def check(self, frames_per_block: int) -> None:
+        """Make sure that a block fits.
+
+        Raises:
+            InputError: the window is too small.
+        """
+        if self.kind is MemoryKind.window and self.window_frames - self.sink_frames < frames_per_block:
+            raise InputError(
+                f"a window of {self.window_frames} frames with a sink of {self.sink_frames} cannot hold a block of "
+                f"{frames_per_block}: widen memory.window_frames"
+            )
+
 
 @dataclass
 class HybridConfig:

@@ -210,11 +210,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             memory: full or windowed.
         """
         windowed = memory.kind is MemoryKind.window
-        if windowed and memory.window_frames - memory.sink_frames < self.config.frames_per_block:
-            raise InputError(
-                f"a window of {memory.window_frames} frames with a sink of {memory.sink_frames} cannot hold a block of "
-                f"{self.config.frames_per_block}: widen memory.window_frames"
-            )
+        memory.check(self.config.frames_per_block)
         spec = MemorySpec(
             batch_size=batch_size,
             tokens_per_frame=self.transformer.tokens_per_frame(*self._latent_size(height, width)),
@@ -311,12 +307,12 @@ class CausalVideoPipeline(DiffusionPipeline):
         if output_type not in ("pt", "np", "pil", "latent"):
             raise InputError(f"unknown output_type {output_type!r}: give pt, np, pil or latent")
         pixels, latents = [], []
-        with self.progress_bar() as bar:
+        with self.progress_bar(total=num_frames) as bar:
             for block in self.stream(prompt, num_frames, height, width, generator=generator, **options):
                 # Frames wait on the CPU, so that the GPU's memory does not grow with the video.
                 pixels.append(block.pixels_BTCHW.float().cpu())
                 latents.append(block.latents_BFCHW)
-                bar.update()
+                bar.update(block.pixels_BTCHW.shape[1])
         if output_type == "latent":
             return VideoOutput(torch.cat(latents, dim=1))
         processor = VideoProcessor(vae_scale_factor=self.wan_vae.spatial_compression)

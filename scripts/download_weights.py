@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from pipelines.cli import exit_on_input_error
 from wan.errors import InputError
@@ -85,13 +85,12 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
         snapshot_download(source.repository, local_dir=target, allow_patterns=list(source.patterns), endpoint=endpoint)
     except RepositoryNotFoundError as error:
         raise InputError(f"the hub has no {source.repository}: it may have moved or ask for a login") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the hub's HTTP client, and so its errors, changes with the release
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot fetch {source.repository}: {str(error).splitlines()[0]}; try again, it resumes"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"cannot fetch {source.repository} to {target} ({error}): check the network and the disk, then try again"
+            f"cannot fetch {source.repository} ({reason}): check network and disk and try again: it resumes"
         ) from error
     return target
 

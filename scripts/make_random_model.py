@@ -28,18 +28,20 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layout", choices=("native", "diffusers"), default="native")
     parser.add_argument("--hybrid_layers", type=int, nargs="*", default=[], help="only in the diffusers layout")
+    parser.add_argument("--text_encoder", choices=("real", "toy"), default="real", help="real is UMT5-XXL, 11 GB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="where the weights are drawn")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     arguments = parser.parse_args()
-    if arguments.layout == "native" and (arguments.hybrid_layers or arguments.size == "toy"):
-        raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
     toy = arguments.size == "toy"
+    released = not (arguments.hybrid_layers or toy or arguments.text_encoder == "toy")
+    if arguments.layout == "native" and not released:
+        raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
     pipeline = random_pipeline(
         arguments.size,
         HybridSettings(tuple(arguments.hybrid_layers)),
         vae_config=TOY_VAE if toy else WAN21_VAE,
-        text_config=TOY_TEXT if toy else UMT5_XXL,
+        text_config=TOY_TEXT if toy or arguments.text_encoder == "toy" else UMT5_XXL,
         seed=arguments.seed,
         device=choose_device(arguments.device),
         dtype=DTYPES[arguments.dtype],

@@ -82,22 +82,31 @@ def test_the_given_state_is_not_changed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not fla_installed(), reason="needs flash-linear-attention")
-@pytest.mark.parametrize("tokens", [64, 100, 1560, 4680])
-def test_fla_equals_the_reference_values_and_gradients(tokens: int) -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("tokens", [100, 4680])
+def test_fla_equals_the_reference(tokens: int) -> None:
     state, *rest = inputs(tokens, torch.float32, "cuda", heads=12, dim=128)
     half = [x.bfloat16() for x in rest[:2]] + rest[2:]
-    results = {}
-    for writer in (write_chunked, write_fla):
+    plain, fast = write_chunked(state, *half), write_fla(state, *half)
+    error = ((fast - plain).norm() / plain.norm()).item()
+    # bfloat16 rounds to 2⁻⁹; the kernel rounds intermediate products too.
+    assert error < 0.02, error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not fla_installed(), reason="needs flash-linear-attention")
+@pytest.mark.parametrize("tokens", [100, 4680])
+def test_the_default_writer_has_the_gradients_of_the_reference(tokens: int) -> None:
+    state, *rest = inputs(tokens, torch.float32, "cuda", heads=12, dim=128)
+    half = [x.bfloat16() for x in rest[:2]] + rest[2:]
+    results = []
+    for writer in (write_chunked, gated_delta_write):
         arguments = [state.clone().requires_grad_(), *(x.clone().requires_grad_() for x in half)]
-        out = writer(*arguments)
         torch.manual_seed(1)
+        out = writer(*arguments)
         (out * torch.randn_like(out)).sum().backward()
-        results[writer] = [out.detach(), *(x.grad for x in arguments)]
-    names = ("state", "d state", "d k", "d v", "d log decay", "d beta")
-    for name, plain, fast in zip(names, results[write_chunked], results[write_fla], strict=True):
-        error = ((fast.float() - plain.float()).norm() / plain.float().norm()).item()
-        # bfloat16 rounds to 2⁻⁹; the kernel rounds intermediate products too.
+        results.append([x.grad.float() for x in arguments])
+    for name, plain, fast in zip(("state", "k", "v", "log decay", "beta"), *results, strict=True):
+        error = ((fast - plain).norm() / plain.norm()).item()
         assert error < 0.02, (name, error)
 
 

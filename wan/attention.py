@@ -39,6 +39,7 @@ _PACKAGES = {
     AttentionBackend.FLASH_ATTENTION_2: "flash_attn",
     AttentionBackend.FLASH_ATTENTION_3: "flash_attn_interface",
 }
+_WITHOUT_MASK = (AttentionBackend.FLASH, *_PACKAGES)
 
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> list[AttentionBackend]:
@@ -83,14 +84,14 @@ def attention(
         q_BLHD: queries, [batch, L tokens, heads, head dim].
         k_BMHD, v_BMHD: keys and values of M tokens.
         mask_LM: True where a query may see a key; all may see all without it.
-        backend: who computes it; FlashAttention 2 and 3 take no mask.
+        backend: who computes it; where there is a mask, FlashAttention, which takes none, leaves it to `AUTO`.
 
     Returns:
         [batch, L, heads, head dim] in the dtype of the queries.
     """
+    if mask_LM is not None and backend in _WITHOUT_MASK:
+        backend = AttentionBackend.AUTO
     if backend in _PACKAGES:
-        if mask_LM is not None:
-            raise ValueError(f"{backend} takes no mask")
         return _flash_attention(_PACKAGES[backend])(q_BLHD, k_BMHD, v_BMHD)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BMHD, v_BMHD))
     if backend is AttentionBackend.AUTO:

@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -44,11 +45,14 @@ def read_weights(path: str | Path) -> dict[str, object]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         if path.suffix in PICKLE_SUFFIXES:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Only the current (zip) format can be mapped instead of read; released files of the older one exist.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
             if not isinstance(loaded, dict):
                 raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
             return loaded
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"cannot read {path} as a weight file ({reason}): it is damaged, incomplete or holds more than tensors; "

@@ -57,7 +57,8 @@ class ParallelLayout:
         earlier = (block[:, None] > block) & (half == 0)
         if self.window_frames is not None:
             block_end = (block + 1) * self.frames_per_block
-            earlier &= (frame >= block_end[:, None] - self.window_frames) | (frame < self.sink_frames)
+            oldest = block_end - self.window_frames + self.sink_frames
+            earlier &= (frame >= oldest[:, None]) | (frame < self.sink_frames)
         visible = own | earlier
         return visible.repeat_interleave(self.tokens_per_frame, 0).repeat_interleave(self.tokens_per_frame, 1)
 
