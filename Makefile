@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# Tried, not just found: a version manager may leave a python3.11 on the path that does not start.
+PYTHON ?= $(shell for p in python3.11 python3; do $$p $(IS_NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
@@ -27,10 +29,9 @@ format: $(DEVELOPMENT)
 	$(BIN)/ruff format .
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: no python3 found: install Python 3.11 or newer, or set PYTHON"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11: install a newer Python, or set PYTHON"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" $(IS_NEW_ENOUGH) 2>/dev/null || { echo >&2 "error: Python 3.11 or newer is needed, tried \
+	$(or $(PYTHON),python3.11 and python3): install it, or set PYTHON"; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
 
 # torch goes first and alone, at its pinned version: nothing else may choose another build of it.
 $(RUNTIME): requirements.txt setup.py | $(BIN)/python
@@ -44,4 +45,4 @@ $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	touch $@
 
 clean:
-	rm -rf $(VENV) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

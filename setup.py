@@ -27,6 +27,8 @@ setup(
         "einops>=0.8",
         "omegaconf>=2.4,<3",
         "numpy>=2",
+        "pillow>=11",
+        "huggingface_hub>=1.32,<3",
         "av>=18",
         "sentencepiece>=0.2",
         "ftfy>=6.3",

@@ -169,10 +169,11 @@ def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJo
             measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()
-    total = time.perf_counter() - measured.start
-    metrics = measured.report(timer.seconds(), total) | provenance(run, job)
-    with atomic_path(run.metrics_folder / f"{job.name}.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
+        # The video gets its name when the context ends: a finished video has its measurements.
+        total = time.perf_counter() - measured.start
+        metrics = measured.report(timer.seconds(), total) | provenance(run, job)
+        with atomic_path(run.metrics_folder / f"{job.name}.json") as temporary:
+            temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
 
 
 def provenance(run: InferenceRun, job: PromptJob) -> dict[str, Any]:

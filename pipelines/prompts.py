@@ -11,7 +11,7 @@ from pathlib import Path
 from wan.errors import InputError
 
 SLUG_LENGTH = 60
-HASH_LENGTH = 10
+HASH_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,19 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: the file is missing, not text, or without prompts.
     """
-    if not path.is_file():
-        raise InputError(f"no prompt file {path}: give a text file with one prompt a line")
     try:
+        # Path.is_file itself raises for names that are too long and folders that may not be entered.
+        if not path.is_file():
+            raise InputError(f"no prompt file {path}: give a text file with one prompt a line")
         text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): give a text file with one prompt a line") from error
+    except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path} as UTF-8 text: give a text file with one prompt a line") from error
-    # Only line feeds end a line: str.splitlines would also split at characters that prompts may hold.
-    prompts = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
+    if "\0" in text:
+        raise InputError(f"{path} is a binary file: give a text file with one prompt a line")
+    # read_text made every line end a line feed; str.splitlines would also split at characters that prompts may hold.
+    prompts = [line.strip() for line in text.split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise InputError(f"{path} holds no prompts: write one a line")

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import torch
 from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,33 +32,50 @@ class VideoWriter:
 
     Args:
         path: the target.
-        height, width: of the frames; even, as yuv420p demands.
+        height, width: of the frames; even, as yuv420p demands, and at least 2.
         fps: frames a second.
         crf: x264's quality, lower is better.
         preset: x264's speed.
+        keep_partial: whether the hidden file, which plays, stays when the context ends badly.
 
     Raises:
-        InputError: an odd size, or a file that cannot be written.
+        InputError: an odd or empty size, a file that cannot be written, or a context that ends without a frame.
     """
 
     def __init__(
-        self, path: Path, height: int, width: int, fps: int = 16, crf: int = 18, preset: str = "veryfast"
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        fps: int = 16,
+        crf: int = 18,
+        preset: str = "veryfast",
+        keep_partial: bool = False,
     ) -> None:
-        if height % 2 or width % 2:
-            raise InputError(f"a video of {height}×{width} pixels cannot be encoded: both must be even")
+        if height % 2 or width % 2 or min(height, width) < 2:
+            raise InputError(f"a video of {height}×{width} pixels cannot be encoded: both must be even, and at least 2")
         self._path = Path(path)
         self._partial = self._path.with_name(f".{self._path.name}.part")
+        self._keep_partial = keep_partial
         self._shape = (height, width, 3)
+        self._num_frames = 0
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._container = av.open(str(self._partial), "w", format="mp4", options=FRAGMENTED)
+            # A file of our own: what PyAV opens by name loses errors of the last write, and a full disk goes unseen.
+            self._file = self._partial.open("wb")
+            self._container = av.open(self._file, "w", format="mp4", options=FRAGMENTED)
         except (OSError, FFmpegError) as error:
             raise self._cannot_write(error) from error
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps))
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"
-        # A key frame a second, so that a fragment is finished, and safe, every second.
-        self._stream.options = {"crf": str(crf), "preset": preset, "g": str(fps)}
+        # A key frame a second, so that a fragment is finished, and safe, every second. No B-frames: a fragmented file
+        # cannot say that their reordering delays the first frame, and would start 2 frames late.
+        self._stream.options = {"crf": str(crf), "preset": preset, "g": str(fps), "bf": "0"}
+        # Players guess the colours of a video that does not name them, by its height: BT.709 is used, and named.
+        codec = self._stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
+        codec.color_range = ColorRange.MPEG
 
     def write(self, frames_THWC: Tensor | NDArray[np.uint8]) -> None:
         """Append frames of bytes, [T, H, W, 3].
@@ -65,12 +83,17 @@ class VideoWriter:
         Raises:
             InputError: frames of another size or type, or a full disk.
         """
-        frames = frames_THWC.numpy() if isinstance(frames_THWC, Tensor) else frames_THWC
+        frames = frames_THWC.cpu().numpy() if isinstance(frames_THWC, Tensor) else frames_THWC
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise InputError(f"frames are {frames.dtype} {frames.shape[1:]}, the video takes uint8 {self._shape}")
         try:
             for frame in frames:
-                self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                self._container.mux(self._stream.encode(picture))
+                self._num_frames += 1
+            self._file.flush()
         except (OSError, FFmpegError) as error:
             raise self._cannot_write(error) from error
 
@@ -81,16 +104,20 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
+            with self._file:
+                if error is None or self._keep_partial:
+                    self._container.mux(self._stream.encode())
+                self._container.close()
+            if error is None and not self._num_frames:
+                raise InputError(f"no frames were written to {self._path}: a video needs at least one")
             if error is None:
                 self._partial.replace(self._path)
         except (OSError, FFmpegError) as failure:
             if error is None:
                 raise self._cannot_write(failure) from failure
         finally:
-            self._partial.unlink(missing_ok=True)
+            if not self._keep_partial:
+                self._partial.unlink(missing_ok=True)
 
     def _cannot_write(self, error: OSError | FFmpegError) -> InputError:
         return InputError(f"cannot write {self._path} ({error.strerror or error}): free space or choose another folder")
@@ -100,13 +127,17 @@ def read_video(path: Path) -> NDArray[np.uint8]:
     """All frames of a video, [T, H, W, 3].
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing, without frames, or damaged so that the decoder notices.
     """
+    frames = []
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, FFmpegError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video: {error}") from error
+            for stream in container.streams.video[:1]:
+                # Without this the decoder makes up pixels where it notices damage, and reports success.
+                stream.codec_context.options = {"err_detect": "explode"}
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (OSError, FFmpegError) as error:
+        raise InputError(f"cannot read {path} as a video ({error.strerror or error}): make it again") from error
     if not frames:
-        raise InputError(f"{path} holds no frames")
+        raise InputError(f"{path} holds no frames: give a video that does")
     return np.stack(frames)

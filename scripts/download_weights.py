@@ -1,19 +1,23 @@
 """Fetch the public weights: Wan 2.1 (text encoder, VAE, sizes) and the Causal Forcing generators.
 
-    python scripts/download_weights.py                      # Wan 2.1 T2V 1.3B and Causal Forcing, 20 GB
+    python scripts/download_weights.py                      # Wan 2.1 T2V 1.3B and Causal Forcing, 30 GB
     python scripts/download_weights.py --what wan-diffusers # Wan 2.1 in diffusers' layout instead
 
-An interrupted download resumes. Files that are there already are not fetched again.
+A connection that drops is taken up where it broke. A run that was stopped can be started again: whole files are kept,
+the one it was at begins anew.
 """
 
 import argparse
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
 
 from pipelines.cli import exit_on_input_error
 from wan.errors import InputError
@@ -40,32 +44,46 @@ SOURCES = {
     "wan": Source(
         "Wan-AI/Wan2.1-T2V-1.3B",
         "wan_models/Wan2.1-T2V-1.3B",
-        ("config.json", "diffusion_pytorch_model*", "models_t5_*.pth", "Wan2.1_VAE.pth", "google/*", "LICENSE*"),
+        ("config.json", "diffusion_pytorch_model*", "models_t5_*.pth", "Wan2.1_VAE.pth", "google/*"),
     ),
     "causal-forcing": Source(
         "zhuhz22/Causal-Forcing",
         "checkpoints",
-        ("chunkwise/causal_forcing.pt", "framewise/causal_forcing.pt", "LICENSE*"),
+        ("chunkwise/causal_forcing.pt", "framewise/causal_forcing.pt"),
     ),
     "wan-diffusers": Source(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "wan_models/Wan2.1-T2V-1.3B-Diffusers",
-        ("model_index.json", "transformer/*", "text_encoder/*", "tokenizer/*", "vae/*", "LICENSE*"),
+        ("model_index.json", "transformer/*", "text_encoder/*", "tokenizer/*", "vae/*"),
     ),
 }
+LICENCE = "LICENSE*"  # not every source has one
 DEFAULT = ("wan", "causal-forcing")
 
 
-def bytes_to_fetch(source: Source, target: Path, endpoint: str | None) -> int:
-    """Bytes of the files of a source that are not on the disk yet."""
+def needed_files(source: Source, endpoint: str | None) -> dict[str, int]:
+    """Names and bytes of the files that a source has for us.
+
+    Raises:
+        InputError: it has none of them.
+    """
     info = HfApi(endpoint=endpoint).model_info(source.repository, files_metadata=True)
-    missing = [
-        file
-        for file in info.siblings or []
-        if any(Path(file.rfilename).match(pattern) for pattern in source.patterns)
-        and not (target / file.rfilename).is_file()
-    ]
-    return sum(file.size or 0 for file in missing)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    gone = [pattern for pattern in source.patterns if not any(filter_repo_objects(sizes, allow_patterns=pattern))]
+    if len(gone) == len(source.patterns):
+        raise InputError(f"{source.repository} has no {' nor '.join(gone)}: look there for what replaced them")
+    if gone:
+        log.warning("%s has no %s: look there for what replaced it", source.repository, " nor ".join(gone))
+    return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=[*source.patterns, LICENCE])}
+
+
+def missing_files(files: Mapping[str, int], target: Path) -> dict[str, int]:
+    """Those of `files` that are not whole in the folder `target`."""
+    return {
+        name: size
+        for name, size in files.items()
+        if not (target / name).is_file() or (target / name).stat().st_size != size
+    }
 
 
 def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
@@ -76,13 +94,14 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
     """
     target = folder / source.folder
     try:
+        files = needed_files(source, endpoint)
         target.mkdir(parents=True, exist_ok=True)
-        needed, free = bytes_to_fetch(source, target, endpoint), shutil.disk_usage(target).free
+        needed, free = sum(missing_files(files, target).values()), shutil.disk_usage(target).free
         if needed > free:
             raise InputError(
                 f"{source.repository} needs {needed / 1e9:.1f} GB, {target} has {free / 1e9:.1f} GB: free some space"
             )
-        snapshot_download(source.repository, local_dir=target, allow_patterns=list(source.patterns), endpoint=endpoint)
+        snapshot_download(source.repository, local_dir=target, allow_patterns=list(files), endpoint=endpoint)
     except RepositoryNotFoundError as error:
         raise InputError(f"the hub has no {source.repository}: it may have moved or ask for a login") from error
     except InputError:
@@ -90,8 +109,11 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
     except Exception as error:  # the hub's HTTP client, and so its errors, changes with the release
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"cannot fetch {source.repository} ({reason}): check network and disk and try again: it resumes"
+            f"cannot fetch {source.repository} ({reason}): check network and disk and try again: whole files are kept"
         ) from error
+    # Without a network, snapshot_download is content with a folder that has something in it.
+    if missing := missing_files(files, target):
+        raise InputError(f"{target} lacks {', '.join(missing)}: check the network and try again: whole files are kept")
     return target
 
 
@@ -99,13 +121,14 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
 def main() -> int:
     """Parse, fetch, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="*", default=DEFAULT)
+    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="+", default=DEFAULT)
     parser.add_argument("--folder", type=Path, default=Path(), help="below which wan_models/ and checkpoints/ go")
-    parser.add_argument("--endpoint", help="another hub than huggingface.co, a mirror for instance")
+    parser.add_argument("--endpoint", help="another hub, a mirror for instance (default: $HF_ENDPOINT)")
     arguments = parser.parse_args()
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     for name in SOURCES if "all" in arguments.what else arguments.what:
         target = fetch(SOURCES[name], arguments.folder, arguments.endpoint)
-        log.info("%s is in %s", SOURCES[name].repository, target)
+        Console(soft_wrap=True, highlight=False).print(f"{SOURCES[name].repository} is in {target}", markup=False)
     return 0
 
 

@@ -8,10 +8,12 @@ The folder holds pairs of .json and .safetensors, and manifests (.json alone). E
 
 import argparse
 import json
+import math
 import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,15 +27,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def line(result: CaseResult) -> str:
-    """One case: largest relative error, the share of the tolerance used, the verdict."""
+    """One case: the verdict, the largest errors, the tolerance of the tensor that comes nearest to it."""
     if result.failure is not None:
         return f"FAIL  {result.file} {result.case}: {result.failure}"
     verdict = "ok  " if result.passed else "FAIL"
+    text = f"{verdict}  {result.file} {result.case}: {result.compared} compared"
+    if result.tolerance is None:
+        return text
     return (
-        f"{verdict}  {result.file} {result.case}: {result.compared} compared, rms {result.rms_rel:.1e}, "
-        f"max abs {result.max_abs:.1e}, {100 * result.used:.1f} % of the tolerance"
-        + (f" ({result.worst})" if result.worst else "")
+        f"{text}, largest relative error {result.rms_rel:.1e} (tolerance {result.tolerance.rms_rel:.1e}), "
+        f"absolute {result.max_abs:.1e} (tolerance {result.tolerance.max_abs:.1e}); "
+        f"{100 * result.used:.1f} % used by {result.worst}"
     )
+
+
+def row(result: CaseResult) -> dict[str, Any]:
+    """A result as JSON takes it, which knows no infinity."""
+    fields = asdict(result) | {"passed": result.passed}
+    for holder in (fields, fields["tolerance"] or {}):
+        holder.update({key: None for key, value in holder.items() if value == math.inf})
+    return fields
 
 
 @exit_on_input_error
@@ -61,7 +74,7 @@ def main() -> int:
         f"backend {precision.backend}, torch {torch.__version__}"
     )
     if arguments.json:
-        rows = [asdict(result) | {"passed": result.passed} for result in results]
+        rows = [row(result) for result in results]
         arguments.json.write_text(
             json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1) + os.linesep
         )

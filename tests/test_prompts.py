@@ -64,9 +64,14 @@ def test_bad_prompt_files_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     with pytest.raises(InputError, match="no prompt file"):
         read_prompts(path)
+    with pytest.raises(InputError, match="cannot read"):
+        read_prompts(tmp_path / ("long" * 100))
     path.write_text(" \n\n")
     with pytest.raises(InputError, match="no prompts"):
         read_prompts(path)
     path.write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(InputError, match="UTF-8"):
+        read_prompts(path)
+    path.write_bytes(b"\x00\x01 bytes that happen to be UTF-8\n")
+    with pytest.raises(InputError, match="binary"):
         read_prompts(path)

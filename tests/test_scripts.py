@@ -1,14 +1,8 @@
-"""Scripts that move weights: converting between formats, drawing random models, and downloading from a (fake) hub."""
+"""Scripts that move weights: converting between formats, and drawing random models."""
 
-import hashlib
-import json
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,9 +15,7 @@ from wan.formats import read_transformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 convert_checkpoint = import_module("convert_checkpoint")
-download_weights = import_module("download_weights")
 make_random_model = import_module("make_random_model")
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, script: object, *arguments: object) -> int:
@@ -69,89 +61,3 @@ def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert call(monkeypatch, make_random_model, *flags, "--hybrid_layers", 1, 2) == 0
     assert CausalVideoPipeline.from_pretrained(tmp_path / "m").transformer.hybrid.layers == (1, 2)
     assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """The parts of a model hub that a download needs, for one repository of small files."""
-
-    repository = download_weights.SOURCES["causal-forcing"].repository
-    files = {"chunkwise/causal_forcing.pt": b"weights " * 50, "README.md": b"not needed", "LICENSE": b"free"}  # noqa: RUF012
-    fetched: list[str] = []  # noqa: RUF012
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path = unquote(self.path.split("?")[0])
-        if path.startswith(f"/api/models/{self.repository}/tree/"):
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in self.files.items()
-            ]
-            self._send(json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
-            return
-        if path.startswith(f"/api/models/{self.repository}"):
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-            page = {"id": self.repository, "sha": COMMIT, "siblings": siblings, "private": False}
-            self._send(json.dumps(page).encode(), {"Content-Type": "application/json"}, body)
-            return
-        name = path.removeprefix(f"/{self.repository}/resolve/{COMMIT}/")
-        if name not in self.files:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = self.files[name]
-        if body:
-            self.fetched.append(name)
-        self._send(data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, body)
-
-    def _send(self, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(200)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    FakeHub.fetched.clear()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_downloads_fetch_what_is_needed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: str) -> None:
-    flags = ("--what", "causal-forcing", "--folder", tmp_path, "--endpoint", hub)
-    assert call(monkeypatch, download_weights, *flags) == 0
-    target = tmp_path / "checkpoints" / "chunkwise" / "causal_forcing.pt"
-    assert target.read_bytes() == FakeHub.files["chunkwise/causal_forcing.pt"]
-    assert sorted(FakeHub.fetched) == ["LICENSE", "chunkwise/causal_forcing.pt"]
-    assert not (tmp_path / "checkpoints" / "README.md").exists()
-    assert call(monkeypatch, download_weights, *flags) == 0
-    assert len(FakeHub.fetched) == 2
-
-
-def test_downloads_that_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ("--folder", tmp_path, "--endpoint")
-    assert call(monkeypatch, download_weights, "--what", "wan", *flags, hub) == 2
-    assert "the hub has no Wan-AI" in capsys.readouterr().err
-    assert call(monkeypatch, download_weights, "--what", "causal-forcing", *flags, "http://127.0.0.1:9") == 2
-    assert "cannot fetch" in capsys.readouterr().err
-    usage = download_weights.shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(download_weights.shutil, "disk_usage", lambda path: usage)
-    assert call(monkeypatch, download_weights, "--what", "causal-forcing", *flags, hub) == 2
-    assert "free some space" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -35,14 +36,24 @@ def test_frames_come_back_and_the_file_grows_while_written(tmp_path: Path) -> No
 
 
 def test_the_container_says_what_browsers_need(tmp_path: Path) -> None:
-    import av
-
     with VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
         writer.write(gradient_frames(5))
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert stream.average_rate == 16
+        assert next(container.decode(video=0)).pts == 0
+        # ITU-T H.273: 1 is BT.709, which a player must be told, or it guesses by the height.
+        assert stream.codec_context.colorspace == stream.codec_context.color_primaries == 1
+
+
+def test_saturated_colours_survive(tmp_path: Path) -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 80, 40]], np.uint8)
+    frames = np.tile(np.repeat(colours, 16, axis=0), (2, 32, 1, 1))
+    with VideoWriter(tmp_path / "a.mp4", 32, 64) as writer:
+        writer.write(frames)
+    middle = read_video(tmp_path / "a.mp4")[0, 16, 8::16].astype(int)
+    assert np.abs(middle - colours).max() <= 4
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
@@ -50,11 +61,61 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         writer.write(gradient_frames(5))
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 32, 48, keep_partial=True) as writer:
+        writer.write(gradient_frames(5))
+        raise RuntimeError
+    assert [len(read_video(path)) for path in tmp_path.iterdir()] == [5]
+    assert not (tmp_path / "a.mp4").exists()
 
 
-def test_bad_frames_sizes_and_folders_are_an_error(tmp_path: Path) -> None:
+def test_a_crashed_runs_file_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".a.mp4.part").write_bytes(b"stale" * 100_000)
+    with VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
+        writer.write(gradient_frames(5))
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.mp4"]
+    assert len(read_video(tmp_path / "a.mp4")) == 5
+    assert b"stale" not in (tmp_path / "a.mp4").read_bytes()
+
+
+def test_a_video_without_frames_does_not_get_the_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no frames"), VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
+        writer.write(gradient_frames(0))
+    assert not list(tmp_path.iterdir())
+
+
+def conceals_damage(path: Path) -> bool:
+    """Whether a plain decoder reports success and marks a frame as made up."""
+    try:
+        with av.open(str(path)) as container:
+            corrupt = [frame.is_corrupt for frame in container.decode(video=0)]
+    except av.error.InvalidDataError:
+        return False
+    return any(corrupt)
+
+
+def test_damage_that_a_decoder_conceals_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 32, 48) as writer:
+        writer.write(gradient_frames(40))
+    data = path.read_bytes()
+    for position in range(data.index(b"mdat") + 4, len(data), 11):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        if conceals_damage(path):
+            break
+    else:
+        pytest.fail("no byte whose damage a decoder conceals")
+    with pytest.raises(InputError, match="cannot read"):
+        read_video(path)
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 48), (32, 47), (0, 48), (-2, 48)])
+def test_sizes_that_cannot_be_encoded_are_an_error(tmp_path: Path, height: int, width: int) -> None:
     with pytest.raises(InputError, match="even"):
-        VideoWriter(tmp_path / "a.mp4", 31, 48)
+        VideoWriter(tmp_path / "a.mp4", height, width)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_frames_and_folders_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the video takes"), VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
         writer.write(gradient_frames(2, 16))
     (tmp_path / "file").write_text("")
@@ -66,25 +127,37 @@ def test_bad_frames_sizes_and_folders_are_an_error(tmp_path: Path) -> None:
         read_video(tmp_path / "file")
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    # A limit on the size of files stands in for a full disk: writes beyond it fail.
+def test_a_full_disk_is_an_error_and_leaves_nothing_wherever_it_strikes(tmp_path: Path) -> None:
+    # A limit on the size of files stands in for a full disk: writes beyond it fail. The last bytes are written when
+    # the file is closed; a failure there must not pass for a finished video.
     program = f"""
 import resource, signal, numpy as np
 from pathlib import Path
 from pipelines.video import VideoWriter
 from wan.errors import InputError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-noise = np.random.default_rng(0).integers(0, 256, (200, 64, 96, 3), dtype=np.uint8)
-try:
-    with VideoWriter(Path({str(tmp_path / "a.mp4")!r}), 64, 96) as writer:
+noise = np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+path = Path({str(tmp_path / "a.mp4")!r})
+def write():
+    with VideoWriter(path, 32, 48) as writer:
         writer.write(noise)
-except InputError as error:
-    raise SystemExit(str(error))
+write()
+size = path.stat().st_size
+path.unlink()
+for limit in (0, 100, size // 2, size - size // 8, size - 100, size - 1):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        write()
+    except InputError as error:
+        assert str(error).startswith("cannot write"), error
+    else:
+        raise SystemExit(f"{{size}} bytes passed a limit of {{limit}}")
+    assert not list(path.parent.iterdir()), limit
+print("done")
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert result.stderr.startswith("cannot write"), result.stderr
+    assert result.stdout == "done\n", result.stderr
     assert not list(tmp_path.iterdir())
 
 

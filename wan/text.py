@@ -13,10 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 
 from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights
 from wan.errors import CheckpointError, InputError
-from wan.formats import family
+from wan.formats import family, read_config
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
+_TRANSFORMERS_FILES = ("model.safetensors", "model.safetensors.index.json")
 UMT5_XXL: dict[str, Any] = {
     "vocab_size": 256384,
     "dim": 4096,
@@ -149,7 +150,11 @@ def umt5_from_native(
     names = {name: native_text_name(name) for name in model.state_dict()}
     unknown = {name: value for name, value in state.items() if name not in names.values()}
     known = {name: state[native] for name, native in names.items() if native in state}
-    load_strict(model, known | unknown, source)
+    return _filled(model, known | unknown, source)
+
+
+def _filled(model: UMT5EncoderModel, state: StateDict, source: str | Path) -> UMT5EncoderModel:
+    load_strict(model, state, source)
     model.tie_weights()
     return model.eval()
 
@@ -190,22 +195,34 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer in {folder}: download it with scripts/download_weights.py")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        # With trust_remote_code unset, transformers asks on the terminal whether to run a folder's own code.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder} ({type(error).__name__}): it is damaged, incomplete or not a UMT5 "
+            "tokenizer; download it again"
+        ) from error
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"the tokenizer in {folder} has no padding token: it is not a UMT5 tokenizer")
+    return tokenizer
 
 
 def _load_transformers(folder: Path) -> UMT5EncoderModel:
-    try:
-        model, info = UMT5EncoderModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"cannot read the text encoder in {folder}: {str(error).splitlines()[0]}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # The embedding is one tensor under two names; a file need hold only one of them.
-        names = set(map(str, info[problem])) - set(_EMBEDDING_COPIES)
-        if names:
-            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}, first {min(names)}: not a UMT5 encoder")
-    return model.eval()
+    kind = read_config(folder / "config.json").get("model_type")
+    if kind != "umt5":
+        raise CheckpointError(f"{folder} holds a {kind}, not a UMT5 encoder: check the model folder")
+    files = [folder / name for name in _TRANSFORMERS_FILES if (folder / name).is_file()]
+    if not files:
+        raise CheckpointError(f"no weights in {folder}: expected {_TRANSFORMERS_FILES[0]} or its shards with an index")
+    state = as_state_dict(read_weights(files[0]), files[0])
+    # The embedding is one tensor under two names; a file need hold only one of them.
+    for name in _EMBEDDING_COPIES:
+        if name in state:
+            state |= dict.fromkeys(_EMBEDDING_COPIES, state[name])
+            break
+    with torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True))
+    return _filled(model, state, files[0])
 
 
 def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:

@@ -74,6 +74,11 @@ class WanVAE:
         return self.model.post_quant_conv.weight.dtype
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.model.config.z_dim)
+
+    @property
     def temporal_compression(self) -> int:
         """Frames per latent frame, after the first."""
         return 2 ** sum(self.model.config.temperal_downsample)
@@ -116,9 +121,16 @@ class WanVAE:
         return self.encode_stream().encode(pixels_BTCHW)
 
 
-def _empty_cache(module: nn.Module) -> list[Tensor | None]:
-    """One place for each causal convolution of an encoder or decoder."""
+def _empty_cache(module: nn.Module) -> list[Tensor | str | None]:
+    """One place for each causal convolution of an encoder or decoder: its last frames, or a mark of diffusers'."""
     return [None] * sum(isinstance(part, WanCausalConv3d) for part in module.modules())
+
+
+def _check_shape(x_BFCHW: Tensor, what: str, channels: int) -> None:
+    if x_BFCHW.ndim != 5 or x_BFCHW.shape[2] != channels:
+        raise InputError(
+            f"{what} of shape {tuple(x_BFCHW.shape)} do not fit: expected [batch, frames, {channels}, height, width]"
+        )
 
 
 class DecodeStream:
@@ -127,6 +139,7 @@ class DecodeStream:
     def __init__(self, vae: WanVAE) -> None:
         self._model = vae.model
         self._mean, self._std = vae.statistics()
+        self._channels = vae.latent_channels
         self._cache = _empty_cache(vae.model.decoder)
         self._started = False
 
@@ -140,7 +153,13 @@ class DecodeStream:
 
         Returns:
             [B, T, 3, H, W].
+
+        Raises:
+            InputError: another shape, or no latent at all.
         """
+        _check_shape(latents_BFCHW, "latents", self._channels)
+        if not latents_BFCHW.shape[1]:
+            raise InputError(f"no latents to decode: expected [batch, frames, {self._channels}, height, width]")
         latents = self._model.post_quant_conv(latents_BFCHW.transpose(1, 2) * self._std + self._mean)
         frames = []
         for latent in latents.split(1, dim=2):
@@ -166,12 +185,13 @@ class EncodeStream:
         """Normalised latents (the posterior's mean) of the next frames, [B, F, C, h, w].
 
         Raises:
-            InputError: a number of frames that latents cannot hold, or a size that does not divide.
+            InputError: another shape, a number of frames that latents cannot hold, or a size that does not divide.
         """
+        _check_shape(pixels_BTCHW, "pixels", 3)
         frames, (height, width) = pixels_BTCHW.shape[1], pixels_BTCHW.shape[-2:]
         first = 0 if self._started else 1
-        if frames < first or (frames - first) % self._stride:
-            wanted = f"1 plus a multiple of {self._stride}" if first else f"a multiple of {self._stride}"
+        if not frames or (frames - first) % self._stride:
+            wanted = f"1 plus a multiple of {self._stride}" if first else f"a multiple of {self._stride} above 0"
             raise InputError(f"{frames} frames cannot be encoded here: give {wanted}")
         if height % self._spatial or width % self._spatial:
             raise InputError(f"{height}×{width} pixels cannot be encoded: both must be multiples of {self._spatial}")
@@ -244,6 +264,8 @@ def vae_from_native(state: StateDict, config: Mapping[str, Any], source: str | P
     with torch.device("meta"):
         model = new_vae(config)
     names = _native_names(model)
+    if state.keys() & set(names.values()):
+        raise CheckpointError(f"{source} holds a VAE under diffusers' names: give its folder, which has a config.json")
     if not names.keys() & state.keys():
         raise CheckpointError(f"{source} holds {family(state)}, not a Wan VAE: check the model folder")
     load_strict(model, {names.get(name, name): value for name, value in state.items()}, source)
@@ -282,8 +304,11 @@ def load_vae(
 
 
 def _load_diffusers(folder: Path) -> AutoencoderKLWan:
+    config = read_config(folder / "config.json")
+    if config.get("is_residual") or config.get("patch_size") is not None:
+        raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(read_config(folder / "config.json"))
+        model = AutoencoderKLWan.from_config(config)
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not files:
         raise CheckpointError(f"no weights in {folder}: expected {WEIGHT_FILES[0]}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arl2.checkpoint import found_settings
 from arl2.hybrid_attention import StateView
 from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
@@ -30,12 +31,23 @@ MODEL_KEYS = (
     "eps",
     "model_type",
 )
-HYBRID_KEYS = ("hybrid_layers", "lora_rank", "lora_alpha", "ffn_lora")
+
+
+def new_model(config: dict[str, Any], state: dict[str, Tensor]) -> HybridWanModel:
+    """A model of the sizes in a golden configuration; which layers are hybrid and have adapters, the weights say."""
+    found = found_settings(state)
+    return HybridWanModel(
+        **{key: config[key] for key in MODEL_KEYS if key in config},
+        hybrid_layers=list(found.layers),
+        lora_rank=found.lora_rank,
+        lora_alpha=config.get("lora_alpha") or 1.0,
+        ffn_lora=found.ffn_lora.value,
+    )
 
 
 def build_model(config: dict[str, Any], state: dict[str, Tensor], source: str, precision: Precision) -> HybridWanModel:
     """The small model of a golden file with its weights."""
-    model = HybridWanModel(**{key: config[key] for key in MODEL_KEYS + HYBRID_KEYS if config.get(key) is not None})
+    model = new_model(config, state)
     load_strict(model, state, source)
     keep_gates_in_float32(model.to(precision.device), precision.dtype)
     model.use_attention_backend(precision.backend)
@@ -131,8 +143,9 @@ def _replay_few_step_loop(golden: Golden, name: str, case: dict[str, Any], preci
     frames, latents = config["frames_per_block"], []
     if config["initial_latent_frames"]:
         given = golden.get(f"{name}.in.initial_latent", precision)
-        for start in range(0, given.shape[1], frames):
-            remember_block(model, given[:, start : start + frames], text, memory, start, case["context_noise"])
+        for step in (step for step in case["passes"] if step["kind"] == "prefix"):
+            first, end = step["initial_latent_frames"]
+            remember_block(model, given[:, first:end], text, memory, step["start_frame"], step["timestep"])
         latents.append(given)
     all_noise = golden.get(f"{name}.in.noise", precision)
     for block, start in enumerate(range(0, all_noise.shape[1], frames)):

@@ -116,6 +116,8 @@ class CaseResult:
         rms_rel, max_abs: largest errors among them.
         used: largest error as a fraction of its tolerance; the case passes up to 1.
         worst: the tensor with that error.
+        tolerance: of that tensor.
+        failure: why nothing could be compared, or was not.
     """
 
     file: str
@@ -125,6 +127,7 @@ class CaseResult:
     max_abs: float = 0.0
     used: float = 0.0
     worst: str = ""
+    tolerance: Tolerance | None = None
     failure: str | None = None
 
     @property
@@ -138,7 +141,7 @@ class CaseResult:
         used = max(max_abs / tolerance.max_abs, rms_rel / tolerance.rms_rel)
         # A NaN compares false with everything: it must fail.
         if used > self.used or used != used or not self.worst:
-            self.used, self.worst = (used if used == used else float("inf")), name
+            self.used, self.worst, self.tolerance = (used if used == used else float("inf")), name, tolerance
         self.compared += 1
         self.max_abs, self.rms_rel = max(self.max_abs, max_abs), max(self.rms_rel, rms_rel)
 

@@ -40,8 +40,13 @@ def verify_file(path: Path, precision: Precision) -> list[CaseResult]:
         return [check_manifest(golden)]
     if kind not in REPLAYS:
         raise InputError(f"{path} is of kind {kind!r}: known are manifest, {', '.join(REPLAYS)}")
-    with torch.no_grad():
-        return compare(golden, REPLAYS[kind](golden, precision), precision, known_fault)
+    try:
+        with torch.no_grad():
+            return compare(golden, REPLAYS[kind](golden, precision), precision, known_fault)
+    except (InputError, OSError, KeyError, ValueError, RuntimeError) as error:
+        # One file that cannot be replayed must not keep the others from it.
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return [CaseResult(golden.path.stem, "replay", failure=reason)]
 
 
 def verify_folder(folder: Path, precision: Precision) -> Iterator[CaseResult]:

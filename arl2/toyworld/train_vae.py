@@ -1,0 +1,128 @@
+"""Training the toy world's VAE: a small AutoencoderKLWan on clips drawn as they are needed."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from arl2.toyworld.muon import muon_and_adam
+from arl2.toyworld.render import as_pixels, coverage, render, wall_columns
+from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
+from wan.vae import WAN21_VAE, WanVAE, new_vae
+from wan.vae_whole_clip import decode_clip, encode_clip
+
+log = logging.getLogger(__name__)
+
+TOY_VAE_SIZE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "latent_std": [1.0] * 16}
+OUTER_LAYERS = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "encoder.conv_out")
+"""Layers at the ends, whose inputs or outputs are no features: left to Adam."""
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """How the VAE is trained.
+
+    Attributes:
+        steps, batch: of clips.
+        clip_frames: frames of a clip, 1 + 4k.
+        muon_lr, adam_lr: of matrices and of the rest, at the start; both fall to zero along a cosine.
+        object_weight: of an object's pixels in the error; the rest have 1. Objects are 4 % of a frame.
+        squared_weight: of the squared error beside the absolute one.
+        kl_weight: of the divergence from a standard normal, reached half way from a thirtieth of it.
+        seed: of scenes, clips and noise. Training draws seeds from 0 upwards, evaluation negative ones.
+    """
+
+    steps: int = 8000
+    batch: int = 16
+    clip_frames: int = 17
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    object_weight: float = 10.0
+    squared_weight: float = 2.0
+    kl_weight: float = 3e-5
+    seed: int = 0
+
+
+def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
+    """How much of every pixel shows an object, [B, T, H, W], 0 to 1."""
+    return coverage(scenes, frames).sum(1).clamp(max=1) * ~wall_columns(scenes)[:, None, None]
+
+
+def draw_clip(settings: VAETraining, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch of clips [B, 3, T, H, W] in [-1, 1], and its object mask [B, 1, T, H, W]."""
+    first = step * settings.batch
+    scenes = sample_scenes(torch.arange(first, first + settings.batch, device=device))
+    begin = int(torch.randint(NUM_FRAMES - settings.clip_frames + 1, (), generator=torch.Generator().manual_seed(step)))
+    frames = torch.arange(begin, begin + settings.clip_frames, device=device)
+    return as_pixels(render(scenes, frames)).transpose(1, 2), object_mask(scenes, frames)[:, None]
+
+
+def vae_loss(
+    model: AutoencoderKLWan, pixels: Tensor, mask: Tensor, noise: Tensor, settings: VAETraining, kl_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted error of the reconstruction plus the divergence, and the plain squared error."""
+    mean, log_variance = encode_clip(model, pixels)
+    log_variance = log_variance.clamp(-30, 20)
+    decoded = decode_clip(model, mean + torch.exp(0.5 * log_variance) * noise).float()
+    error, weight = decoded - pixels, 1 + (settings.object_weight - 1) * mask
+    reconstruction = ((error.abs() + settings.squared_weight * error.square()) * weight).mean() / weight.mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+    return reconstruction + kl_weight * divergence, error.detach().square().mean()
+
+
+def train_vae(
+    settings: VAETraining, device: torch.device, report: Callable[[int, float, float], None], compiled: bool = True
+) -> WanVAE:
+    """Train from scratch.
+
+    Args:
+        settings: see `VAETraining`.
+        device: bfloat16 arithmetic on a GPU, float32 on a CPU.
+        report: told step, loss and PSNR in dB, every hundredth step.
+        compiled: whether to compile the loss.
+
+    Returns:
+        the VAE with latents normalised per channel, float32.
+    """
+    torch.manual_seed(settings.seed)
+    model = new_vae(TOY_VAE_SIZE).to(device).train()
+    optimizers = muon_and_adam(model, settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
+    initial = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    loss_of = torch.compile(vae_loss) if compiled else vae_loss
+    latent_shape = (settings.batch, 16, (settings.clip_frames - 1) // 4 + 1, 8, 12)
+    for step in range(settings.steps):
+        progress = step / settings.steps
+        for optimizer, lr in zip(optimizers, initial, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (step + 1) / 100)
+        pixels, mask = draw_clip(settings, step, device)
+        kl_weight = torch.tensor(settings.kl_weight * 30 ** (min(1.0, 2 * progress) - 1), device=device)
+        noise = torch.randn(latent_shape, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, squared = loss_of(model, pixels, mask, noise, settings, kl_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 99 or step + 1 == settings.steps:
+            report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
+    return normalise_latents(WanVAE(model), device)
+
+
+@torch.no_grad()
+def normalise_latents(vae: WanVAE, device: torch.device, videos: int = 64) -> WanVAE:
+    """Measure mean and deviation of every latent channel over some whole videos, and store them in the config."""
+    scenes = sample_scenes(torch.arange(-2 * videos, -videos, device=device))
+    pixels = as_pixels(render(scenes)).transpose(1, 2)
+    mean = torch.cat([encode_clip(vae.model, part)[0].float() for part in pixels.split(8)])
+    channels = mean.transpose(0, 1).flatten(1)
+    vae.model.register_to_config(
+        latents_mean=channels.mean(1).tolist(),
+        latents_std=channels.std(1).tolist(),
+    )
+    return WanVAE(vae.model)
