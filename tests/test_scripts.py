@@ -61,3 +61,13 @@ def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert call(monkeypatch, make_random_model, *flags, "--hybrid_layers", 1, 2) == 0
     assert CausalVideoPipeline.from_pretrained(tmp_path / "m").transformer.hybrid.layers == (1, 2)
     assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
+
+
+def test_the_demo_makes_a_video(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert import_module("demo").main() == 0
+    printed = capsys.readouterr().out
+    assert "RANDOM" in printed
+    assert Path(printed.split("video: ")[1].strip()).is_file()
