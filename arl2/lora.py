@@ -19,6 +19,13 @@ def new_lora_pair(linear: nn.Linear, rank: int | None) -> tuple[nn.Parameter | N
     return a, nn.Parameter(linear.weight.new_zeros(rank, linear.out_features))
 
 
+@torch.no_grad()
+def merged_weight(linear: nn.Linear, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """The weight of a linear layer with an adapter folded in, computed in float64."""
+    assert a is not None and b is not None
+    return (linear.weight.double() + scale * (a.double() @ b.double()).T).to(linear.weight.dtype)
+
+
 class LoRALinear(nn.Module):
     """A linear layer with an adapter: x·Wᵀ + bias + scale·x·A·B.
 
@@ -43,7 +50,6 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Linear:
         """The plain linear with the adapter folded into its weight; shares nothing with this layer but the bias."""
         linear = nn.Linear(self.linear.in_features, self.linear.out_features, device="meta")
-        delta = self.scale * (self.lora_A.double() @ self.lora_B.double()).T
-        linear.weight = nn.Parameter((self.linear.weight.double() + delta).to(self.linear.weight.dtype))
+        linear.weight = nn.Parameter(merged_weight(self.linear, self.lora_A, self.lora_B, self.scale))
         linear.bias = self.linear.bias
         return linear

@@ -159,6 +159,23 @@ class HybridWanModel(CausalWanModel):
             for part, enabled in zip(parts, before, strict=True):
                 part.enabled = enabled
 
+    @contextmanager
+    def without_lora(self) -> Iterator["HybridWanModel"]:
+        """Switch all adapters off inside the context; hybrid layers stay hybrid."""
+        attentions, adapters = list(self.hybrid_attentions().values()), self.adapters()
+        before = [attention.lora_enabled for attention in attentions], [adapter.enabled for adapter in adapters]
+        try:
+            for attention in attentions:
+                attention.lora_enabled = False
+            for adapter in adapters:
+                adapter.enabled = False
+            yield self
+        finally:
+            for attention, enabled in zip(attentions, before[0], strict=True):
+                attention.lora_enabled = enabled
+            for adapter, enabled in zip(adapters, before[1], strict=True):
+                adapter.enabled = enabled
+
     def hybrid_parameter_names(self) -> list[str]:
         """Names of all parameters that the softmax model does not have."""
         owners = {id(module): name for name, module in self.named_modules()}
@@ -170,6 +187,11 @@ class HybridWanModel(CausalWanModel):
         for adapter in self.adapters():
             names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
         return names
+
+    def merge_state_lora(self) -> None:
+        """Fold the adapters of the state branch into copies of its projections; see `HybridAttention.merge_lora`."""
+        for attention in self.hybrid_attentions().values():
+            attention.merge_lora()
 
     def merge_ffn_lora(self) -> None:
         """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""

@@ -36,7 +36,7 @@ def build_vae(work: Path, device: torch.device, steps: int | None) -> dict[str, 
     def report(step: int, loss: float, decibels: float) -> None:
         log.info("step %d, %.0f s: loss %.4f, %.1f dB", step, time.perf_counter() - start, loss, decibels)
 
-    vae = train_vae(settings, device, report, compiled=False)
+    vae = train_vae(settings, device, report)
     seconds = time.perf_counter() - start
     partial = work / ".vae.part"
     shutil.rmtree(partial, ignore_errors=True)

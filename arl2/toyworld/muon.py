@@ -4,6 +4,7 @@ Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networ
 taken as the matrix from its inputs to its outputs. Everything that is no matrix belongs to another optimiser.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,16 +15,16 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """A matrix with the singular vectors of `matrix` and singular values near 1."""
+def orthogonalised(matrices_NRC: Tensor) -> Tensor:
+    """Matrices with the singular vectors of the given ones and singular values near 1."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + torch.finfo(torch.float32).tiny)
+    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = matrices_NRC.mT if tall else matrices_NRC
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + torch.finfo(torch.float32).tiny)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,14 +44,25 @@ class Muon(torch.optim.Optimizer):
         """Take one step along the orthogonalised momentum."""
         assert closure is None
         for group in self.param_groups:
-            for weight in (weight for weight in group["params"] if weight.grad is not None):
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(orthogonalised(update).view_as(weight), alpha=-group["lr"] * scale)
+            # Matrices of one shape go together: a step is many small products otherwise.
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape[weight.flatten(1).shape].append(weight)
+            for shape, weights in by_shape.items():
+                updates = torch.stack([self._momentum(weight, group["momentum"]).flatten(1) for weight in weights])
+                scale = max(1.0, shape[0] / shape[1]) ** 0.5
+                for weight, update in zip(weights, orthogonalised(updates), strict=True):
+                    weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+
+    def _momentum(self, weight: Tensor, decay: float) -> Tensor:
+        """Nesterov's momentum with the present gradient taken in."""
+        assert weight.grad is not None
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(weight)
+        state["momentum"].lerp_(weight.grad, 1 - decay)
+        return weight.grad.lerp(state["momentum"], decay)
 
 
 def muon_and_adam(

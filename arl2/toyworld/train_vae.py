@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 TOY_VAE_SIZE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "latent_std": [1.0] * 16}
 OUTER_LAYERS = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "encoder.conv_out")
 """Layers at the ends, whose inputs or outputs are no features: left to Adam."""
+BATCHES_PER_DRAW = 4
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,19 @@ def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
     return coverage(scenes, frames).sum(1).clamp(max=1) * ~wall_columns(scenes)[:, None, None]
 
 
-def draw_clip(settings: VAETraining, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of clips [B, 3, T, H, W] in [-1, 1], and its object mask [B, 1, T, H, W]."""
-    first = step * settings.batch
-    scenes = sample_scenes(torch.arange(first, first + settings.batch, device=device))
-    begin = int(torch.randint(NUM_FRAMES - settings.clip_frames + 1, (), generator=torch.Generator().manual_seed(step)))
-    frames = torch.arange(begin, begin + settings.clip_frames, device=device)
-    return as_pixels(render(scenes, frames)).transpose(1, 2), object_mask(scenes, frames)[:, None]
+def draw_clips(settings: VAETraining, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of clips [B, 3, T, H, W] in [-1, 1], and their object masks [B, 1, T, H, W], without end.
+
+    Some batches are drawn together, which costs hardly more than one, from the same random frame on.
+    """
+    for draw in count():
+        videos = settings.batch * BATCHES_PER_DRAW
+        scenes = sample_scenes(torch.arange(draw * videos, (draw + 1) * videos, device=device))
+        generator = torch.Generator().manual_seed(settings.seed + draw)
+        begin = int(torch.randint(NUM_FRAMES - settings.clip_frames + 1, (), generator=generator))
+        frames = torch.arange(begin, begin + settings.clip_frames, device=device)
+        pixels, mask = as_pixels(render(scenes, frames)).transpose(1, 2), object_mask(scenes, frames)[:, None]
+        yield from zip(pixels.split(settings.batch), mask.split(settings.batch), strict=True)
 
 
 def vae_loss(
@@ -76,7 +84,10 @@ def vae_loss(
 
 
 def train_vae(
-    settings: VAETraining, device: torch.device, report: Callable[[int, float, float], None], compiled: bool = True
+    settings: VAETraining,
+    device: torch.device,
+    report: Callable[[int, float, float], None],
+    normalising_videos: int = 64,
 ) -> WanVAE:
     """Train from scratch.
 
@@ -84,7 +95,7 @@ def train_vae(
         settings: see `VAETraining`.
         device: bfloat16 arithmetic on a GPU, float32 on a CPU.
         report: told step, loss and PSNR in dB, every hundredth step.
-        compiled: whether to compile the loss.
+        normalising_videos: whole videos over which the latents are measured.
 
     Returns:
         the VAE with latents normalised per channel, float32.
@@ -93,29 +104,27 @@ def train_vae(
     model = new_vae(TOY_VAE_SIZE).to(device).train()
     optimizers = muon_and_adam(model, settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
     initial = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    loss_of = torch.compile(vae_loss) if compiled else vae_loss
     latent_shape = (settings.batch, 16, (settings.clip_frames - 1) // 4 + 1, 8, 12)
-    for step in range(settings.steps):
+    for step, (pixels, mask) in zip(range(settings.steps), draw_clips(settings, device), strict=False):
         progress = step / settings.steps
         for optimizer, lr in zip(optimizers, initial, strict=True):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (step + 1) / 100)
-        pixels, mask = draw_clip(settings, step, device)
         kl_weight = torch.tensor(settings.kl_weight * 30 ** (min(1.0, 2 * progress) - 1), device=device)
         noise = torch.randn(latent_shape, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared = loss_of(model, pixels, mask, noise, settings, kl_weight)
+            loss, squared = vae_loss(model, pixels, mask, noise, settings, kl_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 99 or step + 1 == settings.steps:
+        if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
-    return normalise_latents(WanVAE(model), device)
+    return normalise_latents(WanVAE(model), device, normalising_videos)
 
 
 @torch.no_grad()
-def normalise_latents(vae: WanVAE, device: torch.device, videos: int = 64) -> WanVAE:
+def normalise_latents(vae: WanVAE, device: torch.device, videos: int) -> WanVAE:
     """Measure mean and deviation of every latent channel over some whole videos, and store them in the config."""
     scenes = sample_scenes(torch.arange(-2 * videos, -videos, device=device))
     pixels = as_pixels(render(scenes)).transpose(1, 2)
