@@ -49,8 +49,8 @@ def gated(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
     return (x_BLD.unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD[:, :, None]).flatten(1, 2)
 
 
-class SelfAttention(nn.Module):
-    """Softmax attention of a block's tokens over what its memory holds and over the block itself."""
+class AttentionLayer(nn.Module):
+    """The projections, norms and backend that both kinds of attention have."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
@@ -67,6 +67,10 @@ class SelfAttention(nn.Module):
     def heads(self, x_BLD: Tensor) -> Tensor:
         """[B, L, dim] as [B, L, heads, head dim]."""
         return x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
+
+
+class SelfAttention(AttentionLayer):
+    """Softmax attention of a block's tokens over what its memory holds and over the block itself."""
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """An empty memory of this layer's kind."""
@@ -101,27 +105,15 @@ class SelfAttention(nn.Module):
         return self.o(attention(q, keys, values, mask_LM=mask, backend=self.backend).flatten(2)), update
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionLayer):
     """Attention of the tokens over the text; padding is attended too, as in Wan 2.1."""
-
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.backend = AttentionBackend.AUTO
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
 
     def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, each [B, T, heads, head dim]; constant over a video."""
-        k, v = self.norm_k(self.k(text_BTD)), self.v(text_BTD)
-        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+        return self.heads(self.norm_k(self.k(text_BTD))), self.heads(self.v(text_BTD))
 
     def forward(self, x_BLD: Tensor, text_kv: tuple[Tensor, Tensor]) -> Tensor:
-        q = self.norm_q(self.q(x_BLD)).unflatten(-1, (self.num_heads, -1))
+        q = self.heads(self.norm_q(self.q(x_BLD)))
         return self.o(attention(q, *text_kv, backend=self.backend).flatten(2))
 
 
@@ -277,7 +269,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
     def use_attention_backend(self, backend: AttentionBackend) -> None:
         """Let `backend` compute all softmax attention."""
         for module in self.modules():
-            if isinstance(module, SelfAttention | CrossAttention):
+            if isinstance(module, AttentionLayer):
                 module.backend = backend
 
     def tokens_per_frame(self, height: int, width: int) -> int:
