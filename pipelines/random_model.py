@@ -7,37 +7,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from arl2.model import HybridSettings, HybridWanModel
+from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
 from wan.config import wan_size
 from wan.formats import WEIGHT_FILES
-from wan.text import NATIVE_TEXT_FILE, NATIVE_TOKENIZER_FOLDER, UMT5_XXL, save_native_umt5, umt5_config
-from wan.vae import NATIVE_VAE_FILE, WAN21_VAE, WanVAE, new_vae, save_native_vae
-
-TOY_VAE: dict[str, Any] = WAN21_VAE | {"dim": 16}
-TOY_TEXT: dict[str, Any] = UMT5_XXL | {
-    "vocab_size": 256,
-    "dim": 64,
-    "dim_attn": 64,
-    "dim_ffn": 128,
-    "num_heads": 4,
-    "num_layers": 2,
-}
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-
-
-def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows some words, with UMT5's special tokens: padding 0, end 1, unknown 2."""
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[2]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    pad, end, unknown = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
+from wan.text import NATIVE_TEXT_FILE, NATIVE_TOKENIZER_FOLDER, save_native_umt5, umt5_config, word_tokenizer
+from wan.vae import NATIVE_VAE_FILE, WanVAE, new_vae, save_native_vae
 
 
 def random_pipeline(

@@ -1,7 +1,12 @@
 """Build the toy world's models, step by step; a step that is done is skipped, so the script can be started again.
 
-    python scripts/build_toyworld.py --work runs/toyworld            # every step that exists
-    python scripts/build_toyworld.py --work runs/toyworld --step vae
+    python scripts/build_toyworld.py --work runs/toyworld                 # every step that is not done
+    python scripts/build_toyworld.py --work runs/toyworld --step teacher  # one, again
+
+1. vae        a small AutoencoderKLWan
+2. teacher    a causal transformer, teacher-forced flow matching, full memory
+3. few_step   the 4-step generator, regression on the teacher's trajectories
+4. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
 Each step leaves its weights and a JSON with its quality, settings, seconds, card and versions in the work folder.
 """
@@ -13,40 +18,177 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 
+from arl2.model import HybridWanModel
+from arl2.rollout import FewStepSampler
+from arl2.toyworld.latents import LatentVideos, encode_world, toy_text_encoder
+from arl2.toyworld.train_teacher import (
+    FEW_STEP,
+    TEACHER,
+    TransformerTraining,
+    distil_few_step,
+    train_teacher,
+    validation_loss,
+)
 from arl2.toyworld.train_vae import VAETraining, train_vae
 from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
+from wan.vae import load_vae
 
 log = logging.getLogger(__name__)
 
+FEW_STEPS = (1000, 750, 500, 250)
+TIMESTEP_SHIFT = 5.0
+TRAINING_VIDEOS, VALIDATION_VIDEOS = 49152, 512
+VALIDATION_SEED = -5_000_000
+Result = dict[str, Any]
+Settings = TypeVar("Settings", VAETraining, TransformerTraining)
 
-def build_vae(work: Path, device: torch.device, steps: int | None) -> dict[str, Any]:
-    """Train the VAE, measure it, and save it in half precision."""
-    settings = VAETraining() if steps is None else replace(VAETraining(), steps=steps)
-    start = time.perf_counter()
 
-    def report(step: int, loss: float, decibels: float) -> None:
-        log.info("step %d, %.0f s: loss %.4f, %.1f dB", step, time.perf_counter() - start, loss, decibels)
+@dataclass(frozen=True)
+class Build:
+    """What every step is given.
 
-    vae = train_vae(settings, device, report)
-    seconds = time.perf_counter() - start
-    partial = work / ".vae.part"
+    Attributes:
+        work: folder of the steps' results.
+        device: where to compute.
+        steps: optimiser steps in the place of a step's own.
+        most_videos: cap on every number of videos, for rehearsals.
+    """
+
+    work: Path
+    device: torch.device
+    steps: int | None = None
+    most_videos: int = TRAINING_VIDEOS
+
+    def videos(self, number: int) -> int:
+        """`number`, capped."""
+        return min(number, self.most_videos)
+
+    def settings(self, default: Settings) -> Settings:
+        """A step's settings, with the steps and the batch that this build takes."""
+        changed = replace(default, batch=self.videos(default.batch))
+        return changed if self.steps is None else replace(changed, steps=self.steps)
+
+
+def few_step_sampler() -> FewStepSampler:
+    """The steps of the shipped generator, as at 1.3B."""
+    return FewStepSampler.from_steps(FEW_STEPS, TIMESTEP_SHIFT)
+
+
+def save_model(model: ModelMixin, folder: Path) -> None:
+    """Write a model's folder; under its name there is a whole one or none."""
+    partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
-    torch.nn.Module.half(vae.model).save_pretrained(partial)
-    partial.rename(work / "vae")
-    quality = vae_quality(vae.to(device, torch.float32), device)
-    return {"settings": asdict(settings), "seconds": seconds, "quality": quality}
+    model.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
-STEPS: dict[str, Callable[[Path, torch.device, int | None], dict[str, Any]]] = {"vae": build_vae}
+def progress(started: float) -> Callable[..., None]:
+    """Log a step's number, its seconds and its figures."""
+
+    def report(step: int, *figures: float) -> None:
+        log.info("step %d, %.0f s: %s", step, time.perf_counter() - started, ", ".join(f"{x:.4f}" for x in figures))
+
+    return report
+
+
+def build_vae(build: Build) -> Result:
+    """Train and measure the VAE."""
+    settings = build.settings(VAETraining())
+    vae = train_vae(settings, build.device, progress(time.perf_counter()), build.videos(64))
+    save_model(vae.model, build.work / "vae")
+    videos = build.videos(256)
+    return {"settings": asdict(settings), "quality": vae_quality(vae, build.device, videos, min(videos, 16))}
+
+
+def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
+    """Videos through the trained VAE, with embedded captions.
+
+    Raises:
+        InputError: the VAE is not built yet.
+    """
+    if not (build.work / "vae").is_dir():
+        raise InputError(f"no VAE in {build.work}: run the step vae first")
+    vae, encoder = load_vae(build.work / "vae", device=build.device), toy_text_encoder()
+    encoder.model.to(build.device)
+    return encode_world(vae, encoder, build.videos(videos), first_seed)
+
+
+def load_transformer(build: Build, name: str) -> HybridWanModel:
+    """A transformer of an earlier step.
+
+    Raises:
+        InputError: that step is not done.
+    """
+    if not (build.work / name).is_dir():
+        raise InputError(f"no {name} in {build.work}: run the step {name} first")
+    model = HybridWanModel.from_pretrained(build.work / name)
+    return model.to(build.device)
+
+
+def build_teacher(build: Build) -> Result:
+    """Train the multi-step teacher."""
+    settings = build.settings(TEACHER)
+    started = time.perf_counter()
+    data = world_data(build, TRAINING_VIDEOS)
+    encoding = time.perf_counter() - started
+    model = train_teacher(settings, data, progress(time.perf_counter()))
+    save_model(model, build.work / "teacher")
+    held_out = world_data(build, VALIDATION_VIDEOS, VALIDATION_SEED)
+    quality = {"validation_loss": validation_loss(model, held_out, settings.shift)}
+    return {"settings": asdict(settings), "encoding_seconds": encoding, "quality": quality}
+
+
+def build_few_step(build: Build) -> Result:
+    """Distil the few-step generator."""
+    settings = build.settings(FEW_STEP)
+    teacher = load_transformer(build, "teacher")
+    data = world_data(build, TRAINING_VIDEOS)
+    losses: list[float] = []
+    report = progress(time.perf_counter())
+
+    def keep(step: int, loss: float) -> None:
+        losses.append(loss)
+        report(step, loss)
+
+    student = distil_few_step(settings, teacher, data, few_step_sampler(), keep)
+    save_model(student, build.work / "few_step")
+    return {"settings": asdict(settings), "quality": {"trajectory_loss": losses[-1], "losses": losses}}
+
+
+def build_bundle(build: Build) -> Result:
+    """Put the parts together as they ship."""
+    work, encoder = build.work, toy_text_encoder()
+    pipeline = CausalVideoPipeline(
+        load_transformer(build, "few_step").cpu().half(),
+        torch.nn.Module.half(load_vae(work / "vae").model),
+        encoder.model.half(),
+        encoder.tokenizer,
+        denoising_steps=FEW_STEPS,
+        timestep_shift=TIMESTEP_SHIFT,
+    )
+    save_model(pipeline, work / "bundle")
+    size = sum(file.stat().st_size for file in (work / "bundle").rglob("*") if file.is_file())
+    return {"quality": {"bytes": size}}
+
+
+STEPS: dict[str, Callable[[Build], Result]] = {
+    "vae": build_vae,
+    "teacher": build_teacher,
+    "few_step": build_few_step,
+    "bundle": build_bundle,
+}
 
 
 @exit_on_input_error
@@ -56,20 +198,27 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the steps' results")
     parser.add_argument("--step", choices=STEPS, help="only this one, again if it is done")
     parser.add_argument("--steps", type=int, help="optimiser steps in the place of the default, with --step")
+    parser.add_argument("--videos", type=int, default=TRAINING_VIDEOS, help="at most, everywhere; few for a rehearsal")
     parser.add_argument("--device", help="cuda or cpu")
     arguments = parser.parse_args()
-    if arguments.steps is not None and arguments.step is None:
-        raise InputError("--steps needs --step: say of which one")
+    if arguments.steps is not None and arguments.step is None and arguments.videos == TRAINING_VIDEOS:
+        raise InputError("--steps needs --step, but for a rehearsal with --videos")
     device = choose_device(arguments.device)
+    build = Build(arguments.work, device, arguments.steps, arguments.videos)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    for name, build in STEPS.items():
+    for name, step in STEPS.items():
         page = arguments.work / f"{name}.json"
         if arguments.step not in (None, name) or (arguments.step is None and page.is_file()):
             continue
-        shutil.rmtree(arguments.work / name, ignore_errors=True)
-        result = build(arguments.work, device, arguments.steps)
+        started = time.perf_counter()
+        result = step(build)
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        result |= {"device": card, "torch": torch.__version__, "python": platform.python_version()}
+        result |= {
+            "seconds": time.perf_counter() - started,
+            "device": card,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
         with atomic_path(page) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
         log.info("%s: %s", name, result["quality"])

@@ -9,9 +9,10 @@ import logging
 from pathlib import Path
 
 from arl2.model import HybridSettings
+from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
 from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device, exit_on_input_error
-from pipelines.random_model import TOY_TEXT, TOY_VAE, random_pipeline, save_native_folder
+from pipelines.random_model import random_pipeline, save_native_folder
 from wan.config import WAN_SIZES
 from wan.errors import InputError
 from wan.text import UMT5_XXL

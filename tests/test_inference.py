@@ -15,8 +15,9 @@ from PIL import Image
 import inference
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, denoise_block, remember_block
+from arl2.toyworld.sizes import TOY_VAE
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.random_model import TOY_VAE, random_pipeline
+from pipelines.random_model import random_pipeline
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
 from pipelines.video import read_video
 from wan.errors import InputError

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from pipelines.random_model import TOY_TEXT, word_tokenizer
+from arl2.toyworld.sizes import TOY_TEXT
 from wan.errors import CheckpointError, InputError
 from wan.text import (
     NATIVE_TEXT_FILE,
@@ -20,6 +20,7 @@ from wan.text import (
     save_native_umt5,
     umt5_config,
     umt5_from_native,
+    word_tokenizer,
 )
 
 WORDS = ("a", "red", "blue", "disc", "rolls")

@@ -1,11 +1,25 @@
 """Training parts of the toy world: the optimiser, and a few steps of the VAE."""
 
 import torch
+from models import TINY, new_memory, tiny_model
 from torch import nn
 
+from arl2.model import HybridWanModel
+from arl2.rollout import FewStepSampler, remember_block
+from arl2.toyworld.captions import caption_scenes
+from arl2.toyworld.latents import LatentVideos, embed_captions, toy_text_encoder
 from arl2.toyworld.muon import Muon, muon_and_adam, orthogonalised
+from arl2.toyworld.train_teacher import (
+    TransformerTraining,
+    distil_few_step,
+    solver_levels,
+    teacher_loss,
+    train,
+    trajectories,
+)
 from arl2.toyworld.train_vae import VAETraining, draw_clips, object_mask, train_vae
 from arl2.toyworld.world import sample_scenes
+from wan.model import PassOutput
 
 
 def test_orthogonalised_matrices_keep_their_singular_vectors() -> None:
@@ -68,3 +82,94 @@ def test_the_vae_trains_and_measures_its_latents() -> None:
     vae = train_vae(settings, torch.device("cpu"), lambda *report: reports.append(report), normalising_videos=1)
     assert [step for step, _, _ in reports] == [1, 2]
     assert len(vae.model.config.latents_std) == 16 and min(vae.model.config.latents_std) > 0
+
+
+BATCH, BLOCKS = 2, 2
+
+
+def tiny_data() -> LatentVideos:
+    """Random latents and text of the sizes that the tiny model takes."""
+    latents = torch.randn(8, 6, TINY["in_dim"], 4, 6).half()
+    return LatentVideos(latents, torch.randn(8, 5, TINY["text_dim"]).half())
+
+
+def test_the_teachers_loss_is_the_loss_of_the_block_loop() -> None:
+    model, clean = tiny_model(), torch.randn(BATCH, 6, TINY["in_dim"], 4, 6, dtype=torch.float64)
+    noise, text = torch.randn_like(clean), torch.randn(BATCH, 5, TINY["text_dim"], dtype=torch.float64)
+    sigma = torch.rand(BATCH, BLOCKS, dtype=torch.float64)
+    expected, memory, embedded = 0.0, new_memory(model), model.embed_text(text)
+    with torch.no_grad():
+        for block in range(BLOCKS):
+            frames, level = slice(3 * block, 3 * block + 3), sigma[:, block, None, None, None, None]
+            noisy = (1 - level) * clean[:, frames] + level * noise[:, frames]
+            times = (1000 * sigma[:, block, None]).expand(-1, 3)
+            views, positions = memory.read(18), torch.arange(3 * block, 3 * block + 3)
+            flow = model(noisy, times, embedded, views, positions).flow
+            expected += (flow.float() - (noise - clean)[:, frames]).square().mean().item() / BLOCKS
+            remember_block(model, clean[:, frames], embedded, memory, 3 * block)
+        assert abs(teacher_loss(model, clean, text, noise, sigma).item() - expected) < 1e-5
+
+
+def test_training_lowers_the_loss_on_one_batch() -> None:
+    torch.manual_seed(0)
+    model = tiny_model(dtype=torch.float32)
+    latents, text, noise = torch.randn(2, 6, 4, 4, 6), torch.randn(2, 5, 12), torch.randn(2, 6, 4, 4, 6)
+    losses: list[float] = []
+    settings = TransformerTraining(steps=120, batch=2, muon_lr=0.02, adam_lr=5e-3)
+    train(
+        model,
+        settings,
+        tiny_data(),
+        lambda *_: teacher_loss(model, latents, text, noise, torch.full((2, 2), 0.7)),
+        lambda step, loss: losses.append(loss),
+    )
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_solver_visits_the_generators_levels() -> None:
+    sampler = FewStepSampler.from_steps([1000, 750, 500, 250], 5.0)
+    sigmas, places = solver_levels(sampler, 8)
+    assert len(sigmas) == 8 and sigmas == sorted(sigmas, reverse=True)
+    assert [sigmas[place] for place in places] == list(sampler.sigmas)
+
+
+def test_a_straight_flow_is_followed_to_its_end() -> None:
+    target, noise = torch.randn(1, 3, 4, 4, 6), torch.randn(1, 3, 4, 4, 6)
+    straight = noise - target
+    visited, end = trajectories_of(straight, noise, [1.0, 0.9, 0.5, 0.2])
+    torch.testing.assert_close(end, target, rtol=1e-5, atol=1e-5)
+    for sigma, x_t in zip([1.0, 0.9, 0.5, 0.2], visited, strict=True):
+        torch.testing.assert_close(x_t, (1 - sigma) * target + sigma * noise, rtol=1e-5, atol=1e-5)
+
+
+def trajectories_of(flow: torch.Tensor, noise: torch.Tensor, sigmas: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trajectories of a model whose flow is constant."""
+
+    class Constant(HybridWanModel):
+        def forward(self, latents: torch.Tensor, *arguments: object, **options: object) -> PassOutput:
+            return PassOutput(torch.cat([flow] * (latents.shape[1] // flow.shape[1]), dim=1), None)
+
+    return trajectories(Constant(**TINY), torch.zeros_like(flow), torch.zeros(1, 5, 12), noise, sigmas)
+
+
+def test_a_generator_learns_from_a_teacher_that_stays_as_it_is() -> None:
+    teacher = tiny_model(dtype=torch.float32)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    losses: list[float] = []
+    sampler = FewStepSampler.from_steps([1000, 500], 5.0)
+    settings = TransformerTraining(steps=30, batch=4, muon_lr=0.01, adam_lr=1e-3)
+    student = distil_few_step(settings, teacher, tiny_data(), sampler, lambda _, loss: losses.append(loss), 4)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert losses[-1] < losses[0] and not torch.equal(student.head.head.weight, teacher.head.head.weight)
+
+
+def test_captions_embed_alike_wherever_they_stand() -> None:
+    encoder = toy_text_encoder()
+    first = embed_captions(encoder, ["a red ring rolls", "a shape rolls", "a red ring rolls"])
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    assert torch.equal(
+        first, embed_captions(toy_text_encoder(), ["a red ring rolls", "a shape rolls", "a red ring rolls"])
+    )
+    names = caption_scenes(sample_scenes(torch.arange(200)))
+    unknown = encoder.tokenizer.unk_token_id
+    assert all(unknown not in encoder.tokenizer(name)["input_ids"] for name in names)

@@ -8,8 +8,15 @@ from typing import Any
 
 import ftfy
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights
 from wan.errors import CheckpointError, InputError
@@ -17,6 +24,7 @@ from wan.formats import family, read_config
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 _TRANSFORMERS_FILES = ("model.safetensors", "model.safetensors.index.json")
 UMT5_XXL: dict[str, Any] = {
     "vocab_size": 256384,
@@ -90,6 +98,16 @@ class TextEncoder:
         ids, mask = (x.to(self.model.device) for x in (ids_BT, mask_BT))
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden * mask[..., None].to(hidden.dtype)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows some words, with UMT5's special tokens: padding 0, end 1, unknown 2."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    pad, end, unknown = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
 
 
 def umt5_config(config: Mapping[str, Any]) -> UMT5Config:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from arl2.toyworld.muon import muon_and_adam
 from arl2.toyworld.render import as_pixels, coverage, render, wall_columns
+from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
-from wan.vae import WAN21_VAE, WanVAE, new_vae
+from wan.vae import WanVAE, new_vae
 from wan.vae_whole_clip import decode_clip, encode_clip
 
 log = logging.getLogger(__name__)
 
-TOY_VAE_SIZE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "latent_std": [1.0] * 16}
 OUTER_LAYERS = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "encoder.conv_out")
 """Layers at the ends, whose inputs or outputs are no features: left to Adam."""
 BATCHES_PER_DRAW = 4
@@ -101,7 +100,7 @@ def train_vae(
         the VAE with latents normalised per channel, float32.
     """
     torch.manual_seed(settings.seed)
-    model = new_vae(TOY_VAE_SIZE).to(device).train()
+    model = new_vae(TOY_VAE).to(device).train()
     optimizers = muon_and_adam(model, settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
     initial = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     latent_shape = (settings.batch, 16, (settings.clip_frames - 1) // 4 + 1, 8, 12)

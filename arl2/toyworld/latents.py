@@ -1,0 +1,77 @@
+"""Videos of the toy world as the transformer sees them: latents, and embeddings of their captions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from arl2.toyworld.captions import VOCABULARY, caption_scenes
+from arl2.toyworld.render import as_pixels, render
+from arl2.toyworld.sizes import TOY_TEXT
+from arl2.toyworld.world import sample_scenes
+from wan.config import WAN_SIZES
+from wan.text import TextEncoder, umt5_config, word_tokenizer
+from wan.vae import WanVAE
+from wan.vae_whole_clip import encode_clip
+
+
+def toy_text_encoder(seed: int = 0) -> TextEncoder:
+    """A small UMT5 with random weights, and a tokenizer of the world's vocabulary.
+
+    It stays random: over a closed vocabulary of a hundred words, random features tell all captions apart, and the
+    transformer's own text embedding, which is trained, reads them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UMT5EncoderModel(umt5_config(TOY_TEXT)).eval().requires_grad_(False)
+    return TextEncoder(model, word_tokenizer(VOCABULARY), WAN_SIZES["toy"]["text_len"])
+
+
+def embed_captions(encoder: TextEncoder, captions: Sequence[str], batch: int = 1024) -> Tensor:
+    """Embeddings [N, text_len, text_dim]; equal captions are computed once."""
+    distinct = sorted(set(captions))
+    rows = {caption: row for row, caption in enumerate(distinct)}
+    parts = [encoder.encode(distinct[first : first + batch]) for first in range(0, len(distinct), batch)]
+    return torch.cat(parts)[[rows[caption] for caption in captions]]
+
+
+@torch.no_grad()
+def encode_pixels(vae: WanVAE, pixels_BTCHW: Tensor) -> Tensor:
+    """Normalised latents [B, F, C, h, w] of whole videos, in one forward."""
+    mean, std = vae.statistics()
+    latents = encode_clip(vae.model, pixels_BTCHW.transpose(1, 2).to(vae.dtype))[0]
+    return ((latents - mean) / std).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class LatentVideos:
+    """A training set on one device.
+
+    Attributes:
+        latents_NFCHW: normalised latents in half precision.
+        text_NTD: embeddings of the captions.
+    """
+
+    latents_NFCHW: Tensor
+    text_NTD: Tensor
+
+    def __len__(self) -> int:
+        return self.latents_NFCHW.shape[0]
+
+    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """Some videos at random: latents in float32, and text."""
+        rows = torch.randint(len(self), (size,), generator=generator).to(self.latents_NFCHW.device)
+        return self.latents_NFCHW[rows].float(), self.text_NTD[rows].float()
+
+
+def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int = 0, batch: int = 32) -> LatentVideos:
+    """Draw, caption and encode videos of the standard length with seeds from `first_seed` on; half name nothing."""
+    latents, captions = [], []
+    for first in range(first_seed, first_seed + videos, batch):
+        seeds = torch.arange(first, min(first + batch, first_seed + videos), device=vae.device)
+        scenes = sample_scenes(seeds)
+        latents.append(encode_pixels(vae, as_pixels(render(scenes))).half())
+        captions += caption_scenes(scenes)
+    return LatentVideos(torch.cat(latents), embed_captions(encoder, captions).to(vae.device).half())

@@ -1,0 +1,206 @@
+"""The memory probe: does a model still know, once an object comes out again, what it was?
+
+Videos go on from given real frames, or are generated from captions that name nothing; then what comes out from behind
+the wall is read from the pixels and compared with what went in.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arl2.model import HybridWanModel
+from arl2.rollout import FewStepSampler, remember_block, rollout
+from arl2.toyworld.captions import caption_scenes, names_answer
+from arl2.toyworld.latents import embed_captions, encode_pixels
+from arl2.toyworld.reader import CHANCE, Reading, judge, read_generated, read_video
+from arl2.toyworld.render import as_pixels, hidden_spans, render, visible_fraction
+from arl2.toyworld.sizes import FRAMES_PER_BLOCK
+from arl2.toyworld.world import Scenes, sample_scenes
+from wan.errors import InputError
+from wan.memory import MemorySpec
+from wan.text import TextEncoder
+from wan.vae import WanVAE
+
+PROBE_MIX = {"occlusion": 0.5, "binding": 0.5}
+FIRST_SEED = -10_000_000
+"""Seeds of the probe rise from here; training uses seeds from 0."""
+MEASURES = ("colour", "shape", "both")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model as the probe runs it.
+
+    Attributes:
+        transformer, sampler: what generates, in which steps.
+        window_frames, sink_frames: of the softmax layers' memory; a window of one block sees no other block.
+    """
+
+    transformer: HybridWanModel
+    sampler: FewStepSampler
+    window_frames: int | None = None
+    sink_frames: int = 0
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Scenes to be judged on, with real latents and captions that name nothing.
+
+    Attributes:
+        context_blocks: blocks that a continued video is given.
+    """
+
+    scenes: Scenes
+    latents_BFCHW: Tensor
+    text_BTD: Tensor
+    context_blocks: int = 2
+
+    @property
+    def seeds(self) -> Tensor:
+        """One a video."""
+        return self.scenes.seed
+
+
+def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hidden_frames: int) -> ProbeSet:
+    """Scenes that hide one or two objects behind a wall.
+
+    Raises:
+        InputError: a caption names an answer: the probe would be void.
+    """
+    first = FIRST_SEED + seed * videos
+    scenes = sample_scenes(
+        torch.arange(first, first + videos, device=vae.device), mix=PROBE_MIX, hidden_frames=hidden_frames
+    )
+    captions = caption_scenes(scenes, informative=False)
+    told = [caption for caption in captions if names_answer(caption)]
+    if told:
+        raise InputError(f"the caption {told[0]!r} names the answer: the probe's captions must not")
+    latents = torch.cat([encode_pixels(vae, as_pixels(render(scenes[rows]))) for rows in _batches(videos)])
+    return ProbeSet(scenes, latents, embed_captions(encoder, captions).to(vae.device))
+
+
+def _batches(videos: int, size: int = 32) -> Iterator[slice]:
+    for first in range(0, videos, size):
+        yield slice(first, min(first + size, videos))
+
+
+@torch.no_grad()
+def generate_latents(contender: Contender, probe: ProbeSet, rows: slice, continued: bool) -> Tensor:
+    """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
+    model, real = contender.transformer, probe.latents_BFCHW[rows]
+    device, frames = real.device, real.shape[1]
+    given = probe.context_blocks * FRAMES_PER_BLOCK if continued else 0
+    spec = MemorySpec(
+        batch_size=len(real),
+        tokens_per_frame=model.tokens_per_frame(*real.shape[-2:]),
+        device=device,
+        dtype=model.dtype,
+        frames=frames,
+        window_frames=contender.window_frames,
+        sink_frames=contender.sink_frames,
+    )
+    memory, text = model.new_memory(spec), model.embed_text(probe.text_BTD[rows].to(model.dtype))
+    for start in range(0, given, FRAMES_PER_BLOCK):
+        remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
+    generator = torch.Generator().manual_seed(int(probe.seeds[rows][0]) + continued)
+    shape = (len(real), FRAMES_PER_BLOCK, *real.shape[2:])
+
+    def noise(block: int, step: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    blocks = (frames - given) // FRAMES_PER_BLOCK
+    made = [block.latents_BFCHW for block in rollout(model, contender.sampler, noise, text, memory, blocks, given)]
+    return torch.cat([real[:, :given].float(), *(part.float() for part in made)], dim=1)
+
+
+def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 % by default; of nothing, from 0 to 1."""
+    if not total:
+        return 0.0, 1.0
+    share, z2 = right / total, z * z
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    return middle - half, middle + half
+
+
+def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int | list[float]]:
+    """Accuracy among what counts, with its interval and chance."""
+    hits, total = int((right & counts).sum()), int(counts.sum())
+    return {
+        "accuracy": hits / total if total else math.nan,
+        "interval": list(interval(hits, total)),
+        "objects": total,
+        "chance": chance,
+    }
+
+
+def table(verdict: dict[str, Tensor], counts: Tensor) -> dict[str, dict[str, float | int | list[float]]]:
+    """Every measure among what counts."""
+    return {name: share(verdict[name], counts, CHANCE[name]) for name in MEASURES}
+
+
+def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """What is right after the first re-emergence: in all, by how long it was hidden, and by the number of objects."""
+    verdict = judge(reading, scenes)
+    if verdict["count"].shape[-1] < 2:
+        raise InputError("no object comes out again within these videos: make them longer")
+    before, after = ({name: values[..., phase].cpu() for name, values in verdict.items()} for phase in (0, 1))
+    spans = hidden_spans(visible_fraction(scenes) == 0)[:, :, 0]
+    duration = (spans[..., 1] - spans[..., 0] + 1).cpu()
+    two = scenes.exists.sum(1, keepdim=True).cpu() == 2
+    groups: dict[str, Tensor] = {"one object": ~two.expand_as(duration), "two objects": two.expand_as(duration)}
+    for low in sorted({int(value) // 4 * 4 for value in duration[after["count"]].tolist()}):
+        groups[f"hidden {low} to {low + 3} frames"] = (duration >= low) & (duration < low + 4)
+    return {
+        "after": table(after, after["count"]),
+        "before": table(before, before["count"]),
+        "place": share(after["place"], after["count"], math.nan),
+        "groups": {name: table(after, after["count"] & group) for name, group in groups.items()},
+    }
+
+
+def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """Whether the object that comes out is the one that went in, in videos of which only the caption is given."""
+    same = {name: values.cpu() for name, values in reading.same_object().items()}
+    return {"same_object": table(same, scenes.exists.cpu())}
+
+
+@torch.no_grad()
+def probe_model(contender: Contender, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
+    """Both forms of the probe for one model."""
+
+    def read(continued: bool, reader: Callable[[Tensor, Scenes], Reading]) -> Reading:
+        pixels = torch.cat(
+            [
+                vae.decode(generate_latents(contender, probe, rows, continued).to(vae.dtype)).float().cpu()
+                for rows in _batches(len(probe.scenes))
+            ]
+        )
+        return reader(pixels.to(vae.device), probe.scenes)
+
+    continued = judge_continued(read(True, read_video), probe.scenes)
+    generated = judge_generated(
+        read(False, lambda pixels, scenes: read_generated(pixels, scenes.exists[:, 1])), probe.scenes
+    )
+    both = continued["after"]
+    assert isinstance(both, dict)
+    return both["both"] | {"continued": continued, "generated": generated}
+
+
+@torch.no_grad()
+def ceilings(vae: WanVAE, probe: ProbeSet) -> dict[str, dict[str, object]]:
+    """The probe on the videos themselves, and on the videos through the VAE."""
+    pixels = torch.cat([as_pixels(render(probe.scenes[rows])).cpu() for rows in _batches(len(probe.scenes))])
+    decoded = [
+        vae.decode(probe.latents_BFCHW[rows].to(vae.dtype)).float().cpu() for rows in _batches(len(probe.scenes))
+    ]
+    result = {}
+    for name, shown in (("ground_truth", pixels), ("ground_truth_through_vae", torch.cat(decoded))):
+        continued = judge_continued(read_video(shown.to(vae.device), probe.scenes), probe.scenes)
+        after = continued["after"]
+        assert isinstance(after, dict)
+        result[name] = after["both"] | {"continued": continued}
+    return result

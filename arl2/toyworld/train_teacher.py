@@ -1,0 +1,196 @@
+"""Training the toy world's transformer: a multi-step teacher, then the few-step generator.
+
+The teacher: teacher-forced flow matching over all blocks at once, each block at its own noise level. The generator:
+regression on the teacher's trajectories, from the teacher's weights (as CausVid and Causal Forcing initialise theirs).
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from arl2.model import HybridWanModel
+from arl2.rollout import FewStepSampler
+from arl2.toyworld.latents import LatentVideos
+from arl2.toyworld.muon import muon_and_adam
+from arl2.toyworld.sizes import FRAMES_PER_BLOCK
+from wan.config import wan_size
+from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
+from wan.teacher_forcing import teacher_forced_flow
+
+Report = Callable[[int, float], None]
+OUTER_LAYERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
+"""Layers between the trunk and the outside: left to Adam."""
+
+
+@dataclass(frozen=True)
+class TransformerTraining:
+    """How a transformer is trained.
+
+    Attributes:
+        steps, batch: of videos.
+        muon_lr, adam_lr: at the start; both fall to zero along a cosine after a short rise.
+        shift: of the noise levels that the teacher sees.
+        seed: of weights, batches and noise.
+    """
+
+    steps: int = 4500
+    batch: int = 64
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    shift: float = 3.0
+    seed: int = 0
+
+
+TEACHER = TransformerTraining()
+FEW_STEP = TransformerTraining(steps=600, muon_lr=0.005, adam_lr=5e-4, seed=1)
+
+
+def per_frame(values_BN: Tensor) -> Tensor:
+    """A value of every block as a value of every latent frame."""
+    return values_BN.repeat_interleave(FRAMES_PER_BLOCK, dim=1)
+
+
+def teacher_loss(model: HybridWanModel, clean: Tensor, text: Tensor, noise: Tensor, sigma_BN: Tensor) -> Tensor:
+    """Mean squared error of the flow; block n of every video at noise level `sigma_BN[:, n]`, after clean blocks."""
+    sigma = per_frame(sigma_BN)
+    noisy = add_noise(clean, noise, sigma)
+    flow = teacher_forced_flow(model, noisy, sigma * NUM_TRAIN_TIMESTEPS, text, FRAMES_PER_BLOCK, clean)
+    return (flow.float() - (noise - clean)).square().mean()
+
+
+def train(
+    model: HybridWanModel,
+    settings: TransformerTraining,
+    data: LatentVideos,
+    loss_of: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    report: Report,
+) -> HybridWanModel:
+    """Take `settings.steps` steps on batches of the data; bfloat16 arithmetic on a GPU.
+
+    Args:
+        loss_of: latents, text and a CPU generator for noise to the loss.
+        report: told the step and the loss, every hundredth step.
+    """
+    device = data.latents_NFCHW.device
+    optimizers = muon_and_adam(model.train(), settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
+    initial = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(settings.seed)
+    for step in range(settings.steps):
+        factor = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * min(1, (step + 1) / 100)
+        for optimizer, lr in zip(optimizers, initial, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * factor
+        latents, text = data.batch(generator, settings.batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(latents, text, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
+            report(step + 1, loss.item())
+    return model.eval()
+
+
+def _blocks(latents: Tensor) -> tuple[int, int]:
+    """Videos and blocks of a batch."""
+    return latents.shape[0], latents.shape[1] // FRAMES_PER_BLOCK
+
+
+def train_teacher(settings: TransformerTraining, data: LatentVideos, report: Report) -> HybridWanModel:
+    """Train the softmax transformer from scratch on full memory."""
+    device = data.latents_NFCHW.device
+    torch.manual_seed(settings.seed)
+    model = HybridWanModel(**wan_size("toy"))
+    model.init_weights()
+    model.to(device)
+
+    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        sigma = shift_sigma(torch.rand(_blocks(latents), generator=generator), settings.shift).to(device)
+        return teacher_loss(model, latents, text, torch.randn_like(latents), sigma)
+
+    return train(model, settings, data, loss_of, report)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: HybridWanModel, data: LatentVideos, shift: float, batches: int = 8, batch: int = 64
+) -> float:
+    """Teacher-forced loss on some batches, with noise and levels that are the same for every model."""
+    device, losses = data.latents_NFCHW.device, []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(batches):
+        latents, text = data.batch(generator, min(batch, len(data)))
+        sigma = shift_sigma(torch.rand(_blocks(latents), generator=generator), shift).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        losses.append(teacher_loss(model, latents, text, noise, sigma).item())
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def trajectories(
+    teacher: HybridWanModel, clean: Tensor, text: Tensor, noise: Tensor, sigmas: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Follow the teacher's flow from noise to data in every block at once, each after clean blocks.
+
+    Args:
+        sigmas: noise levels from 1 downwards; 0 follows.
+
+    Returns:
+        where the flow was at each level, [S, B, F, C, h, w], and where it ended.
+    """
+    visited, x_t = [], noise
+    for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        visited.append(x_t)
+        times = torch.full(clean.shape[:2], sigma * NUM_TRAIN_TIMESTEPS, device=clean.device)
+        flow = teacher_forced_flow(teacher, x_t, times, text, FRAMES_PER_BLOCK, clean)
+        x_t = x_t + (following - sigma) * flow.float()
+    return torch.stack(visited), x_t
+
+
+def distil_few_step(
+    settings: TransformerTraining,
+    teacher: HybridWanModel,
+    data: LatentVideos,
+    sampler: FewStepSampler,
+    report: Report,
+    solver_steps: int = 8,
+) -> HybridWanModel:
+    """Train a generator that goes from each of the sampler's noise levels to the end of the teacher's flow at once.
+
+    Args:
+        settings: see `TransformerTraining`; its shift is not used.
+        teacher: the multi-step model; not changed.
+        sampler: the steps of the generator.
+        solver_steps: Euler steps of the teacher, at the sampler's levels and between them; a multiple of theirs.
+    """
+    device = data.latents_NFCHW.device
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    teacher.requires_grad_(False)
+    sigmas, places = solver_levels(sampler, solver_steps)
+    levels = torch.tensor(sampler.sigmas, device=device)
+
+    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        visited, target = trajectories(teacher, latents, text, torch.randn_like(latents), sigmas)
+        step = torch.randint(len(places), _blocks(latents), generator=generator).to(device)
+        frames = per_frame(step)
+        picked = torch.stack([visited[place] for place in places])
+        x_t = picked.gather(0, frames[None, :, :, None, None, None].expand_as(picked[:1]))[0]
+        sigma = levels[frames]
+        flow = teacher_forced_flow(student, x_t, sigma * NUM_TRAIN_TIMESTEPS, text, FRAMES_PER_BLOCK, latents)
+        return (flow_to_x0(flow, x_t, sigma) - target).square().mean()
+
+    return train(student, settings, data, loss_of, report)
+
+
+def solver_levels(sampler: FewStepSampler, solver_steps: int) -> tuple[list[float], list[int]]:
+    """Noise levels of a finer solver that visits the sampler's, and where among them these are."""
+    parts = solver_steps // len(sampler.sigmas)
+    ends = [*sampler.sigmas, 0.0]
+    sigmas = [start + (stop - start) * part / parts for start, stop in pairwise(ends) for part in range(parts)]
+    return sigmas, list(range(0, len(sigmas), parts))

@@ -1,0 +1,123 @@
+"""Measure on the toy world what a model remembers: JSON, and a table.
+
+    python scripts/probe_memory.py --config configs/toyworld/inference.yaml --videos 256 --seed 0 --json probe.json
+
+Rows: the softmax model with full memory (teacher); the same with every block blind to the others (local_only); the same
+cut to a window and a sink at sampling time (window_sink); and, with --multi_step, the model before few-step training.
+Each is judged on videos that go on from two given blocks, and on videos made from a caption that names nothing.
+Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
+"""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from arl2.model import HybridWanModel
+from arl2.rollout import FewStepSampler
+from arl2.toyworld.leak import leak_by_block
+from arl2.toyworld.probe import Contender, ceilings, make_probe_set, probe_model
+from arl2.toyworld.sizes import FRAMES_PER_BLOCK
+from arl2.toyworld.world import STANDARD_HIDDEN_FRAMES
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.config import InferenceConfig, load_config
+from pipelines.text_to_video import CausalVideoPipeline
+from wan.checkpoint import atomic_path
+from wan.errors import InputError
+from wan.text import TextEncoder
+from wan.vae import WanVAE
+
+log = logging.getLogger(__name__)
+
+MULTI_STEPS = tuple(range(1000, 0, -1000 // 16))
+
+
+def contenders(
+    pipeline: CausalVideoPipeline, config: InferenceConfig, multi_step_folder: Path | None
+) -> dict[str, Contender]:
+    """The rows of the table."""
+    model, sampler = pipeline.transformer, pipeline.sampler
+    rows = {
+        "teacher": Contender(model, sampler),
+        "local_only": Contender(model, sampler, window_frames=FRAMES_PER_BLOCK),
+        "window_sink": Contender(
+            model, sampler, window_frames=config.memory.window_frames, sink_frames=config.memory.sink_frames
+        ),
+    }
+    if multi_step_folder is not None:
+        multi_step = HybridWanModel.from_pretrained(multi_step_folder).to(model.device)
+        rows["teacher_multi_step"] = Contender(
+            multi_step, FewStepSampler.from_steps(MULTI_STEPS, config.timestep_shift)
+        )
+    return rows
+
+
+def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accuracies after re-emergence, with intervals and chance."""
+    table = Table("model", "colour and shape", "95 %", "chance", "colour", "shape", "before", "same object, generated")
+    for name, row in models.items():
+        after, before = row["continued"]["after"], row["continued"]["before"]
+        low, high = row["interval"]
+        generated = row.get("generated", {}).get("same_object", {}).get("both", {}).get("accuracy", math.nan)
+        table.add_row(
+            name,
+            f"{row['accuracy']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row['chance']:.3f}",
+            f"{after['colour']['accuracy']:.3f}",
+            f"{after['shape']['accuracy']:.3f}",
+            f"{before['both']['accuracy']:.3f}",
+            f"{generated:.3f}",
+        )
+    Console().print(table)
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, probe, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="as for inference.py")
+    parser.add_argument("--videos", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the noise")
+    parser.add_argument("--hidden_frames", type=int, default=STANDARD_HIDDEN_FRAMES, help="at the least")
+    parser.add_argument("--multi_step", type=Path, help="folder of the multi-step model")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--device", help="cuda or cpu")
+    arguments = parser.parse_args()
+    if arguments.videos < 2:
+        raise InputError("--videos must be at least 2")
+    config = load_config(InferenceConfig, arguments.config)
+    device = choose_device(arguments.device)
+    pipeline = CausalVideoPipeline.from_pretrained(
+        config.model_folder, checkpoint_path=config.checkpoint_path, hybrid=config.hybrid.settings(), device=device
+    )
+    vae = WanVAE(pipeline.vae)
+    encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
+    probe = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
+    models: dict[str, dict[str, Any]] = {}
+    for name, contender in contenders(pipeline, config, arguments.multi_step).items():
+        models[name] = probe_model(contender, vae, probe)
+        log.info("%s: %.3f", name, models[name]["accuracy"])
+    models |= ceilings(vae, probe)
+    result = {
+        "models": models,
+        "leak": leak_by_block(probe.latents_BFCHW, probe.scenes),
+        "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+    with atomic_path(arguments.json) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print_table(models)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""The probe: its statistics, its safeguards, and a run from end to end on untrained models."""
+
+import json
+import math
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from arl2.toyworld import probe as probe_module
+from arl2.toyworld.latents import toy_text_encoder
+from arl2.toyworld.leak import hidden_blocks, leak_by_block
+from arl2.toyworld.probe import ceilings, interval, make_probe_set
+from arl2.toyworld.render import render, visible_fraction
+from arl2.toyworld.sizes import TOY_VAE
+from arl2.toyworld.world import sample_scenes
+from pipelines.random_model import random_pipeline
+from wan.errors import InputError
+from wan.vae import WanVAE, new_vae
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    torch.manual_seed(0)
+    return WanVAE(new_vae(TOY_VAE | {"dim": 4}))
+
+
+def test_intervals_are_wilsons() -> None:
+    low, high = interval(8, 10)
+    assert math.isclose(low, 0.4901, abs_tol=1e-3) and math.isclose(high, 0.9433, abs_tol=1e-3)
+    assert interval(0, 0) == (0.0, 1.0)
+    assert interval(10, 10)[0] < 0.75
+
+
+def test_captions_that_tell_make_the_probe_void(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "caption_scenes", lambda scenes, informative: ["a red ring"] * len(scenes))
+    with pytest.raises(InputError, match="names the answer"):
+        make_probe_set(vae, toy_text_encoder(), 1, 0, 27)
+
+
+def test_the_truth_scores_one_and_noise_through_an_untrained_vae_does_not(vae: WanVAE) -> None:
+    probe = make_probe_set(vae, toy_text_encoder(), 6, 0, 27)
+    result = ceilings(vae, probe)
+    assert result["ground_truth"]["accuracy"] == 1.0
+    assert result["ground_truth_through_vae"]["accuracy"] < 0.5
+    groups = result["ground_truth"]["continued"]["groups"]
+    both = [groups[name]["both"]["objects"] for name in ("one object", "two objects")]
+    assert sum(both) == result["ground_truth"]["objects"] > 0
+
+
+def test_hidden_blocks_show_nothing() -> None:
+    scenes = sample_scenes(torch.arange(6), mix={"occlusion": 1.0})
+    hidden, visible = hidden_blocks(scenes), visible_fraction(scenes)[:, 0]
+    assert hidden.shape == (6, 7) and hidden[:, 3].all() and not hidden[:, 0].any()
+    for block in range(1, 7):
+        frames = visible[hidden[:, block], 9 + 12 * (block - 1) : 9 + 12 * block]
+        assert not frames.any()
+
+
+def test_a_leak_is_found_and_its_absence_too() -> None:
+    scenes = sample_scenes(torch.arange(400), mix={"occlusion": 1.0})
+    latents = torch.randn(400, 21, 2, 1, 1)
+    blind = {row["block"]: row for row in leak_by_block(latents, scenes, steps=100)}
+    latents[:, 9:12, 0, 0, 0] = scenes.colour[:, :1].float()
+    telling = {row["block"]: row for row in leak_by_block(latents, scenes, steps=300)}
+    assert blind[3]["colour"] < 0.25 and telling[3]["colour"] > 0.6
+    assert telling[3]["videos"] == 200
+
+
+def test_the_script_writes_what_it_promises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipeline = random_pipeline("toy", vae_config=TOY_VAE | {"dim": 4})
+    pipeline.save_pretrained(tmp_path / "model")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model_folder: {tmp_path / 'model'}\nheight: 64\nwidth: 96\ndenoising_steps: [1000]\n")
+    page = tmp_path / "probe.json"
+    flags = ["--config", config, "--videos", 2, "--json", page, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags)])
+    assert import_module("probe_memory").main() == 0
+    models = json.loads(page.read_text())["models"]
+    assert set(models) == {"teacher", "local_only", "window_sink", "ground_truth", "ground_truth_through_vae"}
+    for row in models.values():
+        assert 0 <= row["accuracy"] <= 1 and 0 < row["chance"] < 0.05
+    assert models["ground_truth"]["accuracy"] == 1.0
+
+
+def test_the_world_does_not_change_unnoticed() -> None:
+    """A trained bundle fits the world it was trained on: change this figure only together with the bundle."""
+    video = render(sample_scenes(torch.tensor([123])), torch.tensor([0, 40, 80]))
+    assert video.long().sum().item() == WORLD_SUM
+
+
+WORLD_SUM = 12975582
