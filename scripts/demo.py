@@ -1,4 +1,4 @@
-"""Generate a video with the toy model on the CPU and say where it is.
+"""Generate a video with the toy model on the CPU, with a contact sheet, and say where they are.
 
 make demo
 """
@@ -6,12 +6,16 @@ make demo
 import logging
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from pipelines.arguments import inference_parser, plan_run
 from pipelines.cli import exit_on_input_error
+from pipelines.contact_sheet import contact_sheet
 from pipelines.generate import generate, load_pipeline, video_path
 from pipelines.random_model import random_pipeline
+from pipelines.video import read_video
+from wan.checkpoint import atomic_path
 
 CONFIG = Path(__file__).parent.parent / "configs" / "random_toy.yaml"
 MODEL_FOLDER = Path("models/random-toy")  # as the config has it
@@ -30,9 +34,16 @@ def main() -> int:
     flags = ["--config_path", CONFIG, "--output_folder", OUTPUT_FOLDER, "--prompt", PROMPT, "--device", "cpu"]
     run = plan_run(inference_parser().parse_args(list(map(str, flags))))
     failed = generate(run, load_pipeline(run))
-    for job in run.jobs:
-        console.print(f"video: {video_path(run, job).resolve()}", markup=False)
-    return 1 if failed else 0
+    if failed:
+        return 1
+    videos = {job.prompt: video_path(run, job) for job in run.jobs}
+    samples = [(torch.from_numpy(read_video(path)).permute(0, 3, 1, 2), prompt) for prompt, path in videos.items()]
+    sheet = OUTPUT_FOLDER / "contact_sheet.png"
+    with atomic_path(sheet) as temporary:
+        contact_sheet(samples).save(temporary, format="png")
+    for path in (*videos.values(), sheet):
+        console.print(f"wrote {path.resolve()}", markup=False)
+    return 0
 
 
 if __name__ == "__main__":

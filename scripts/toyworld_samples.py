@@ -8,13 +8,13 @@ import logging
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from arl2.toyworld.captions import caption_scenes
 from arl2.toyworld.render import render
-from arl2.toyworld.world import BACKGROUNDS, HEIGHT, NUM_FRAMES, STANDARD_HIDDEN_FRAMES, WIDTH, sample_scenes
+from arl2.toyworld.world import BACKGROUNDS, NUM_FRAMES, STANDARD_HIDDEN_FRAMES, sample_scenes
 from pipelines.cli import exit_on_input_error
+from pipelines.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.video import VideoWriter
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
@@ -30,11 +30,7 @@ ROWS = (
     ("bounce", "night", STANDARD_HIDDEN_FRAMES, NUM_FRAMES),
     ("occlusion", "mist", 100, 2 * NUM_FRAMES - 1),
 )
-COLUMNS = 9
-SCALE = 2
 VIDEO_SCALE, VIDEO_COLUMNS = 4, 3
-GAP, LINE = 8, 30
-PAGE, INK, FAINT = (255, 255, 255), (36, 41, 47), (110, 119, 129)
 MOST_SEEDS = 4096
 
 
@@ -50,28 +46,6 @@ def first_video(kind: str, background: str, hidden_frames: int, frames: int, see
     if not len(scenes):
         raise InputError(f"no scene of kind {kind} before {background} from seed {seed} on: give another --seed")
     return render(scenes[:1])[0], caption_scenes(scenes[:1], informative=True)[0]
-
-
-def enlarge(frames_TCHW: Tensor, scale: int) -> Tensor:
-    """Repeat every pixel `scale` times each way: [T, 3, H, W] to [T, H, W, 3]."""
-    return frames_TCHW.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).contiguous()
-
-
-def contact_sheet(samples: list[tuple[Tensor, str]]) -> Image.Image:
-    """One row of frames for each video, its caption above and the frames' numbers below."""
-    width, height = WIDTH * SCALE, HEIGHT * SCALE
-    row_height = LINE + height + LINE
-    sheet = Image.new("RGB", (COLUMNS * (width + GAP) + GAP, len(samples) * row_height + GAP), PAGE)
-    page, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(18), ImageFont.load_default(13)
-    for row, (video, caption) in enumerate(samples):
-        top = row * row_height
-        page.text((GAP, top + LINE / 2 + 2), caption, INK, font, anchor="lm")
-        numbers = torch.linspace(0, len(video) - 1, COLUMNS).round().long()
-        for column, (number, frame) in enumerate(zip(numbers.tolist(), enlarge(video[numbers], SCALE), strict=True)):
-            left = GAP + column * (width + GAP)
-            sheet.paste(Image.fromarray(frame.numpy()), (left, top + LINE))
-            page.text((left, top + LINE + height + 4), f"frame {number}", FAINT, small)
-    return sheet
 
 
 def video_wall(videos: list[Tensor]) -> Tensor:

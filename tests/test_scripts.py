@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import HYBRID, tiny_model
+from PIL import Image
 
 from arl2.checkpoint import save_generator
 from arl2.model import HybridWanModel
@@ -70,4 +71,6 @@ def test_the_demo_makes_a_video(
     assert import_module("demo").main() == 0
     printed = capsys.readouterr().out
     assert "RANDOM" in printed
-    assert Path(printed.split("video: ")[1].strip()).is_file()
+    written = [Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
+    assert [path.suffix for path in written] == [".mp4", ".png"]
+    assert Image.open(written[1]).size == (9 * (2 * 96 + 8) + 8, 30 + 2 * 64 + 30 + 8)
