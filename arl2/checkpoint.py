@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
+from arl2.model import (
+    DEFAULT_LORA_ALPHA,
+    FFNLoRA,
+    HybridSettings,
+    HybridWanModel,
+    check_layers,
+    keep_gates_in_float32,
+)
 from wan.checkpoint import StateDict, atomic_path, load_strict, some
 from wan.errors import CheckpointError, InputError
 from wan.formats import TransformerWeights
@@ -126,7 +133,11 @@ def build_hybrid(
     config = config | weights.config
     stored = {key: config.pop(key) for key in ("hybrid_layers", "lora_rank", "lora_alpha", "ffn_lora") if key in config}
     found = found_settings(weights.state)
-    if "lora_alpha" in stored:
+    if found.lora_rank is not None and "lora_alpha" in stored:
+        if wanted.lora_alpha not in (DEFAULT_LORA_ALPHA, stored["lora_alpha"]):
+            raise InputError(
+                f"{weights.source} has adapters of alpha {stored['lora_alpha']}, --lora_alpha says {wanted.lora_alpha}"
+            )
         wanted = replace(wanted, lora_alpha=stored["lora_alpha"])
     wanted = replace(wanted, layers=check_layers(wanted.layers, config["num_layers"]))
     settings = resolve_settings(found, wanted, weights.source)

@@ -16,6 +16,7 @@ from arl2.lora import LoRALinear
 from wan.errors import InputError
 from wan.model import CausalWanModel
 
+DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
 """Places of the two linear layers in a block's feed-forward."""
 
@@ -56,7 +57,7 @@ class HybridSettings:
 
     layers: tuple[int, ...] = ()
     lora_rank: int | None = None
-    lora_alpha: float = 32.0
+    lora_alpha: float = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class HybridWanModel(CausalWanModel):
         model_type: str = "t2v",
         hybrid_layers: Sequence[int] = (),
         lora_rank: int | None = None,
-        lora_alpha: float = 32.0,
+        lora_alpha: float = DEFAULT_LORA_ALPHA,
         ffn_lora: str = "hybrid",
     ) -> None:
         super().__init__(

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -171,11 +172,11 @@ def check_writable(folder: Path) -> None:
     Raises:
         InputError: it cannot be made or written, or its disk is full.
     """
-    probe = folder / ".write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"0")
-        probe.unlink()
+        # A file without a name: ranks that start together must not trip over one another's.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"

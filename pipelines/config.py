@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from arl2.model import FFNLoRA, HybridSettings
+from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from wan.errors import InputError
 
 Config = TypeVar("Config")
@@ -55,7 +55,7 @@ class HybridConfig:
 
     layers: list[int] = field(default_factory=list)
     lora_rank: int | None = None
-    lora_alpha: float = 32.0
+    lora_alpha: float = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
 
     def settings(self) -> HybridSettings:

@@ -265,6 +265,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         batch = prompt_embeds.shape[0]
         if seeds is None:
             seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
+        if len(seeds) != batch:
+            raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
         vae = self.wan_vae
         context = None if image is None else vae.encode(image.to(device, vae.dtype))
         context_frames = 0 if context is None else context.shape[1]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from arl2.checkpoint import build_hybrid, save_generator
-from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.cli import exit_on_input_error
 from wan.config import WAN_SIZES, wan_size
 from wan.errors import InputError
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     add("--use_ema", action="store_true", help="take generator_ema of a file that has both")
     add("--hybrid_layers", type=int, nargs="*", default=[], help="convert to hybrid in these layers, untrained")
     add("--lora_rank", type=int)
-    add("--lora_alpha", type=float, default=32.0, help="of adapters; weights do not store it")
+    add("--lora_alpha", type=float, default=DEFAULT_LORA_ALPHA, help="of adapters; weights do not store it")
     add("--ffn_lora_all_layers", action="store_true")
     add("--merge_ffn_lora", action="store_true", help="fold feed-forward adapters into their linear layers")
     add("--seed", type=int, default=0, help="of new parameters")

@@ -204,6 +204,15 @@ def test_wishes_that_contradict_the_weights_are_refused(
         build(TransformerWeights(hybrid, "x"), wanted)
 
 
+def test_the_scale_of_stored_adapters_is_not_overruled_in_silence(tmp_path: Path) -> None:
+    model = tiny_model(HYBRID, F32)
+    model.save_pretrained(tmp_path)
+    weights = read_transformer(tmp_path)
+    assert build(weights).hybrid.lora_alpha == HYBRID.lora_alpha
+    with pytest.raises(InputError, match=r"alpha 6.0, --lora_alpha says 5.0"):
+        build(weights, HybridSettings(lora_alpha=5.0))
+
+
 def test_other_families_and_code_are_refused(softmax: StateDict, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     for content, message in (

@@ -226,6 +226,14 @@ def test_a_batch_gives_each_video_what_it_gets_alone(pipeline: CausalVideoPipeli
         torch.testing.assert_close(torch.cat(both, 1)[index : index + 1], torch.cat(alone, 1), rtol=1e-3, atol=1e-3)
 
 
+def test_seeds_and_embeddings_must_fit(pipeline: CausalVideoPipeline) -> None:
+    with pytest.raises(InputError, match="2 seeds for 1 videos"):
+        next(pipeline.stream("x", 9, **SIZE, seeds=[1, 2]))
+    for shape in ((1, 40, 64), (1, 4, 63)):
+        with pytest.raises(InputError, match="do not fit"):
+            next(pipeline.stream(prompt_embeds=torch.zeros(shape), num_frames=9, **SIZE))
+
+
 def test_the_generator_decides(pipeline: CausalVideoPipeline) -> None:
     def latents(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -300,8 +300,16 @@ class CausalWanModel(ModelMixin, ConfigMixin):
 
         Args:
             text_BTD: text encoder output [B, up to text_len, text_dim]; zero rows are added up to text_len.
+
+        Raises:
+            InputError: another shape.
         """
         missing = self.config.text_len - text_BTD.shape[1]
+        if missing < 0 or text_BTD.shape[2] != self.config.text_dim:
+            raise InputError(
+                f"text embeddings of shape {tuple(text_BTD.shape)} do not fit: expected at most "
+                f"{self.config.text_len} tokens of {self.config.text_dim} channels"
+            )
         text = self.text_embedding(F.pad(text_BTD, (0, 0, 0, missing)))
         return [block.cross_attn.keys_values(text) for block in self.layers()]
 
