@@ -59,14 +59,17 @@ def test_every_parameter_has_one_optimiser() -> None:
 
 
 def test_clips_are_a_function_of_the_seed() -> None:
-    settings = VAETraining(batch=2, clip_frames=5)
+    settings = VAETraining(batch=2, clip_frames=(5, 9))
     device = torch.device("cpu")
     first, again = draw_clips(settings, device), draw_clips(settings, device)
+    lengths: list[int] = []
     for _ in range(5):
         (pixels, mask), (pixels_again, mask_again) = next(first), next(again)
         assert torch.equal(pixels, pixels_again) and torch.equal(mask, mask_again)
-        assert pixels.shape == (2, 3, 5, 64, 96) and mask.shape == (2, 1, 5, 64, 96)
+        lengths.append(pixels.shape[2])
+        assert pixels.shape == (2, 3, lengths[-1], 64, 96) and mask.shape == (2, 1, lengths[-1], 64, 96)
         assert pixels.min() >= -1 and pixels.max() <= 1
+    assert lengths == [5] * 4 + [9]
 
 
 def test_the_mask_is_where_objects_are_seen() -> None:
@@ -78,7 +81,7 @@ def test_the_mask_is_where_objects_are_seen() -> None:
 
 def test_the_vae_trains_and_measures_its_latents() -> None:
     reports: list[tuple[int, float, float]] = []
-    settings = VAETraining(steps=2, batch=1, clip_frames=1)
+    settings = VAETraining(steps=2, batch=1, clip_frames=(1,))
     vae = train_vae(settings, torch.device("cpu"), lambda *report: reports.append(report), normalising_videos=1)
     assert [step for step, _, _ in reports] == [1, 2]
     assert len(vae.model.config.latents_std) == 16 and min(vae.model.config.latents_std) > 0

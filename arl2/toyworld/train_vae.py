@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import cycle
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -29,8 +29,10 @@ class VAETraining:
     """How the VAE is trained.
 
     Attributes:
-        steps, batch: of clips.
-        clip_frames: frames of a clip, 1 + 4k.
+        steps: of the optimisers.
+        clip_frames: lengths of clips, each 1 + 4k, taken in turn. Whole videos must be among them: trained on 17
+            frames alone, what does not move is remembered from the first latent and is lost after 17 frames.
+        frames_per_step, batch: frames of all clips of a step, about, and most clips.
         muon_lr, adam_lr: of matrices and of the rest, at the start; both fall to zero along a cosine.
         object_weight: of an object's pixels in the error; the rest have 1. Objects are 4 % of a frame.
         squared_weight: of the squared error beside the absolute one.
@@ -39,8 +41,9 @@ class VAETraining:
     """
 
     steps: int = 8000
-    batch: int = 16
-    clip_frames: int = 17
+    clip_frames: tuple[int, ...] = (5, 17, 33, NUM_FRAMES)
+    frames_per_step: int = 272
+    batch: int = 64
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     object_weight: float = 10.0
@@ -57,25 +60,26 @@ def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
 def draw_clips(settings: VAETraining, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of clips [B, 3, T, H, W] in [-1, 1], and their object masks [B, 1, T, H, W], without end.
 
-    Some batches are drawn together, which costs hardly more than one, from the same random frame on.
+    Some batches are drawn together, which costs hardly more than one, of one length and from one random frame on.
     """
-    for draw in count():
-        videos = settings.batch * BATCHES_PER_DRAW
-        scenes = sample_scenes(torch.arange(draw * videos, (draw + 1) * videos, device=device))
-        generator = torch.Generator().manual_seed(settings.seed + draw)
-        begin = int(torch.randint(NUM_FRAMES - settings.clip_frames + 1, (), generator=generator))
-        frames = torch.arange(begin, begin + settings.clip_frames, device=device)
+    generator, seed = torch.Generator().manual_seed(settings.seed), 0
+    for length in cycle(settings.clip_frames):
+        batch = max(1, min(settings.batch, settings.frames_per_step // length))
+        seeds = torch.arange(seed, seed + batch * BATCHES_PER_DRAW, device=device)
+        seed += len(seeds)
+        begin = int(torch.randint(NUM_FRAMES - length + 1, (), generator=generator))
+        frames, scenes = torch.arange(begin, begin + length, device=device), sample_scenes(seeds)
         pixels, mask = as_pixels(render(scenes, frames)).transpose(1, 2), object_mask(scenes, frames)[:, None]
-        yield from zip(pixels.split(settings.batch), mask.split(settings.batch), strict=True)
+        yield from zip(pixels.split(batch), mask.split(batch), strict=True)
 
 
 def vae_loss(
-    model: AutoencoderKLWan, pixels: Tensor, mask: Tensor, noise: Tensor, settings: VAETraining, kl_weight: Tensor
+    model: AutoencoderKLWan, pixels: Tensor, mask: Tensor, settings: VAETraining, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Weighted error of the reconstruction plus the divergence, and the plain squared error."""
     mean, log_variance = encode_clip(model, pixels)
     log_variance = log_variance.clamp(-30, 20)
-    decoded = decode_clip(model, mean + torch.exp(0.5 * log_variance) * noise).float()
+    decoded = decode_clip(model, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)).float()
     error, weight = decoded - pixels, 1 + (settings.object_weight - 1) * mask
     reconstruction = ((error.abs() + settings.squared_weight * error.square()) * weight).mean() / weight.mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
@@ -103,15 +107,13 @@ def train_vae(
     model = new_vae(TOY_VAE).to(device).train()
     optimizers = muon_and_adam(model, settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
     initial = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    latent_shape = (settings.batch, 16, (settings.clip_frames - 1) // 4 + 1, 8, 12)
     for step, (pixels, mask) in zip(range(settings.steps), draw_clips(settings, device), strict=False):
         progress = step / settings.steps
         for optimizer, lr in zip(optimizers, initial, strict=True):
             optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (step + 1) / 100)
-        kl_weight = torch.tensor(settings.kl_weight * 30 ** (min(1.0, 2 * progress) - 1), device=device)
-        noise = torch.randn(latent_shape, device=device)
+        kl_weight = settings.kl_weight * 30 ** (min(1.0, 2 * progress) - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, squared = vae_loss(model, pixels, mask, noise, settings, kl_weight)
+            loss, squared = vae_loss(model, pixels, mask, settings, kl_weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
