@@ -8,7 +8,7 @@ from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, remember_block
 from arl2.toyworld.captions import caption_scenes
 from arl2.toyworld.latents import LatentVideos, embed_captions, toy_text_encoder
-from arl2.toyworld.muon import Muon, muon_and_adam, orthogonalised
+from arl2.toyworld.muon import Muon, MuonWithAdam, orthogonalised
 from arl2.toyworld.train_teacher import (
     TransformerTraining,
     distil_few_step,
@@ -52,7 +52,8 @@ def test_muon_steps_alike_whatever_is_stepped_with_it() -> None:
 
 def test_every_parameter_has_one_optimiser() -> None:
     module = nn.ModuleDict({"a": nn.Conv2d(3, 4, 3), "end": nn.Linear(4, 2), "norm": nn.LayerNorm(4)})
-    optimizers = muon_and_adam(module, 0.1, 0.1, adam_names=("end",))
+    both = MuonWithAdam(module, 10, 0.1, 0.1, adam_names=("end",))
+    optimizers = (both.muon, both.adam)
     sets = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     assert not sets[0] & sets[1] and sets[0] | sets[1] == {id(p) for p in module.parameters()}
     assert sets[0] == {id(module["a"].weight)}

@@ -287,6 +287,28 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         """An empty memory: one object a layer, of the kind that the layer reads."""
         return Memory([block.self_attn.new_memory(spec) for block in self.layers()])
 
+    def memory_for(
+        self,
+        latents_BFCHW: Tensor,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        differentiable: bool = False,
+    ) -> Memory:
+        """An empty memory for videos of the number, length and size of some latents; see `MemorySpec`."""
+        batch, frames, _, height, width = latents_BFCHW.shape
+        return self.new_memory(
+            MemorySpec(
+                batch_size=batch,
+                tokens_per_frame=self.tokens_per_frame(height, width),
+                device=latents_BFCHW.device,
+                dtype=self.patch_embedding.weight.dtype,
+                frames=frames,
+                window_frames=window_frames,
+                sink_frames=sink_frames,
+                differentiable=differentiable,
+            )
+        )
+
     def parallel_views(self, layout: ParallelLayout) -> list[Any]:
         """One view a layer for a forward over all blocks at once; see `wan.teacher_forcing`."""
         return [block.self_attn.parallel_view(layout) for block in self.layers()]

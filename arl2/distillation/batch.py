@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arl2.model import HybridWanModel
-from wan.errors import InputError
-from wan.memory import Memory, MemorySpec
+from arl2.rollout import num_blocks
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,7 @@ def video_blocks(batch: VideoBatch, frames_per_block: int) -> Iterator[TrainingB
     Raises:
         InputError: the frames do not divide into blocks.
     """
-    num_frames = batch.latents_BFCHW.shape[1]
-    if num_frames % frames_per_block:
-        raise InputError(f"{num_frames} latent frames do not divide into blocks of {frames_per_block}")
-    for number, start in enumerate(range(0, num_frames, frames_per_block)):
+    for number in range(num_blocks(batch.latents_BFCHW.shape[1], frames_per_block)):
+        start = number * frames_per_block
         frames = torch.arange(start, start + frames_per_block, device=batch.latents_BFCHW.device)
         yield TrainingBlock(number, start, frames, batch.latents_BFCHW[:, start : start + frames_per_block])
-
-
-def new_memory(model: HybridWanModel, batch: VideoBatch, differentiable: bool) -> Memory:
-    """An empty memory for a batch; the teacher's inside `model.as_teacher()`."""
-    latents = batch.latents_BFCHW
-    return model.new_memory(
-        MemorySpec(
-            batch_size=latents.shape[0],
-            tokens_per_frame=model.tokens_per_frame(*latents.shape[-2:]),
-            device=latents.device,
-            dtype=model.patch_embedding.weight.dtype,
-            frames=latents.shape[1],
-            differentiable=differentiable,
-        )
-    )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import TrainingBlock, VideoBatch, new_memory, video_blocks
+from arl2.distillation.batch import TrainingBlock, VideoBatch, video_blocks
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
@@ -77,6 +77,7 @@ def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observati
             output = result[0]
             if output is None:
                 output, _ = SelfAttention.forward(module, x, rotary, view, attend=True, remember=False)
+            assert output is not None
             seen[layer] = Observation(x, rotary, output)
 
         return note
@@ -133,8 +134,8 @@ def stage1_errors(
     """
     layers, errors = model.hybrid_attentions(), LayerErrors()
     with torch.no_grad(), model.as_teacher():
-        text, teacher_memory = model.embed_text(batch.text_BTD), new_memory(model, batch, differentiable=False)
-    students = dict(zip(range(len(model.blocks)), new_memory(model, batch, differentiable=True).layers, strict=True))
+        text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
+    students = dict(enumerate(model.memory_for(batch.latents_BFCHW, differentiable=True).layers))
     for block in video_blocks(batch, settings.frames_per_block):
         for place, sigma in enumerate(settings.noise_levels):
             level = torch.full((), sigma, device=block.clean.device)

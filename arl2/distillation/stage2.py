@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import VideoBatch, new_memory, video_blocks
+from arl2.distillation.batch import VideoBatch, video_blocks
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
@@ -77,8 +77,8 @@ def stage2_loss(
         sampler: the student's steps, needed for its own context.
     """
     with torch.no_grad(), model.as_teacher():
-        text, teacher_memory = model.embed_text(batch.text_BTD), new_memory(model, batch, differentiable=False)
-    memory, differences = new_memory(model, batch, differentiable=True), []
+        text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
+    memory, differences = model.memory_for(batch.latents_BFCHW, differentiable=True), []
     for block in video_blocks(batch, settings.frames_per_block):
         remembered = block.clean
         if settings.context is Context.STUDENT:

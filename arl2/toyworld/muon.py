@@ -4,6 +4,7 @@ Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networ
 taken as the matrix from its inputs to its outputs. Everything that is no matrix belongs to another optimiser.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 # Quintic iteration whose singular values end near 1; the constants are those of the source.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+WARM_UP = 100
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:
@@ -65,14 +67,43 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state["momentum"], decay)
 
 
-def muon_and_adam(
-    module: nn.Module, muon_lr: float, adam_lr: float, *, adam_names: Iterable[str] = ()
-) -> list[torch.optim.Optimizer]:
-    """Muon for a module's matrices, Adam for everything else and for names that start with one of `adam_names`."""
-    matrices: list[Tensor] = []
-    rest: list[Tensor] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or min(parameter.flatten(1).shape) < 2 or name.startswith(tuple(adam_names))
-            (rest if plain else matrices).append(parameter)
-    return [Muon(matrices, lr=muon_lr), torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+class MuonWithAdam:
+    """Muon for a module's matrices, Adam for everything else; both rise over 100 steps and fall along a cosine.
+
+    Args:
+        module: its parameters that require gradients are trained.
+        steps: after which the step sizes are zero.
+        muon_lr, adam_lr: step sizes.
+        adam_names: what names of matrices begin with that go to Adam: those at the ends of a network.
+        clip_norm: largest norm of all gradients together.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        steps: int,
+        muon_lr: float,
+        adam_lr: float,
+        adam_names: Iterable[str] = (),
+        clip_norm: float = 1.0,
+    ) -> None:
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim < 2 or min(parameter.flatten(1).shape) < 2 or name.startswith(tuple(adam_names))
+                (rest if plain else matrices).append(parameter)
+        self.muon = Muon(matrices, lr=muon_lr)
+        self.adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self._parameters = matrices + rest
+        self._steps, self._clip_norm = steps, clip_norm
+        self._peaks = [(self.muon, muon_lr), (self.adam, adam_lr)]
+
+    def step(self, number: int) -> None:
+        """Take step `number`, counted from 0, along the gradients, and clear them."""
+        factor = 0.5 * (1 + math.cos(math.pi * number / self._steps)) * min(1, (number + 1) / WARM_UP)
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        for optimizer, peak in self._peaks:
+            optimizer.param_groups[0]["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)

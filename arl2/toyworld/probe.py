@@ -20,7 +20,6 @@ from arl2.toyworld.render import as_pixels, hidden_spans, render, visible_fracti
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from arl2.toyworld.world import Scenes, sample_scenes
 from wan.errors import InputError
-from wan.memory import MemorySpec
 from wan.text import TextEncoder
 from wan.vae import WanVAE
 
@@ -91,27 +90,18 @@ def _batches(videos: int, size: int = 32) -> Iterator[slice]:
 def generate_latents(contender: Contender, probe: ProbeSet, rows: slice, continued: bool) -> Tensor:
     """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
     model, real = contender.transformer, probe.latents_BFCHW[rows]
-    device, frames = real.device, real.shape[1]
     given = probe.context_blocks * FRAMES_PER_BLOCK if continued else 0
-    spec = MemorySpec(
-        batch_size=len(real),
-        tokens_per_frame=model.tokens_per_frame(*real.shape[-2:]),
-        device=device,
-        dtype=model.dtype,
-        frames=frames,
-        window_frames=contender.window_frames,
-        sink_frames=contender.sink_frames,
-    )
-    memory, text = model.new_memory(spec), model.embed_text(probe.text_BTD[rows].to(model.dtype))
+    memory = model.memory_for(real, contender.window_frames, contender.sink_frames)
+    text = model.embed_text(probe.text_BTD[rows].to(model.dtype))
     for start in range(0, given, FRAMES_PER_BLOCK):
         remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
     generator = torch.Generator().manual_seed(int(probe.seeds[rows][0]) + continued)
     shape = (len(real), FRAMES_PER_BLOCK, *real.shape[2:])
 
     def noise(block: int, step: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(real.device)
 
-    blocks = (frames - given) // FRAMES_PER_BLOCK
+    blocks = (real.shape[1] - given) // FRAMES_PER_BLOCK
     made = [block.latents_BFCHW for block in rollout(model, contender.sampler, noise, text, memory, blocks, given)]
     return torch.cat([real[:, :given].float(), *(part.float() for part in made)], dim=1)
 

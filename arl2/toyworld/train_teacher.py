@@ -5,7 +5,6 @@ regression on the teacher's trajectories, from the teacher's weights (as CausVid
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from torch import Tensor
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos
-from arl2.toyworld.muon import muon_and_adam
+from arl2.toyworld.muon import MuonWithAdam
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from wan.config import wan_size
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
@@ -77,21 +76,14 @@ def train(
         report: told the step and the loss, every hundredth step.
     """
     device = data.latents_NFCHW.device
-    optimizers = muon_and_adam(model.train(), settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
-    initial = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    optimizer = MuonWithAdam(model.train(), settings.steps, settings.muon_lr, settings.adam_lr, OUTER_LAYERS)
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
-        factor = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * min(1, (step + 1) / 100)
-        for optimizer, lr in zip(optimizers, initial, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * factor
         latents, text = data.batch(generator, settings.batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of(latents, text, generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step(step)
         if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item())
     return model.eval()

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from arl2.toyworld.muon import muon_and_adam
+from arl2.toyworld.muon import MuonWithAdam
 from arl2.toyworld.render import as_pixels, coverage, render, wall_columns
 from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
@@ -105,20 +105,13 @@ def train_vae(
     """
     torch.manual_seed(settings.seed)
     model = new_vae(TOY_VAE).to(device).train()
-    optimizers = muon_and_adam(model, settings.muon_lr, settings.adam_lr, adam_names=OUTER_LAYERS)
-    initial = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    optimizer = MuonWithAdam(model, settings.steps, settings.muon_lr, settings.adam_lr, OUTER_LAYERS)
     for step, (pixels, mask) in zip(range(settings.steps), draw_clips(settings, device), strict=False):
-        progress = step / settings.steps
-        for optimizer, lr in zip(optimizers, initial, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress)) * min(1, (step + 1) / 100)
-        kl_weight = settings.kl_weight * 30 ** (min(1.0, 2 * progress) - 1)
+        kl_weight = settings.kl_weight * 30 ** (min(1.0, 2 * step / settings.steps) - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, squared = vae_loss(model, pixels, mask, settings, kl_weight)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step(step)
         if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
     return normalise_latents(WanVAE(model), device, normalising_videos)
