@@ -11,11 +11,12 @@ import torch
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.cli import choose_device
-from pipelines.config import InferenceConfig, MemoryKind, load_config
+from pipelines.config import InferenceConfig, MemoryKind, check_size, load_config
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from wan.attention import AttentionBackend, require_backend
 from wan.errors import InputError
 from wan.formats import transformer_config
+from wan.vae import spatial_stride
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LEAST_FREE_BYTES = 16 * 2**20
@@ -135,8 +136,10 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
-    sizes = transformer_config(Path(config.model_folder))
+    folder = Path(config.model_folder)
+    sizes = transformer_config(folder)
     check_layers(config.hybrid.layers, sizes["num_layers"])
+    check_size(config.height, config.width, spatial_stride(folder), sizes["patch_size"])
     config.hybrid.settings()
 
 

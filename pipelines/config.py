@@ -1,5 +1,6 @@
 """Settings of an inference run: a typed YAML file, in which an unknown key is an error."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -93,6 +94,20 @@ class InferenceConfig:
     attention_backend: str = "auto"
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) -> None:
+    """Make sure that a picture divides into latents and these into patches.
+
+    Raises:
+        InputError: it does not.
+    """
+    rows, columns = stride * patch_size[1], stride * patch_size[2]
+    if height < 1 or width < 1 or height % rows or width % columns:
+        raise InputError(
+            f"{height}×{width} pixels do not divide into patches: height must be a multiple of {rows}, "
+            f"width of {columns}"
+        )
 
 
 def load_config(kind: type[Config], path: Path) -> Config:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from arl2.checkpoint import build_hybrid
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks, remember_block, rollout
-from pipelines.config import MemoryConfig, MemoryKind
+from pipelines.config import MemoryConfig, MemoryKind, check_size
 from wan.attention import AttentionBackend
 from wan.errors import InputError
 from wan.formats import read_config, read_transformer, transformer_config
@@ -191,14 +191,8 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         stride = self.wan_vae.spatial_compression
-        size = (height // stride, width // stride)
-        _, rows, columns = self.transformer.patch_size
-        if height % (stride * rows) or width % (stride * columns):
-            raise InputError(
-                f"{height}×{width} pixels do not divide into patches: height must be a multiple of {stride * rows}, "
-                f"width of {stride * columns}"
-            )
-        return size
+        check_size(height, width, stride, self.transformer.patch_size)
+        return height // stride, width // stride
 
     def new_memory(
         self, batch_size: int, height: int, width: int, latent_frames: int | None, memory: MemoryConfig

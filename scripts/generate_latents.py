@@ -26,11 +26,9 @@ from pipelines.prompts import plan_jobs, read_prompts, share
 from pipelines.text_to_video import SeededNoise
 from wan.formats import read_transformer, transformer_config
 from wan.text import load_text_encoder
-from wan.vae import WAN21_VAE
+from wan.vae import spatial_stride
 
 log = logging.getLogger(__name__)
-
-SPATIAL_STRIDE = 2 ** len(WAN21_VAE["temperal_downsample"])
 
 
 def parse() -> argparse.Namespace:
@@ -71,7 +69,8 @@ def main() -> int:
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
     encoder = load_text_encoder(model_folder, text_len=model.config.text_len, dtype=dtype, device=device)
     sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
-    size = (config.height // SPATIAL_STRIDE, config.width // SPATIAL_STRIDE)
+    stride = spatial_stride(model_folder)
+    size = (config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
     settings = asdict(config) | {"dtype": str(dtype), "use_ema": arguments.use_ema}
     with LatentWriter(folder, settings) as writer, Progress(disable=rank != 0) as progress:

@@ -174,6 +174,18 @@ def test_bad_input_gives_one_line_and_status_2(
     assert "Traceback" not in error and not list(tmp_path.glob("**/*.mp4"))
 
 
+def test_sizes_are_checked_before_models_load(
+    monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CausalVideoPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    for change in (("height: 32", "height: 40"), ("width: 48", "width: 0"), ("frames: 6", "frames: 7")):
+        text = config.read_text()
+        config.write_text(text.replace(*change))
+        assert run(monkeypatch, config, "--prompt", "x") == 2
+        assert "multiple" in capsys.readouterr().err
+        config.write_text(text)
+
+
 def test_a_missing_config_and_a_full_disk(
     monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

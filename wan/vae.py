@@ -316,6 +316,13 @@ def _load_diffusers(folder: Path) -> AutoencoderKLWan:
     return model
 
 
+def spatial_stride(folder: Path) -> int:
+    """Pixels per latent along each side of the VAE in a native or diffusers folder, without reading its weights."""
+    config = folder / "vae" / "config.json"
+    stages = read_config(config)["temperal_downsample"] if config.is_file() else WAN21_VAE["temperal_downsample"]
+    return 2 ** len(stages)
+
+
 def save_native_vae(vae: WanVAE, path: Path) -> None:
     """Write the weights under Wan's names as a `.pth`; atomic."""
     state = vae.model.state_dict()
