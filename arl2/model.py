@@ -1,10 +1,10 @@
 """The causal Wan transformer with hybrid attention in some of its layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -120,7 +120,6 @@ class HybridWanModel(CausalWanModel):
             model_type=model_type,
         )
         layers = check_layers(hybrid_layers, num_layers)
-        self.hybrid = HybridSettings(layers, lora_rank, lora_alpha, FFNLoRA(ffn_lora))
         adapted = self.hybrid.ffn_lora_layers(num_layers)
         for layer, block in enumerate(self.layers()):
             if layer in layers:
@@ -129,6 +128,13 @@ class HybridWanModel(CausalWanModel):
                 linear = block.ffn[place]
                 assert lora_rank is not None and isinstance(linear, nn.Linear)
                 block.ffn[place] = LoRALinear(linear, lora_rank, lora_alpha)
+
+    @property
+    def hybrid(self) -> HybridSettings:
+        """Which layers are hybrid, and how; the config holds it."""
+        config = self.config
+        layers = tuple(sorted(config.hybrid_layers))
+        return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
         """The hybrid attention modules by layer."""
@@ -150,32 +156,15 @@ class HybridWanModel(CausalWanModel):
 
         A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
         """
-        parts: list[HybridAttention | LoRALinear] = [*self.hybrid_attentions().values(), *self.adapters()]
-        before = [part.enabled for part in parts]
-        try:
-            for part in parts:
-                part.enabled = False
+        with _switched_off(self.hybrid_attentions().values(), "enabled"), _switched_off(self.adapters(), "enabled"):
             yield self
-        finally:
-            for part, enabled in zip(parts, before, strict=True):
-                part.enabled = enabled
 
     @contextmanager
     def without_lora(self) -> Iterator["HybridWanModel"]:
         """Switch all adapters off inside the context; hybrid layers stay hybrid."""
-        attentions, adapters = list(self.hybrid_attentions().values()), self.adapters()
-        before = [attention.lora_enabled for attention in attentions], [adapter.enabled for adapter in adapters]
-        try:
-            for attention in attentions:
-                attention.lora_enabled = False
-            for adapter in adapters:
-                adapter.enabled = False
+        attentions = self.hybrid_attentions().values()
+        with _switched_off(attentions, "lora_enabled"), _switched_off(self.adapters(), "enabled"):
             yield self
-        finally:
-            for attention, enabled in zip(attentions, before[0], strict=True):
-                attention.lora_enabled = enabled
-            for adapter, enabled in zip(adapters, before[1], strict=True):
-                adapter.enabled = enabled
 
     def hybrid_parameter_names(self) -> list[str]:
         """Names of all parameters that the softmax model does not have."""
@@ -201,8 +190,20 @@ class HybridWanModel(CausalWanModel):
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
-        self.hybrid = HybridSettings(self.hybrid.layers, self.hybrid.lora_rank, self.hybrid.lora_alpha, FFNLoRA.NONE)
         self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+
+
+@contextmanager
+def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
+    """Set a boolean attribute of some modules to False, and put it back after."""
+    before = [(module, getattr(module, switch)) for module in modules]
+    try:
+        for module, _ in before:
+            setattr(module, switch, False)
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, switch, value)
 
 
 def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
@@ -216,8 +217,3 @@ def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
     for parameter, value in gates.items():
         parameter.data = value
-
-
-def model_config(model: CausalWanModel) -> dict[str, Any]:
-    """The constructor arguments of a model, without diffusers' own entries."""
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}

@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +39,7 @@ from arl2.toyworld.train_vae import VAETraining, train_vae
 from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.text_to_video import CausalVideoPipeline
-from wan.checkpoint import atomic_path
+from wan.checkpoint import atomic_folder, atomic_path
 from wan.errors import InputError
 from wan.vae import load_vae
 
@@ -87,11 +86,8 @@ def few_step_sampler() -> FewStepSampler:
 
 def save_model(model: ModelMixin, folder: Path) -> None:
     """Write a model's folder; under its name there is a whole one or none."""
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
 
 
 def progress(started: float) -> Callable[..., None]:

@@ -10,7 +10,6 @@ The target's ending decides: .pt (Causal Forcing / ARL²), .safetensors (bare na
 
 import argparse
 import logging
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from arl2.checkpoint import build_hybrid, save_generator
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.cli import exit_on_input_error
+from wan.checkpoint import atomic_folder
 from wan.config import WAN_SIZES, wan_size
 from wan.errors import InputError
 from wan.formats import read_transformer, transformer_config
@@ -49,15 +49,8 @@ def save(model: HybridWanModel, target: Path) -> None:
     if target.suffix in (".pt", ".safetensors"):
         save_generator(model, target)
         return
-    partial = target.with_name(f".{target.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-        partial.rename(target)
-    except OSError as error:
-        raise InputError(f"cannot write {target} ({error.strerror}): free space or choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with atomic_folder(target) as temporary:
+        model.save_pretrained(temporary)
 
 
 @exit_on_input_error

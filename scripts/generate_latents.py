@@ -77,7 +77,7 @@ def main() -> int:
         for job in progress.track([job for job in jobs if job.name not in writer.keys], description="rollouts"):
             text_BTD = encoder.encode([job.prompt])
             noise = SeededNoise([job.seed], (config.frames_per_block, model.config.in_dim, *size), device)
-            latents = noise(0, 0).new_empty(1, config.num_output_frames, model.config.in_dim, *size)
+            latents = torch.empty(1, config.num_output_frames, model.config.in_dim, *size, device=device)
             with model.as_teacher():
                 memory, text = model.memory_for(latents), model.embed_text(text_BTD)
                 for block in rollout(model, sampler, noise, text, memory, blocks, context_noise=config.context_noise):

@@ -20,10 +20,11 @@ from rich.console import Console
 
 from arl2.verification.golden import CaseResult, Precision
 from arl2.verification.run import verify_folder
+from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device, exit_on_input_error
 from wan.attention import require_backend
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
 
 def line(result: CaseResult) -> str:
@@ -55,11 +56,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of golden files")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=VERIFY_DTYPES, default="float32")
     parser.add_argument("--backend", default="auto", help="attention backend, see wan/attention.py")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
-    device, dtype = choose_device(arguments.device), DTYPES[arguments.dtype]
+    device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
     # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))

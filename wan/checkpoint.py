@@ -7,7 +7,8 @@ strict: every name in the file and every parameter of the model is accounted for
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import is_zipfile
@@ -87,6 +88,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder: the new one takes the place of an old one.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_folder(folder: Path, names: Sequence[str]) -> tuple[StateDict, Path]:
+    """The weights of a folder, and the file that they are in (or their index).
+
+    Args:
+        names: what the file may be called, best first.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    for file in (folder / name for name in names):
+        if file.is_file():
+            return as_state_dict(read_weights(file), file), file
+    raise CheckpointError(f"no weights in {folder}: expected {names[0]}, or its shards with an index")
 
 
 def as_state_dict(weights: Mapping[str, object], source: str | Path) -> StateDict:

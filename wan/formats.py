@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoint import StateDict, as_state_dict, read_weights, some
+from wan.checkpoint import StateDict, as_state_dict, read_folder, read_weights, some
 from wan.errors import CheckpointError
 
+OUR_CLASSES = ("CausalWanModel", "HybridWanModel")
 GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 # Wrappers of training frameworks, anywhere in a name, and the module that held the network, at its start.
@@ -54,10 +55,11 @@ _NATIVE_KEYS = (
     "model_type",
 )
 
+_IMAGE_BRANCH = re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)")
 _FAMILIES = (
     (re.compile(r"^(encoder|decoder)\.(conv1|downsamples|upsamples|middle|conv_in|mid_block)"), "a VAE"),
     (re.compile(r"^(token_embedding|shared|encoder\.block)\."), "a text encoder"),
-    (re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)"), "an image-to-video transformer with an image branch"),
+    (_IMAGE_BRANCH, "an image-to-video transformer with an image branch"),
     (re.compile(r"(lora_down|lora_up|\.lora\.|lora_A\.(default|weight))"), "a LoRA of another tool"),
 )
 
@@ -155,7 +157,7 @@ def transformer_config(folder: Path) -> dict[str, Any]:
     kind = config.get("_class_name")
     if kind == "WanTransformer3DModel":
         return native_config(config)
-    if kind in ("CausalWanModel", "HybridWanModel"):
+    if kind in OUR_CLASSES:
         return {name: value for name, value in config.items() if not name.startswith("_")}
     if kind in ("WanModel", None) and "dim" in config:
         return _NATIVE_DEFAULTS | {name: config[name] for name in _NATIVE_KEYS if name in config}
@@ -207,12 +209,9 @@ def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:
         raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop --use_ema")
     folder = transformer_folder(path)
     config = transformer_config(path)
-    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not files:
-        raise CheckpointError(f"no weights in {folder}: expected {WEIGHT_FILES[0]} or its shards with an index")
-    state = _named(as_state_dict(read_weights(files[0]), files[0]), files[0])
-    ours = read_config(folder / "config.json").get("_class_name") in ("CausalWanModel", "HybridWanModel")
-    return TransformerWeights(state, str(folder), config, causal=ours)
+    state, file = read_folder(folder, WEIGHT_FILES)
+    ours = read_config(folder / "config.json").get("_class_name") in OUR_CLASSES
+    return TransformerWeights(_named(state, file), str(folder), config, causal=ours)
 
 
 def _named(state: StateDict, path: Path) -> StateDict:
@@ -222,7 +221,7 @@ def _named(state: StateDict, path: Path) -> StateDict:
         named = {native_name(name): value for name, value in named.items()}
     if len(named) != len(state):
         raise CheckpointError(f"{path}: several entries have one name once wrappers are removed")
-    if "patch_embedding.weight" not in named or any(_FAMILIES[2][0].search(name) for name in named):
+    if "patch_embedding.weight" not in named or any(_IMAGE_BRANCH.search(name) for name in named):
         raise CheckpointError(
             f"{path} holds {family(named)}, not a Wan text-to-video transformer: check --checkpoint_path"
         )

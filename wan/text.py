@@ -18,7 +18,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights
+from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
 from wan.errors import CheckpointError, InputError
 from wan.formats import family, read_config
 
@@ -229,10 +229,7 @@ def _load_transformers(folder: Path) -> UMT5EncoderModel:
     kind = read_config(folder / "config.json").get("model_type")
     if kind != "umt5":
         raise CheckpointError(f"{folder} holds a {kind}, not a UMT5 encoder: check the model folder")
-    files = [folder / name for name in _TRANSFORMERS_FILES if (folder / name).is_file()]
-    if not files:
-        raise CheckpointError(f"no weights in {folder}: expected {_TRANSFORMERS_FILES[0]} or its shards with an index")
-    state = as_state_dict(read_weights(files[0]), files[0])
+    state, file = read_folder(folder, _TRANSFORMERS_FILES)
     # The embedding is one tensor under two names; a file need hold only one of them.
     for name in _EMBEDDING_COPIES:
         if name in state:
@@ -240,7 +237,7 @@ def _load_transformers(folder: Path) -> UMT5EncoderModel:
             break
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True))
-    return _filled(model, state, files[0])
+    return _filled(model, state, file)
 
 
 def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:

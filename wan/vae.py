@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights
+from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
 from wan.errors import CheckpointError, InputError
 from wan.formats import WEIGHT_FILES, family, read_config
 
@@ -309,10 +309,8 @@ def _load_diffusers(folder: Path) -> AutoencoderKLWan:
         raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
-    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not files:
-        raise CheckpointError(f"no weights in {folder}: expected {WEIGHT_FILES[0]}")
-    load_strict(model, as_state_dict(read_weights(files[0]), files[0]), files[0])
+    state, file = read_folder(folder, WEIGHT_FILES)
+    load_strict(model, state, file)
     return model
 
 

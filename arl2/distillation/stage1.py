@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import TrainingBlock, VideoBatch, video_blocks
+from arl2.distillation.batch import ObjectiveSettings, VideoBatch, video_blocks
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
+from arl2.rollout import predict_flow, remember_block
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
-from wan.memory import LayerMemory, Memory
-from wan.model import PassOutput, SelfAttention, TextKV
+from wan.model import SelfAttention
 from wan.rope import Rotary
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
@@ -27,20 +27,14 @@ STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q."
 
 
 @dataclass(frozen=True)
-class Stage1Settings:
+class Stage1Settings(ObjectiveSettings):
     """What the method leaves open.
 
     Attributes:
-        frames_per_block: latent frames of a block.
-        noise_levels: σ at which every block is read before it is remembered.
         read_clean: whether the clean pass counts in the loss too.
-        blocks_per_graph: blocks through which gradients go back; None for the whole video.
     """
 
-    frames_per_block: int
-    noise_levels: tuple[float, ...]
     read_clean: bool = True
-    blocks_per_graph: int | None = None
 
 
 def stage1_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -135,52 +129,28 @@ def stage1_errors(
     layers, errors = model.hybrid_attentions(), LayerErrors()
     with torch.no_grad(), model.as_teacher():
         text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-    students = dict(enumerate(model.memory_for(batch.latents_BFCHW, differentiable=True).layers))
+    student_memory = model.memory_for(batch.latents_BFCHW, differentiable=True)
     for block in video_blocks(batch, settings.frames_per_block):
         for place, sigma in enumerate(settings.noise_levels):
             level = torch.full((), sigma, device=block.clean.device)
             noisy = add_noise(block.clean, noise(block.number, place), level)
-            seen, _ = _teacher_pass(model, layers, noisy, sigma, text, teacher_memory, block, remember=False)
+            with torch.no_grad(), model.as_teacher(), observed(layers) as seen:
+                predict_flow(model, noisy, level * NUM_TRAIN_TIMESTEPS, text, teacher_memory, block.start)
             for layer, one in seen.items():
-                errors.add(layer, _attend(layers[layer], students[layer], one), one.output_BLD)
+                view = student_memory.layers[layer].read(one.x_BLD.shape[1])
+                output, _ = layers[layer](one.x_BLD, one.rotary, view, attend=True, remember=False)
+                errors.add(layer, output, one.output_BLD)
             errors.passes += 1
-        if settings.blocks_per_graph and block.number % settings.blocks_per_graph == 0:
-            # Before remembering: afterwards it would cut the gradient of what this block writes.
-            for memory in students.values():
-                memory.detach()
-        seen, result = _teacher_pass(model, layers, block.clean, 0.0, text, teacher_memory, block, remember=True)
-        assert result.updates is not None
-        teacher_memory.commit(result.updates)
+        if settings.starts_graph(block.number):
+            student_memory.detach()
+        with torch.no_grad(), model.as_teacher(), observed(layers) as seen:
+            remember_block(model, block.clean, text, teacher_memory, block.start)
         for layer, one in seen.items():
-            view = students[layer].read(one.x_BLD.shape[1])
+            memory = student_memory.layers[layer]
+            view = memory.read(one.x_BLD.shape[1])
             output, update = layers[layer](one.x_BLD, one.rotary, view, attend=settings.read_clean, remember=True)
             if settings.read_clean:
                 errors.add(layer, output, one.output_BLD)
-            students[layer].commit(update)
+            memory.commit(update)
         errors.passes += settings.read_clean
     return errors
-
-
-def _attend(layer: HybridAttention, memory: LayerMemory, seen: Observation) -> Tensor:
-    output, _ = layer(seen.x_BLD, seen.rotary, memory.read(seen.x_BLD.shape[1]), attend=True, remember=False)
-    assert output is not None
-    return output
-
-
-@torch.no_grad()
-def _teacher_pass(
-    model: HybridWanModel,
-    layers: dict[int, HybridAttention],
-    latents: Tensor,
-    sigma: float,
-    text: TextKV,
-    memory: Memory,
-    block: TrainingBlock,
-    remember: bool,
-) -> tuple[dict[int, Observation], PassOutput]:
-    """One pass of the teacher, observed."""
-    timesteps = torch.full(latents.shape[:2], sigma * NUM_TRAIN_TIMESTEPS, device=latents.device)
-    tokens = latents.shape[1] * model.tokens_per_frame(*latents.shape[-2:])
-    with model.as_teacher(), observed(layers) as seen:
-        result = model(latents, timesteps, text, memory.read(tokens), block.frames, remember=remember)
-    return seen, result

@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import VideoBatch, video_blocks
+from arl2.distillation.batch import ObjectiveSettings, VideoBatch, video_blocks
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
@@ -35,22 +35,16 @@ class Target(StrEnum):
 
 
 @dataclass(frozen=True)
-class Stage2Settings:
+class Stage2Settings(ObjectiveSettings):
     """What the method leaves open.
 
     Attributes:
-        frames_per_block: latent frames of a block.
-        noise_levels: σ at which every block is compared.
         context: see `Context`.
         target: see `Target`.
-        blocks_per_graph: blocks through which gradients go back; None for the whole video.
     """
 
-    frames_per_block: int
-    noise_levels: tuple[float, ...]
     context: Context = Context.DATA
     target: Target = Target.FLOW
-    blocks_per_graph: int | None = None
 
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -96,8 +90,7 @@ def stage2_loss(
             differences.append((scale * (flow.float() - wanted.float())).square().mean())
         with torch.no_grad(), model.as_teacher():
             remember_block(model, remembered, text, teacher_memory, block.start)
-        if settings.blocks_per_graph and block.number % settings.blocks_per_graph == 0:
-            # Before remembering: afterwards it would cut the gradient of what this block writes.
+        if settings.starts_graph(block.number):
             memory.detach()
         remember_block(model, remembered, text, memory, block.start)
     return torch.stack(differences).mean()

@@ -1,6 +1,5 @@
 """Training the toy world's VAE: a small AutoencoderKLWan on clips drawn as they are needed."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
 from wan.vae import WanVAE, new_vae
 from wan.vae_whole_clip import decode_clip, encode_clip
-
-log = logging.getLogger(__name__)
 
 OUTER_LAYERS = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "encoder.conv_out")
 """Layers at the ends, whose inputs or outputs are no features: left to Adam."""
@@ -128,4 +125,4 @@ def normalise_latents(vae: WanVAE, device: torch.device, videos: int) -> WanVAE:
         latents_mean=channels.mean(1).tolist(),
         latents_std=channels.std(1).tolist(),
     )
-    return WanVAE(vae.model)
+    return vae
