@@ -4,7 +4,8 @@
 
 Rows: the softmax model with full memory (teacher); the same with every block blind to the others (local_only); the same
 cut to a window and a sink at sampling time (window_sink); and, with --multi_step, the model before few-step training.
-Each is judged on videos that go on from two given blocks, and on videos made from a caption that names nothing.
+Each is judged on videos that go on from two given blocks, on videos made from a caption that names nothing, and on
+whether videos made from a caption that names colour and shape obey it.
 Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
 """
 
@@ -61,11 +62,14 @@ def contenders(
 
 def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     """Accuracies after re-emergence, with intervals and chance."""
-    table = Table("model", "colour and shape", "95 %", "chance", "colour", "shape", "before", "same object, generated")
+    table = Table(
+        "model", "colour and shape", "95 %", "chance", "colour", "shape", "before", "same, generated", "obeyed"
+    )
     for name, row in models.items():
         after, before = row["continued"]["after"], row["continued"]["before"]
         low, high = row["interval"]
-        generated = row.get("generated", {}).get("same_object", {}).get("both", {}).get("accuracy", math.nan)
+        generated = row["generated"]["same_object"]["both"]["accuracy"] if "generated" in row else math.nan
+        obeyed = row["obeyed"]["both"]["accuracy"] if "obeyed" in row else math.nan
         table.add_row(
             name,
             f"{row['accuracy']:.3f}",
@@ -75,6 +79,7 @@ def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
             f"{after['shape']['accuracy']:.3f}",
             f"{before['both']['accuracy']:.3f}",
             f"{generated:.3f}",
+            f"{obeyed:.3f}",
         )
     Console().print(table)
 

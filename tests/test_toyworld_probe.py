@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from arl2.toyworld import probe as probe_module
 from arl2.toyworld.latents import toy_text_encoder
 from arl2.toyworld.leak import hidden_blocks, leak_by_block
-from arl2.toyworld.probe import ceilings, interval, make_probe_set
-from arl2.toyworld.render import render, visible_fraction
+from arl2.toyworld.probe import ceilings, interval, judge_obeyed, make_probe_set
+from arl2.toyworld.reader import read_generated
+from arl2.toyworld.render import as_pixels, render, visible_fraction
 from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import sample_scenes
 from pipelines.random_model import random_pipeline
@@ -52,6 +54,14 @@ def test_the_truth_scores_one_and_noise_through_an_untrained_vae_does_not(vae: W
     assert sum(both) == result["ground_truth"]["objects"] > 0
 
 
+def test_real_videos_obey_their_own_captions_and_not_those_of_others(vae: WanVAE) -> None:
+    scenes = sample_scenes(torch.arange(24), mix=probe_module.PROBE_MIX)
+    shown = read_generated(as_pixels(render(scenes)), scenes.exists[:, 1])
+    assert judge_obeyed(shown, scenes)["both"]["accuracy"] == 1.0
+    others = replace(scenes, colour=(scenes.colour + 1) % 8)
+    assert judge_obeyed(shown, others)["both"]["accuracy"] == 0.0
+
+
 def test_hidden_blocks_show_nothing() -> None:
     scenes = sample_scenes(torch.arange(6), mix={"occlusion": 1.0})
     hidden, visible = hidden_blocks(scenes), visible_fraction(scenes)[:, 0]
@@ -82,6 +92,7 @@ def test_the_script_writes_what_it_promises(monkeypatch: pytest.MonkeyPatch, tmp
     assert import_module("probe_memory").main() == 0
     models = json.loads(page.read_text())["models"]
     assert set(models) == {"teacher", "local_only", "window_sink", "ground_truth", "ground_truth_through_vae"}
+    assert models["teacher"]["obeyed"]["both"]["objects"] > 0
     for row in models.values():
         assert 0 <= row["accuracy"] <= 1 and 0 < row["chance"] < 0.05
     assert models["ground_truth"]["accuracy"] == 1.0

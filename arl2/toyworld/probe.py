@@ -5,7 +5,7 @@ the wall is read from the pixels and compared with what went in.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,18 @@ class Contender:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Scenes to be judged on, with real latents and captions that name nothing.
+    """Scenes to be judged on, with real latents.
 
     Attributes:
+        text_BTD: embeddings of captions that name nothing.
+        telling_text_BTD: of captions that name colour and shape of every object.
         context_blocks: blocks that a continued video is given.
     """
 
     scenes: Scenes
     latents_BFCHW: Tensor
     text_BTD: Tensor
+    telling_text_BTD: Tensor
     context_blocks: int = 2
 
     @property
@@ -78,7 +81,11 @@ def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hi
     if told:
         raise InputError(f"the caption {told[0]!r} names the answer: the probe's captions must not")
     latents = torch.cat([encode_pixels(vae, as_pixels(render(scenes[rows]))) for rows in _batches(videos)])
-    return ProbeSet(scenes, latents, embed_captions(encoder, captions).to(vae.device))
+    text, telling = (
+        embed_captions(encoder, spoken).to(vae.device)
+        for spoken in (captions, caption_scenes(scenes, informative=True))
+    )
+    return ProbeSet(scenes, latents, text, telling)
 
 
 def _batches(videos: int, size: int = 32) -> Iterator[slice]:
@@ -87,12 +94,14 @@ def _batches(videos: int, size: int = 32) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def generate_latents(contender: Contender, probe: ProbeSet, rows: slice, continued: bool) -> Tensor:
+def generate_latents(
+    contender: Contender, probe: ProbeSet, rows: slice, text_BTD: Tensor, continued: bool = False
+) -> Tensor:
     """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
     model, real = contender.transformer, probe.latents_BFCHW[rows]
     given = probe.context_blocks * FRAMES_PER_BLOCK if continued else 0
     memory = model.memory_for(real, contender.window_frames, contender.sink_frames)
-    text = model.embed_text(probe.text_BTD[rows].to(model.dtype))
+    text = model.embed_text(text_BTD[rows].to(model.dtype))
     for start in range(0, given, FRAMES_PER_BLOCK):
         remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
     generator = torch.Generator().manual_seed(int(probe.seeds[rows][0]) + continued)
@@ -158,26 +167,29 @@ def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
     return {"same_object": table(same, scenes.exists.cpu())}
 
 
+def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float | int | list[float]]]:
+    """Whether every object, when first seen, is the one that the caption names; of two, at the place it names."""
+    colour, shape = reading.colour[..., 0] == scenes.colour, reading.shape[..., 0] == scenes.shape
+    return table({"colour": colour.cpu(), "shape": shape.cpu(), "both": (colour & shape).cpu()}, scenes.exists.cpu())
+
+
 @torch.no_grad()
 def probe_model(contender: Contender, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
-    """Both forms of the probe for one model."""
+    """All three forms for one model: continued, generated without being told, generated as told."""
+    scenes = probe.scenes
 
-    def read(continued: bool, reader: Callable[[Tensor, Scenes], Reading]) -> Reading:
-        pixels = torch.cat(
-            [
-                vae.decode(generate_latents(contender, probe, rows, continued).to(vae.dtype)).float().cpu()
-                for rows in _batches(len(probe.scenes))
-            ]
-        )
-        return reader(pixels.to(vae.device), probe.scenes)
+    def shown(text_BTD: Tensor, continued: bool = False) -> Tensor:
+        parts = (generate_latents(contender, probe, rows, text_BTD, continued) for rows in _batches(len(scenes)))
+        pixels = torch.cat([vae.decode(part.to(vae.dtype)).float().cpu() for part in parts])
+        return pixels.to(vae.device)
 
-    continued = judge_continued(read(True, read_video), probe.scenes)
-    generated = judge_generated(
-        read(False, lambda pixels, scenes: read_generated(pixels, scenes.exists[:, 1])), probe.scenes
-    )
+    two = scenes.exists[:, 1]
+    continued = judge_continued(read_video(shown(probe.text_BTD, continued=True), scenes), scenes)
+    generated = judge_generated(read_generated(shown(probe.text_BTD), two), scenes)
+    obeyed = judge_obeyed(read_generated(shown(probe.telling_text_BTD), two), scenes)
     both = continued["after"]
     assert isinstance(both, dict)
-    return both["both"] | {"continued": continued, "generated": generated}
+    return both["both"] | {"continued": continued, "generated": generated, "obeyed": obeyed}
 
 
 @torch.no_grad()
