@@ -8,7 +8,8 @@
 3. few_step   the 4-step generator, regression on the teacher's trajectories
 4. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
-Each step leaves its weights and a JSON with its quality, settings, seconds, card and versions in the work folder.
+A killed step goes on from where it was at most 500 steps before. Each leaves its weights and a JSON with its quality,
+settings, seconds, card and versions in the work folder.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos, encode_world, toy_text_encoder
+from arl2.toyworld.progress import Progress
 from arl2.toyworld.train_teacher import (
     FEW_STEP,
     TEACHER,
@@ -90,7 +92,7 @@ def save_model(model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(temporary)
 
 
-def progress(started: float) -> Callable[..., None]:
+def report_since(started: float) -> Callable[..., None]:
     """Log a step's number, its seconds and its figures."""
 
     def report(step: int, *figures: float) -> None:
@@ -102,8 +104,10 @@ def progress(started: float) -> Callable[..., None]:
 def build_vae(build: Build) -> Result:
     """Train and measure the VAE."""
     settings = build.settings(VAETraining())
-    vae = train_vae(settings, build.device, progress(time.perf_counter()), build.videos(64))
+    kept = Progress(build.work / "vae.partial")
+    vae = train_vae(settings, build.device, report_since(time.perf_counter()), build.videos(64), kept)
     save_model(vae.model, build.work / "vae")
+    kept.finish()
     videos = build.videos(256)
     return {"settings": asdict(settings), "quality": vae_quality(vae, build.device, videos, min(videos, 16))}
 
@@ -139,8 +143,10 @@ def build_teacher(build: Build) -> Result:
     started = time.perf_counter()
     data = world_data(build, TRAINING_VIDEOS)
     encoding = time.perf_counter() - started
-    model = train_teacher(settings, data, progress(time.perf_counter()))
+    kept = Progress(build.work / "teacher.partial")
+    model = train_teacher(settings, data, report_since(time.perf_counter()), kept)
     save_model(model, build.work / "teacher")
+    kept.finish()
     held_out = world_data(build, VALIDATION_VIDEOS, VALIDATION_SEED)
     quality = {"validation_loss": validation_loss(model, held_out, settings.shift)}
     return {"settings": asdict(settings), "encoding_seconds": encoding, "quality": quality}
@@ -152,7 +158,7 @@ def build_few_step(build: Build) -> Result:
     teacher = load_transformer(build, "teacher")
     data = world_data(build, TRAINING_VIDEOS)
     losses: list[float] = []
-    report = progress(time.perf_counter())
+    report = report_since(time.perf_counter())
 
     def keep(step: int, loss: float) -> None:
         losses.append(loss)

@@ -1,14 +1,20 @@
 """Training parts of the toy world: the optimiser, and a few steps of the VAE."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import torch
 from models import TINY, new_memory, tiny_model
-from torch import nn
+from torch import Tensor, nn
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, remember_block
 from arl2.toyworld.captions import caption_scenes
 from arl2.toyworld.latents import LatentVideos, embed_captions, toy_text_encoder
 from arl2.toyworld.muon import Muon, MuonWithAdam, orthogonalised
+from arl2.toyworld.progress import Progress
 from arl2.toyworld.train_teacher import (
     TransformerTraining,
     distil_few_step,
@@ -17,7 +23,7 @@ from arl2.toyworld.train_teacher import (
     train,
     trajectories,
 )
-from arl2.toyworld.train_vae import VAETraining, draw_clips, object_mask, train_vae
+from arl2.toyworld.train_vae import VAETraining, draw_clips, error_weight, object_mask, train_vae
 from arl2.toyworld.world import sample_scenes
 from wan.model import PassOutput
 
@@ -78,6 +84,42 @@ def test_the_mask_is_where_objects_are_seen() -> None:
     mask = object_mask(scenes, torch.tensor([0, 38]))
     assert (mask[:, 0].sum((1, 2)) > 200).all(), "seen at first"
     assert not mask[:, 1].any(), "hidden in the middle"
+
+
+def test_errors_beside_an_object_weigh_as_much_as_within() -> None:
+    mask = torch.zeros(2, 1, 3, 64, 96)
+    mask[1, 0, 2, 20:30, 40:50] = 1
+    weight = error_weight(mask, VAETraining(near=3, object_weight=10.0))
+    assert weight[1, 0, 2, 17:33, 37:53].eq(10).all() and weight.eq(10).sum() == 16 * 16
+    assert weight[0].eq(1).all() and weight[1, 0, 1].eq(1).all()
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    data = tiny_data()
+
+    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator)
+        return teacher_loss(model, latents, text, noise, torch.rand(2, 2, generator=generator))
+
+    settings, results = TransformerTraining(steps=4, batch=2), []
+    for stop in (None, 3):
+        file = tmp_path / f"{stop}.partial"
+        progress = Progress(file, every=2)
+        for _ in range(2 if stop else 1):
+            torch.manual_seed(0)
+            model = tiny_model(dtype=torch.float32)
+            steps = iter(range(stop or 99))
+
+            def counted(*arguments: Any, steps: Iterator[int] = steps) -> Tensor:
+                if next(steps, None) is None:
+                    raise KeyboardInterrupt
+                return loss_of(*arguments)
+
+            with suppress(KeyboardInterrupt):
+                train(model, settings, data, counted, lambda step, loss: None, progress)
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 def test_the_vae_trains_and_measures_its_latents() -> None:

@@ -7,6 +7,7 @@ taken as the matrix from its inputs to its outputs. Everything that is no matrix
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,15 @@ class MuonWithAdam:
         self._parameters = matrices + rest
         self._steps, self._clip_norm = steps, clip_norm
         self._peaks = [(self.muon, muon_lr), (self.adam, adam_lr)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of both."""
+        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
 
     def step(self, number: int) -> None:
         """Take step `number`, counted from 0, along the gradients, and clear them."""

@@ -16,6 +16,7 @@ from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos
 from arl2.toyworld.muon import MuonWithAdam
+from arl2.toyworld.progress import Progress, step_seed
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from wan.config import wan_size
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
@@ -68,17 +69,20 @@ def train(
     data: LatentVideos,
     loss_of: Callable[[Tensor, Tensor, torch.Generator], Tensor],
     report: Report,
+    progress: Progress = Progress(),
 ) -> HybridWanModel:
     """Take `settings.steps` steps on batches of the data; bfloat16 arithmetic on a GPU.
 
     Args:
         loss_of: latents, text and a CPU generator for noise to the loss.
         report: told the step and the loss, every hundredth step.
+        progress: where a killed run goes on.
     """
     device = data.latents_NFCHW.device
     optimizer = MuonWithAdam(model.train(), settings.steps, settings.muon_lr, settings.adam_lr, OUTER_LAYERS)
-    generator = torch.Generator().manual_seed(settings.seed)
-    for step in range(settings.steps):
+    for step in range(progress.resume(model, optimizer), settings.steps):
+        torch.manual_seed(step_seed(settings.seed, step))
+        generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
         latents, text = data.batch(generator, settings.batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of(latents, text, generator)
@@ -86,6 +90,7 @@ def train(
         optimizer.step(step)
         if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item())
+        progress.save(step + 1, model, optimizer)
     return model.eval()
 
 
@@ -94,7 +99,9 @@ def _blocks(latents: Tensor) -> tuple[int, int]:
     return latents.shape[0], latents.shape[1] // FRAMES_PER_BLOCK
 
 
-def train_teacher(settings: TransformerTraining, data: LatentVideos, report: Report) -> HybridWanModel:
+def train_teacher(
+    settings: TransformerTraining, data: LatentVideos, report: Report, progress: Progress = Progress()
+) -> HybridWanModel:
     """Train the softmax transformer from scratch on full memory."""
     device = data.latents_NFCHW.device
     torch.manual_seed(settings.seed)
@@ -106,7 +113,7 @@ def train_teacher(settings: TransformerTraining, data: LatentVideos, report: Rep
         sigma = shift_sigma(torch.rand(_blocks(latents), generator=generator), settings.shift).to(device)
         return teacher_loss(model, latents, text, torch.randn_like(latents), sigma)
 
-    return train(model, settings, data, loss_of, report)
+    return train(model, settings, data, loss_of, report, progress)
 
 
 @torch.no_grad()

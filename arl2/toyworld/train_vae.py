@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import count
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from torch.nn import functional as F
 
 from arl2.toyworld.muon import MuonWithAdam
+from arl2.toyworld.progress import Progress, step_seed
 from arl2.toyworld.render import as_pixels, coverage, render, wall_columns
 from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
@@ -28,22 +30,26 @@ class VAETraining:
     Attributes:
         steps: of the optimisers.
         clip_frames: lengths of clips, each 1 + 4k, taken in turn. Whole videos must be among them: trained on 17
-            frames alone, what does not move is remembered from the first latent and is lost after 17 frames.
+            frames alone, what does not move is remembered from the first latent and is lost after 17 frames. Short
+            ones show more scenes.
         frames_per_step, batch: frames of all clips of a step, about, and most clips.
         muon_lr, adam_lr: of matrices and of the rest, at the start; both fall to zero along a cosine.
-        object_weight: of an object's pixels in the error; the rest have 1. Objects are 4 % of a frame.
+        object_weight: of the pixels near an object in the error; the rest have 1. Objects are 4 % of a frame.
+        near: pixels around an object that weigh as much as it does. Without them the model prefers objects that are
+            too large: in colour's place outside an object an error would cost a tenth of one inside.
         squared_weight: of the squared error beside the absolute one.
         kl_weight: of the divergence from a standard normal, reached half way from a thirtieth of it.
         seed: of scenes, clips and noise. Training draws seeds from 0 upwards, evaluation negative ones.
     """
 
-    steps: int = 8000
-    clip_frames: tuple[int, ...] = (5, 17, 33, NUM_FRAMES)
+    steps: int = 2800
+    clip_frames: tuple[int, ...] = (17, NUM_FRAMES)
     frames_per_step: int = 272
     batch: int = 64
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     object_weight: float = 10.0
+    near: int = 3
     squared_weight: float = 2.0
     kl_weight: float = 3e-5
     seed: int = 0
@@ -54,20 +60,29 @@ def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
     return coverage(scenes, frames).sum(1).clamp(max=1) * ~wall_columns(scenes)[:, None, None]
 
 
-def draw_clips(settings: VAETraining, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of clips [B, 3, T, H, W] in [-1, 1], and their object masks [B, 1, T, H, W], without end.
+def draw_clips(settings: VAETraining, device: torch.device, first_draw: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of clips [B, 3, T, H, W] in [-1, 1], and the masks of their objects [B, 1, T, H, W], without end.
 
     Some batches are drawn together, which costs hardly more than one, of one length and from one random frame on.
+    Draws are independent: `first_draw` says with which to begin.
     """
-    generator, seed = torch.Generator().manual_seed(settings.seed), 0
-    for length in cycle(settings.clip_frames):
+    most = settings.batch * BATCHES_PER_DRAW
+    for draw in count(first_draw):
+        length = settings.clip_frames[draw % len(settings.clip_frames)]
         batch = max(1, min(settings.batch, settings.frames_per_step // length))
-        seeds = torch.arange(seed, seed + batch * BATCHES_PER_DRAW, device=device)
-        seed += len(seeds)
+        seeds = draw * most + torch.arange(batch * BATCHES_PER_DRAW, device=device)
+        generator = torch.Generator().manual_seed(step_seed(settings.seed, draw))
         begin = int(torch.randint(NUM_FRAMES - length + 1, (), generator=generator))
         frames, scenes = torch.arange(begin, begin + length, device=device), sample_scenes(seeds)
         pixels, mask = as_pixels(render(scenes, frames)).transpose(1, 2), object_mask(scenes, frames)[:, None]
         yield from zip(pixels.split(batch), mask.split(batch), strict=True)
+
+
+def error_weight(mask_B1THW: Tensor, settings: VAETraining) -> Tensor:
+    """Weight of every pixel's error, from the masks of the objects."""
+    reach = settings.near
+    near = F.max_pool2d(mask_B1THW.flatten(0, 2)[:, None].float(), 2 * reach + 1, 1, reach)
+    return 1 + (settings.object_weight - 1) * near.view_as(mask_B1THW)
 
 
 def vae_loss(
@@ -77,7 +92,7 @@ def vae_loss(
     mean, log_variance = encode_clip(model, pixels)
     log_variance = log_variance.clamp(-30, 20)
     decoded = decode_clip(model, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)).float()
-    error, weight = decoded - pixels, 1 + (settings.object_weight - 1) * mask
+    error, weight = decoded - pixels, error_weight(mask, settings)
     reconstruction = ((error.abs() + settings.squared_weight * error.square()) * weight).mean() / weight.mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
     return reconstruction + kl_weight * divergence, error.detach().square().mean()
@@ -88,6 +103,7 @@ def train_vae(
     device: torch.device,
     report: Callable[[int, float, float], None],
     normalising_videos: int = 64,
+    progress: Progress = Progress(),
 ) -> WanVAE:
     """Train from scratch.
 
@@ -96,6 +112,7 @@ def train_vae(
         device: bfloat16 arithmetic on a GPU, float32 on a CPU.
         report: told step, loss and PSNR in dB, every hundredth step.
         normalising_videos: whole videos over which the latents are measured.
+        progress: where a killed run goes on.
 
     Returns:
         the VAE with latents normalised per channel, float32.
@@ -103,7 +120,11 @@ def train_vae(
     torch.manual_seed(settings.seed)
     model = new_vae(TOY_VAE).to(device).train()
     optimizer = MuonWithAdam(model, settings.steps, settings.muon_lr, settings.adam_lr, OUTER_LAYERS)
-    for step, (pixels, mask) in zip(range(settings.steps), draw_clips(settings, device), strict=False):
+    done = progress.resume(model, optimizer)
+    assert done % BATCHES_PER_DRAW == 0, "a run is kept between draws"
+    clips = draw_clips(settings, device, done // BATCHES_PER_DRAW)
+    for step, (pixels, mask) in zip(range(done, settings.steps), clips, strict=False):
+        torch.manual_seed(step_seed(settings.seed, step))
         kl_weight = settings.kl_weight * 30 ** (min(1.0, 2 * step / settings.steps) - 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, squared = vae_loss(model, pixels, mask, settings, kl_weight)
@@ -111,6 +132,7 @@ def train_vae(
         optimizer.step(step)
         if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
+        progress.save(step + 1, model, optimizer)
     return normalise_latents(WanVAE(model), device, normalising_videos)
 
 

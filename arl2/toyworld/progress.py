@@ -1,0 +1,51 @@
+"""Keeping a training run, so that a killed one goes on where it was."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arl2.toyworld.muon import MuonWithAdam
+from wan.checkpoint import atomic_path
+
+_SEED_STRIDE = 1_000_003
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of all that is random in one step: a resumed run draws what an unbroken one does."""
+    return seed * _SEED_STRIDE + step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Writes weights and the optimiser's state to a file every so often.
+
+    Attributes:
+        file: where; None keeps nothing.
+        every: steps from one writing to the next.
+    """
+
+    file: Path | None = None
+    every: int = 500
+
+    def resume(self, module: nn.Module, optimizer: MuonWithAdam) -> int:
+        """Load what is there; the number of steps that are done."""
+        if self.file is None or not self.file.is_file():
+            return 0
+        saved = torch.load(self.file, weights_only=True, map_location=next(module.parameters()).device)
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["steps"])
+
+    def save(self, steps: int, module: nn.Module, optimizer: MuonWithAdam) -> None:
+        """Write, if it is time."""
+        if self.file is not None and steps % self.every == 0:
+            with atomic_path(self.file) as temporary:
+                content = {"steps": steps, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(content, temporary)
+
+    def finish(self) -> None:
+        """Drop the file: the result is kept elsewhere."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
