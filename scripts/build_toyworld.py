@@ -3,10 +3,11 @@
     python scripts/build_toyworld.py --work runs/toyworld                 # every step that is not done
     python scripts/build_toyworld.py --work runs/toyworld --step teacher  # one, again
 
-1. vae        a small AutoencoderKLWan
-2. teacher    a causal transformer, teacher-forced flow matching, full memory
-3. few_step   the 4-step generator, regression on the teacher's trajectories
-4. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
+1. first_vae  a small AutoencoderKLWan
+2. vae        the same, trained further on the edges of objects
+3. teacher    a causal transformer, teacher-forced flow matching, full memory
+4. few_step   the 4-step generator, regression on the teacher's trajectories
+5. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
 A killed step goes on from where it was at most 500 steps before. Each leaves its weights and a JSON with its quality,
 settings, seconds, card and versions in the work folder.
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.modeling_utils import ModelMixin
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.latents import LatentVideos, encode_world, toy_text_encoder
+from arl2.toyworld.latents import LatentVideos, encode_world, load_latent_videos, save_latent_videos, toy_text_encoder
 from arl2.toyworld.progress import Progress
 from arl2.toyworld.train_teacher import (
     FEW_STEP,
@@ -37,7 +39,7 @@ from arl2.toyworld.train_teacher import (
     train_teacher,
     validation_loss,
 )
-from arl2.toyworld.train_vae import VAETraining, train_vae
+from arl2.toyworld.train_vae import FIRST, SHARPENING, VAETraining, train_vae
 from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.text_to_video import CausalVideoPipeline
@@ -49,7 +51,7 @@ log = logging.getLogger(__name__)
 
 FEW_STEPS = (1000, 750, 500, 250)
 TIMESTEP_SHIFT = 5.0
-TRAINING_VIDEOS, VALIDATION_VIDEOS = 49152, 512
+TRAINING_VIDEOS, VALIDATION_VIDEOS = 24576, 512
 VALIDATION_SEED = -5_000_000
 Result = dict[str, Any]
 Settings = TypeVar("Settings", VAETraining, TransformerTraining)
@@ -64,12 +66,14 @@ class Build:
         device: where to compute.
         steps: optimiser steps in the place of a step's own.
         most_videos: cap on every number of videos, for rehearsals.
+        vae: folder of a trained VAE to take in the place of that of the first steps.
     """
 
     work: Path
     device: torch.device
     steps: int | None = None
     most_videos: int = TRAINING_VIDEOS
+    vae: Path | None = None
 
     def videos(self, number: int) -> int:
         """`number`, capped."""
@@ -101,39 +105,58 @@ def report_since(started: float) -> Callable[..., None]:
     return report
 
 
-def build_vae(build: Build) -> Result:
-    """Train and measure the VAE."""
-    settings = build.settings(VAETraining())
-    kept = Progress(build.work / "vae.partial")
-    vae = train_vae(settings, build.device, report_since(time.perf_counter()), build.videos(64), kept)
-    save_model(vae.model, build.work / "vae")
+def train_and_measure_vae(build: Build, name: str, settings: VAETraining, start: AutoencoderKLWan | None) -> Result:
+    """Train a VAE and keep it under a name."""
+    kept = Progress(build.work / f"{name}.partial")
+    report, videos = report_since(time.perf_counter()), build.videos(64)
+    vae = train_vae(settings, build.device, report, videos, kept, start)
+    save_model(vae.model, build.work / name)
     kept.finish()
     videos = build.videos(256)
     return {"settings": asdict(settings), "quality": vae_quality(vae, build.device, videos, min(videos, 16))}
 
 
-def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
-    """Videos through the trained VAE, with embedded captions.
-
-    Raises:
-        InputError: the VAE is not built yet.
-    """
-    if not (build.work / "vae").is_dir():
-        raise InputError(f"no VAE in {build.work}: run the step vae first")
-    vae, encoder = load_vae(build.work / "vae", device=build.device), toy_text_encoder()
-    encoder.model.to(build.device)
-    return encode_world(vae, encoder, build.videos(videos), first_seed)
+def build_first_vae(build: Build) -> Result:
+    """Train the VAE."""
+    return train_and_measure_vae(build, "first_vae", build.settings(FIRST), None)
 
 
-def load_transformer(build: Build, name: str) -> HybridWanModel:
-    """A transformer of an earlier step.
+def build_vae(build: Build) -> Result:
+    """Train the VAE further, on the edges of objects."""
+    start = built(build, "first_vae")
+    return train_and_measure_vae(build, "vae", build.settings(SHARPENING), load_vae(start).model.requires_grad_(True))
+
+
+def built(build: Build, name: str) -> Path:
+    """The folder of an earlier step's result.
 
     Raises:
         InputError: that step is not done.
     """
     if not (build.work / name).is_dir():
         raise InputError(f"no {name} in {build.work}: run the step {name} first")
-    model = HybridWanModel.from_pretrained(build.work / name)
+    return build.work / name
+
+
+def vae_folder(build: Build) -> Path:
+    """The VAE to build on."""
+    return build.vae or built(build, "vae")
+
+
+def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
+    """Videos through the trained VAE, with embedded captions; kept, for the steps that follow."""
+    videos = build.videos(videos)
+    file = build.work / f"latents_{videos}_from_{first_seed}.safetensors"
+    if not file.is_file():
+        vae, encoder = load_vae(vae_folder(build), device=build.device), toy_text_encoder()
+        encoder.model.to(build.device)
+        save_latent_videos(encode_world(vae, encoder, videos, first_seed), file)
+    return load_latent_videos(file, build.device)
+
+
+def load_transformer(build: Build, name: str) -> HybridWanModel:
+    """A transformer of an earlier step."""
+    model = HybridWanModel.from_pretrained(built(build, name))
     return model.to(build.device)
 
 
@@ -174,7 +197,7 @@ def build_bundle(build: Build) -> Result:
     work, encoder = build.work, toy_text_encoder()
     pipeline = CausalVideoPipeline(
         load_transformer(build, "few_step").cpu().half(),
-        torch.nn.Module.half(load_vae(work / "vae").model),
+        torch.nn.Module.half(load_vae(vae_folder(build)).model),
         encoder.model.half(),
         encoder.tokenizer,
         denoising_steps=FEW_STEPS,
@@ -185,7 +208,9 @@ def build_bundle(build: Build) -> Result:
     return {"quality": {"bytes": size}}
 
 
+VAE_STEPS = ("first_vae", "vae")
 STEPS: dict[str, Callable[[Build], Result]] = {
+    "first_vae": build_first_vae,
     "vae": build_vae,
     "teacher": build_teacher,
     "few_step": build_few_step,
@@ -201,16 +226,19 @@ def main() -> int:
     parser.add_argument("--step", choices=STEPS, help="only this one, again if it is done")
     parser.add_argument("--steps", type=int, help="optimiser steps in the place of the default, with --step")
     parser.add_argument("--videos", type=int, default=TRAINING_VIDEOS, help="at most, everywhere; few for a rehearsal")
+    parser.add_argument("--vae", type=Path, help="folder of a trained VAE, such as models/toyworld/vae: trains none")
     parser.add_argument("--device", help="cuda or cpu")
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.step is None and arguments.videos == TRAINING_VIDEOS:
         raise InputError("--steps needs --step, but for a rehearsal with --videos")
     device = choose_device(arguments.device)
-    build = Build(arguments.work, device, arguments.steps, arguments.videos)
+    build = Build(arguments.work, device, arguments.steps, arguments.videos, arguments.vae)
     arguments.work.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS.items():
         page = arguments.work / f"{name}.json"
         if arguments.step not in (None, name) or (arguments.step is None and page.is_file()):
+            continue
+        if arguments.vae is not None and name in VAE_STEPS:
             continue
         started = time.perf_counter()
         result = step(build)

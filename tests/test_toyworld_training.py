@@ -89,8 +89,10 @@ def test_the_mask_is_where_objects_are_seen() -> None:
 def test_errors_beside_an_object_weigh_as_much_as_within() -> None:
     mask = torch.zeros(2, 1, 3, 64, 96)
     mask[1, 0, 2, 20:30, 40:50] = 1
-    weight = error_weight(mask, VAETraining(near=3, object_weight=10.0))
+    weight = error_weight(mask, VAETraining(near=3, near_weight=10.0, object_weight=10.0))
     assert weight[1, 0, 2, 17:33, 37:53].eq(10).all() and weight.eq(10).sum() == 16 * 16
+    heavier = error_weight(mask, VAETraining(near=3, near_weight=10.0, object_weight=30.0))
+    assert torch.equal(heavier - weight, 20 * mask)
     assert weight[0].eq(1).all() and weight[1, 0, 1].eq(1).all()
 
 

@@ -78,7 +78,7 @@ class SelfAttention(AttentionLayer):
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """What this layer reads in place of a memory when all blocks are in the sequence."""
-        return MaskedView(layout)
+        return MaskedView(layout.mask)
 
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: KVView, attend: bool, remember: bool

@@ -65,10 +65,14 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class MaskedView:
-    """A softmax layer's view when all blocks are in the sequence: the mask says who sees whom."""
+    """A softmax layer's view when all blocks are in the sequence: the mask says who sees whom.
 
-    layout: ParallelLayout
+    Attributes:
+        mask_LM: of a `ParallelLayout`.
+    """
+
+    mask_LM: Tensor
 
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The keys and values given, and the mask."""
-        return k_BLHD, v_BLHD, self.layout.mask
+        return k_BLHD, v_BLHD, self.mask_LM

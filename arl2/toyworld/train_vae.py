@@ -34,9 +34,9 @@ class VAETraining:
             ones show more scenes.
         frames_per_step, batch: frames of all clips of a step, about, and most clips.
         muon_lr, adam_lr: of matrices and of the rest, at the start; both fall to zero along a cosine.
-        object_weight: of the pixels near an object in the error; the rest have 1. Objects are 4 % of a frame.
-        near: pixels around an object that weigh as much as it does. Without them the model prefers objects that are
-            too large: in colour's place outside an object an error would cost a tenth of one inside.
+        object_weight: of an object's pixels in the error; the rest have 1. Objects are 4 % of a frame.
+        near_weight, near: of pixels not further from an object than `near`. Without them the model prefers objects
+            that are too large: an error outside of them would cost a tenth of one inside.
         squared_weight: of the squared error beside the absolute one.
         kl_weight: of the divergence from a standard normal, reached half way from a thirtieth of it.
         seed: of scenes, clips and noise. Training draws seeds from 0 upwards, evaluation negative ones.
@@ -49,10 +49,16 @@ class VAETraining:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     object_weight: float = 10.0
+    near_weight: float = 10.0
     near: int = 3
     squared_weight: float = 2.0
     kl_weight: float = 3e-5
     seed: int = 0
+
+
+FIRST = VAETraining()
+SHARPENING = VAETraining(steps=900, muon_lr=0.006, adam_lr=6e-4, object_weight=30.0, seed=1)
+"""After the first: objects are small, and what is left of the error is at their edges."""
 
 
 def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
@@ -82,7 +88,8 @@ def error_weight(mask_B1THW: Tensor, settings: VAETraining) -> Tensor:
     """Weight of every pixel's error, from the masks of the objects."""
     reach = settings.near
     near = F.max_pool2d(mask_B1THW.flatten(0, 2)[:, None].float(), 2 * reach + 1, 1, reach)
-    return 1 + (settings.object_weight - 1) * near.view_as(mask_B1THW)
+    near = near.view_as(mask_B1THW)
+    return 1 + (settings.near_weight - 1) * near + (settings.object_weight - settings.near_weight) * mask_B1THW
 
 
 def vae_loss(
@@ -104,8 +111,9 @@ def train_vae(
     report: Callable[[int, float, float], None],
     normalising_videos: int = 64,
     progress: Progress = Progress(),
+    start: AutoencoderKLWan | None = None,
 ) -> WanVAE:
-    """Train from scratch.
+    """Train from scratch, or from a trained model.
 
     Args:
         settings: see `VAETraining`.
@@ -113,12 +121,13 @@ def train_vae(
         report: told step, loss and PSNR in dB, every hundredth step.
         normalising_videos: whole videos over which the latents are measured.
         progress: where a killed run goes on.
+        start: what to train further; it is changed.
 
     Returns:
         the VAE with latents normalised per channel, float32.
     """
     torch.manual_seed(settings.seed)
-    model = new_vae(TOY_VAE).to(device).train()
+    model = (new_vae(TOY_VAE) if start is None else start).to(device).train()
     optimizer = MuonWithAdam(model, settings.steps, settings.muon_lr, settings.adam_lr, OUTER_LAYERS)
     done = progress.resume(model, optimizer)
     assert done % BATCHES_PER_DRAW == 0, "a run is kept between draws"
