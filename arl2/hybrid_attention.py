@@ -190,7 +190,7 @@ class HybridAttention(SelfAttention):
         blocks = [x.split(layout.tokens_per_block, dim=1) for x in inputs]
         for tokens in list(zip(*blocks, strict=True))[:-1]:
             k, v, g, b = tokens
-            states.append(gated_delta_write(states[-1], k, v, g, b, backend=self.write_backend))
+            states.append(self._written(states[-1], (k, v, g, b)))
         return torch.stack(states, dim=1)
 
     def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
@@ -199,8 +199,12 @@ class HybridAttention(SelfAttention):
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
-        return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
+        return self._written(state_BHKV, self._write_inputs(x_BLD, k_BLD, v_BLD, rotary))
+
+    def _written(self, state_BHKV: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        # Under autocast the products inside a write would lose the precision of the state.
+        with torch.autocast(state_BHKV.device.type, enabled=False):
+            return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
 
     def _write_inputs(
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary

@@ -71,7 +71,7 @@ def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
 def predict_flow(
     model: CausalWanModel, latents_BFCHW: Tensor, timestep: Tensor, text: TextKV, memory: Memory, start_frame: int
 ) -> Tensor:
-    """The velocity of a block at one timestep (a scalar tensor); a pure read of the memory."""
+    """The velocity of a block at one timestep (a scalar, or one a video, [B, 1]); a pure read of the memory."""
     positions, frames = _positions(start_frame, latents_BFCHW)
     views = memory.read(_block_tokens(model, latents_BFCHW))
     timesteps = timestep.expand(latents_BFCHW.shape[0], frames)

@@ -110,8 +110,11 @@ def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) 
         )
 
 
-def load_config(kind: type[Config], path: Path) -> Config:
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file into the dataclass `kind`; keys that it leaves out keep their defaults.
+
+    Args:
+        overrides: `key=value` or `outer.inner=value`, which go before the file's own.
 
     Raises:
         InputError: missing or malformed file, unknown key, or a value of the wrong type.
@@ -120,7 +123,7 @@ def load_config(kind: type[Config], path: Path) -> Config:
         raise InputError(f"no config file {path}: see configs/ for those that come with the project")
     try:
         loaded = OmegaConf.load(path)
-        merged = OmegaConf.merge(OmegaConf.structured(kind), loaded)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), loaded, OmegaConf.from_dotlist(list(overrides)))
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f" at {error.full_key!r}" if error.full_key else ""

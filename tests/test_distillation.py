@@ -5,9 +5,10 @@ import torch
 from models import TINY, tiny_model, tiny_video
 from torch import Tensor
 
-from arl2.distillation.batch import VideoBatch
-from arl2.distillation.stage1 import Stage1Settings, observed, stage1_errors, stage1_parameters
-from arl2.distillation.stage2 import Context, Stage2Settings, Target, stage2_loss, stage2_parameters
+from arl2.distillation.batch import BatchNoise, VideoBatch
+from arl2.distillation.objective import Objective, Path
+from arl2.distillation.stage1 import Stage1, Stage1Settings, observed, stage1_parameters
+from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, stage2_parameters
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
@@ -24,10 +25,19 @@ def videos(frames: int = 9) -> VideoBatch:
     return VideoBatch(video.clean, video.text)
 
 
-def fixed_noise(batch: VideoBatch) -> Tensor:
-    """Noise of 9 blocks and 6 places, [block, place, B, 3, C, h, w]."""
-    shape = batch.latents_BFCHW[:, :3].shape
-    return torch.randn(9, 6, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+def fixed_noise(batch: VideoBatch, levels: tuple[float, ...] = LEVELS) -> BatchNoise:
+    """Noise of 9 blocks and 6 places, at the same levels for all."""
+    videos, _, *shape = batch.latents_BFCHW.shape
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(videos, 9, 6, 3, *shape, dtype=torch.float64, generator=generator)
+    return BatchNoise(torch.tensor(levels).expand(videos, batch.latents_BFCHW.shape[1] // 3, -1), noise)
+
+
+def mixed_noise(batch: VideoBatch) -> BatchNoise:
+    """One level a block, another for every block and video."""
+    noise = fixed_noise(batch, (0.5,))
+    levels = torch.rand(noise.levels_BNP.shape, generator=torch.Generator().manual_seed(6))
+    return BatchNoise(levels, noise.noise_BNPFCHW)
 
 
 def trainable(model: HybridWanModel, parameters: dict[str, torch.nn.Parameter]) -> HybridWanModel:
@@ -43,10 +53,28 @@ def gradients(model: HybridWanModel, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def stage1_in_parallel(model: HybridWanModel, batch: VideoBatch, noise: Tensor, sigma: float) -> Tensor:
+def trained(objective: Objective, batch: VideoBatch, noise: BatchNoise) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients, part by part as a trainer takes them."""
+    objective.model.zero_grad()
+    total = torch.zeros(())
+    for part in objective.losses(batch, noise):
+        part.backward()
+        total = total + part.detach()
+    return total, {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float, atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol, msg=name)
+
+
+def stage1_in_parallel(
+    model: HybridWanModel, batch: VideoBatch, noise: BatchNoise, sigma: float, relative: bool
+) -> Tensor:
     """Stage 1 at one noise level, dense: one masked teacher forward, every hybrid over all blocks at once."""
-    clean = batch.latents_BFCHW
-    noisy = torch.cat([(1 - sigma) * clean[:, 3 * b : 3 * b + 3] + sigma * noise[b, 0] for b in range(3)], dim=1)
+    clean, noise_BNPFCHW = batch.latents_BFCHW, noise.noise_BNPFCHW
+    noisy = torch.cat([(1 - sigma) * clean[:, 3 * b : 3 * b + 3] + sigma * noise_BNPFCHW[:, b, 0] for b in range(3)], 1)
     times = torch.full(clean.shape[:2], 1000 * sigma)
     layers = model.hybrid_attentions()
     with torch.no_grad(), model.as_teacher(), observed(layers) as seen:
@@ -55,23 +83,35 @@ def stage1_in_parallel(model: HybridWanModel, batch: VideoBatch, noise: Tensor, 
     errors = []
     for layer, one in seen.items():
         output, _ = layers[layer](one.x_BLD, one.rotary, layers[layer].parallel_view(layout), True, False)
-        errors.append((output - one.output_BLD).float().square().mean())
+        error = (output - one.output_BLD).float().square().reshape(2, 6, -1).mean(2)
+        errors.append(error / (one.output_BLD.float().square().reshape(2, 6, -1).mean(2) if relative else 1))
     return torch.stack(errors).mean()
 
 
-def test_stage_one_equals_a_dense_implementation() -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_stage_one_equals_a_dense_implementation(relative: bool) -> None:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage1_parameters(model))
-    noise = fixed_noise(batch)
+    noise = fixed_noise(batch, (0.7,))
     # One noisy and one clean read of every block: the dense sequence holds both halves.
-    errors = stage1_errors(model, batch, Stage1Settings(3, (0.7,)), lambda block, place: noise[block, place])
-    loop = gradients(model, errors.loss())
-    dense_loss = stage1_in_parallel(model, batch, noise, 0.7)
-    dense = gradients(model, dense_loss)
-    torch.testing.assert_close(errors.loss(), dense_loss, rtol=1e-5, atol=1e-8)
-    assert loop.keys() == dense.keys() == stage1_parameters(model).keys()
-    for name in loop:
-        torch.testing.assert_close(loop[name], dense[name], rtol=1e-4, atol=1e-7, msg=name)
+    loss, loop = trained(Stage1(model, Stage1Settings(3, relative=relative)), batch, noise)
+    dense_loss = stage1_in_parallel(model, batch, noise, 0.7, relative)
+    torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-5, atol=1e-8)
+    assert loop.keys() == stage1_parameters(model).keys()
+    assert_same_gradients(loop, gradients(model, dense_loss), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("read_clean", [False, True])
+def test_the_parallel_path_of_stage_one_equals_the_loop(read_clean: bool) -> None:
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage1_parameters(model))
+    noise, both = mixed_noise(batch), []
+    for path in Path:
+        objective = Stage1(model, Stage1Settings(3, path=path, read_clean=read_clean))
+        both.append((*trained(objective, batch, noise), objective.relative_errors()))
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-5, atol=1e-8)
+    assert_same_gradients(both[0][1], both[1][1], rtol=1e-4, atol=1e-7)
+    assert both[0][2] == pytest.approx(both[1][2], rel=1e-5)
 
 
 def test_stage_one_trains_what_it_says_and_leaves_the_teacher_alone() -> None:
@@ -82,15 +122,12 @@ def test_stage_one_trains_what_it_says_and_leaves_the_teacher_alone() -> None:
     }
     trainable(model, stage1_parameters(model))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    noise = fixed_noise(batch)
-    optimizer = torch.optim.SGD(stage1_parameters(model).values(), lr=0.3)
+    noise, objective = fixed_noise(batch), Stage1(model, Stage1Settings(3))
+    optimizer = torch.optim.SGD(objective.parameters_to_train().values(), lr=0.3)
     losses = []
     for _ in range(6):
-        errors = stage1_errors(model, batch, Stage1Settings(3, LEVELS), lambda block, place: noise[block, place])
-        optimizer.zero_grad()
-        errors.loss().backward()
+        losses.append(trained(objective, batch, noise)[0].item())
         optimizer.step()
-        losses.append(errors.loss().item())
     assert losses[-1] < losses[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in stage1_parameters(model)), name
@@ -107,42 +144,39 @@ def test_the_layers_of_stage_one_do_not_depend_on_one_another() -> None:
             first = model.blocks[0].self_attn
             assert isinstance(first, HybridAttention)
             first.gate_proj.weight.mul_(scale)
-        settings = Stage1Settings(3, LEVELS)
-        return stage1_errors(model, batch, settings, lambda block, place: noise[block, place]).relative()
+        return Stage1(model, Stage1Settings(3)).reports(batch, noise)["relative_error"]
 
     one, other = relative(1.0), relative(5.0)
     assert one[0] != other[0] and (one[1], one[2]) == (other[1], other[2])
     assert all(0 < value < 2 for value in one.values())
 
 
+def new_objective(stage: int, model: HybridWanModel, blocks_per_graph: int | None) -> Objective:
+    if stage == 1:
+        return Stage1(model, Stage1Settings(3, blocks_per_graph))
+    return Stage2(model, Stage2Settings(3, blocks_per_graph))
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_truncated_graphs_keep_the_loss_and_the_gradient_of_what_is_written(stage: int) -> None:
     model, batch = tiny_model(ALL), videos()
-    trainable(model, stage1_parameters(model) if stage == 1 else stage2_parameters(model))
+    trainable(model, new_objective(stage, model, None).parameters_to_train())
     noise = fixed_noise(batch)
-    losses, grads = [], []
-    for blocks_per_graph in (None, 1):
-        if stage == 1:
-            settings = Stage1Settings(3, LEVELS, blocks_per_graph=blocks_per_graph)
-            loss = stage1_errors(model, batch, settings, lambda block, place: noise[block, place]).loss()
-        else:
-            settings2 = Stage2Settings(3, LEVELS, blocks_per_graph=blocks_per_graph)
-            loss = stage2_loss(model, batch, settings2, lambda block, place: noise[block, place])
-        grads.append(gradients(model, loss))
-        losses.append(loss.item())
-    assert losses[0] == losses[1]
+    (loss, whole), (other, cut) = (trained(new_objective(stage, model, n), batch, noise) for n in (None, 1))
+    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
     name = "blocks.1.self_attn.b_proj.weight"
-    assert grads[1][name].abs().max() > 0, "a block's write is read by the next one: it must get a gradient"
-    assert not torch.allclose(grads[0][name], grads[1][name], rtol=1e-6, atol=0)
+    assert cut[name].abs().max() > 0, "a block's write is read by the next one: it must get a gradient"
+    assert not torch.allclose(whole[name], cut[name], rtol=1e-6, atol=0)
+    # Three blocks: what the first writes is read by the second, and cut before the second writes.
+    assert_same_gradients(whole, trained(new_objective(stage, model, 3), batch, noise)[1], rtol=1e-6, atol=1e-12)
 
 
-def stage2_in_parallel(model: HybridWanModel, batch: VideoBatch, noise: Tensor) -> Tensor:
+def stage2_in_parallel(model: HybridWanModel, batch: VideoBatch, noise: BatchNoise) -> Tensor:
     """Stage 2 with context from data, dense: masked forwards of student and teacher."""
     clean, differences = batch.latents_BFCHW, []
     for place, sigma in enumerate(LEVELS):
-        noisy = torch.cat(
-            [(1 - sigma) * clean[:, 3 * b : 3 * b + 3] + sigma * noise[b, place] for b in range(3)], dim=1
-        )
+        drawn = noise.noise_BNPFCHW[:, :, place]
+        noisy = torch.cat([(1 - sigma) * clean[:, 3 * b : 3 * b + 3] + sigma * drawn[:, b] for b in range(3)], dim=1)
         times = torch.full(clean.shape[:2], 1000 * sigma)
         with torch.no_grad(), model.as_teacher():
             wanted = teacher_forced_flow(model, noisy, times, batch.text_BTD, 3, clean)
@@ -155,29 +189,95 @@ def test_stage_two_equals_a_dense_implementation() -> None:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage2_parameters(model))
     noise = fixed_noise(batch)
-    loss = stage2_loss(model, batch, Stage2Settings(3, LEVELS), lambda block, place: noise[block, place])
+    loss, loop = trained(Stage2(model, Stage2Settings(3)), batch, noise)
     dense_loss = stage2_in_parallel(model, batch, noise)
-    torch.testing.assert_close(loss, dense_loss, rtol=1e-4, atol=1e-8)
-    loop, dense = gradients(model, loss), gradients(model, dense_loss)
-    assert loop.keys() == dense.keys() == stage2_parameters(model).keys()
-    for name in loop:
-        torch.testing.assert_close(loop[name], dense[name], rtol=1e-3, atol=1e-6, msg=name)
+    torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-4, atol=1e-8)
+    assert loop.keys() == stage2_parameters(model).keys()
+    assert_same_gradients(loop, gradients(model, dense_loss), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", Target)
+def test_the_parallel_path_of_stage_two_equals_the_loop(target: Target) -> None:
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage2_parameters(model))
+    noise, both = mixed_noise(batch), []
+    for path in Path:
+        objective = Stage2(model, Stage2Settings(3, path=path, target=target))
+        both.append((*trained(objective, batch, noise), objective.metrics()["relative_error"]))
+    torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-4, atol=1e-8)
+    assert_same_gradients(both[0][1], both[1][1], rtol=1e-3, atol=1e-6)
+    assert both[0][2] == pytest.approx(both[1][2], rel=1e-4)
+
+
+@pytest.mark.parametrize("blocks_per_graph", [None, 1])
+@pytest.mark.parametrize("context", Context)
+def test_checkpointed_gradients_are_the_plain_ones(blocks_per_graph: int | None, context: Context) -> None:
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage2_parameters(model))
+    noise, sampler = fixed_noise(batch), FewStepSampler.from_steps([1000, 500], 5.0)
+    plain, checkpointed = (
+        trained(
+            Stage2(model, Stage2Settings(3, blocks_per_graph, context=context, checkpointing=on), sampler), batch, n
+        )
+        for on, n in ((False, noise), (True, noise))
+    )
+    assert model.gradient_checkpointing
+    torch.testing.assert_close(plain[0], checkpointed[0], rtol=0, atol=0)
+    assert_same_gradients(plain[1], checkpointed[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["stage 1", *Context])
+def test_mixed_precision_has_the_gradients_of_float32(kind: str) -> None:
+    model, batch, found = tiny_model(ALL, torch.float32), videos(), []
+    noise, sampler = fixed_noise(batch), FewStepSampler.from_steps([1000, 500], 5.0)
+
+    def objective() -> Objective:
+        if kind == "stage 1":
+            return Stage1(model, Stage1Settings(3))
+        return Stage2(model, Stage2Settings(3, 2, context=Context(kind)), sampler)
+
+    names = objective().parameters_to_train()
+    trainable(model, names)
+    for dtype in (torch.float32, torch.bfloat16):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        model.zero_grad()
+        parts = objective().losses(VideoBatch(batch.latents_BFCHW.float(), batch.text_BTD.to(dtype)), noise)
+        while True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                part = next(parts, None)
+            if part is None:
+                break
+            part.backward()
+        found.append({name: parameter.grad for name, parameter in names.items()})
+    for name, exact in found[0].items():
+        assert exact is not None and found[1][name] is not None and found[1][name].dtype == torch.float32, name
+        same = torch.nn.functional.cosine_similarity(exact.flatten(), found[1][name].flatten(), dim=0)
+        assert same > 0.99, (name, same)
+
+
+def test_stage_two_leaves_the_teacher_alone() -> None:
+    model, batch = tiny_model(ALL), videos()
+    noise, objective = fixed_noise(batch), Stage2(model, Stage2Settings(3))
+    trainable(model, objective.parameters_to_train())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(objective.parameters_to_train().values(), lr=1.0)
+    trained(objective, batch, noise)
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in objective.parameters_to_train()), name
 
 
 def test_a_fresh_conversion_agrees_with_its_teacher_on_the_first_block() -> None:
     model = HybridWanModel(**TINY, hybrid_layers=[0, 1, 2], lora_rank=3).double()
     batch = videos(3)
-    noise = fixed_noise(batch)
-    assert stage2_loss(model, batch, Stage2Settings(3, LEVELS), lambda block, place: noise[block, place]).item() == 0
+    assert sum(Stage2(model, Stage2Settings(3)).losses(batch, fixed_noise(batch))).item() == 0
 
 
 def test_targets_differ_by_the_noise_level() -> None:
     model, batch = tiny_model(ALL), videos()
-    noise = fixed_noise(batch)
-    losses = [
-        stage2_loss(model, batch, Stage2Settings(3, (0.4,), target=target), lambda block, place: noise[block, place])
-        for target in (Target.FLOW, Target.X0)
-    ]
+    noise = fixed_noise(batch, (0.4,))
+    losses = [sum(Stage2(model, Stage2Settings(3, target=target)).losses(batch, noise)) for target in Target]
     torch.testing.assert_close(losses[1], 0.4**2 * losses[0], rtol=1e-5, atol=0)
 
 
@@ -187,13 +287,7 @@ def test_context_from_the_students_own_rollout_does_not_read_the_data() -> None:
     other = VideoBatch(torch.randn_like(batch.latents_BFCHW), batch.text_BTD)
     losses = {
         context: [
-            stage2_loss(
-                model,
-                one,
-                Stage2Settings(3, LEVELS, context=context),
-                lambda block, place: noise[block, place],
-                sampler,
-            ).item()
+            sum(Stage2(model, Stage2Settings(3, context=context), sampler).losses(one, noise)).item()
             for one in (batch, other)
         ]
         for context in Context
@@ -202,7 +296,30 @@ def test_context_from_the_students_own_rollout_does_not_read_the_data() -> None:
     assert losses[Context.DATA][0] != losses[Context.DATA][1]
 
 
-def test_frames_must_divide_into_blocks() -> None:
+def test_reports_say_what_the_layers_do() -> None:
+    model, batch = tiny_model(HybridSettings((0, 2))), videos()
+    noise = fixed_noise(batch)
+    with torch.no_grad():
+        for layer, module in model.hybrid_attentions().items():
+            module.gate_proj.weight.zero_()  # sigmoid(0): half open
+            module.a_proj.weight.zero_()
+            module.dt_bias.zero_()
+            module.A_log.fill_(layer)  # g = -exp(layer)·ln 2: a half-life of exp(-layer) tokens
+    for objective in (Stage1(model, Stage1Settings(3)), Stage2(model, Stage2Settings(3))):
+        reports = objective.reports(batch, noise)
+        assert all(set(values) == {0, 2} for values in reports.values())
+        assert reports["gate_mean"] == {0: 0.5, 2: 0.5} and reports["gate_saturation"] == {0: 0, 2: 0}
+        assert reports["half_life_tokens"] == pytest.approx({0: 1, 2: torch.e**-2}, rel=1e-5)
+        assert reports["half_life_frames"] == pytest.approx({0: 1 / 6, 2: torch.e**-2 / 6}, rel=1e-5)
+        for name in ("intra_rms", "inter_rms", "state_norm"):
+            assert all(value > 0 for value in reports[name].values())
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
     model, batch = tiny_model(ALL), videos(8)
     with pytest.raises(InputError, match="do not divide"):
-        stage2_loss(model, batch, Stage2Settings(3, LEVELS), lambda block, place: torch.zeros(1))
+        next(Stage2(model, Stage2Settings(3)).losses(batch, fixed_noise(batch)))
+    with pytest.raises(InputError, match="blocks_per_graph"):
+        Stage1Settings(3, 2, Path.PARALLEL)
+    with pytest.raises(InputError, match="beforehand"):
+        Stage2Settings(3, path=Path.PARALLEL, context=Context.STUDENT)

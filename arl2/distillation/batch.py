@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from arl2.rollout import num_blocks
+from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
 
 
 @dataclass(frozen=True)
@@ -21,27 +23,41 @@ class VideoBatch:
     latents_BFCHW: Tensor
     text_BTD: Tensor
 
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return type(self)(*(x.to(device, non_blocking=True) for x in (self.latents_BFCHW, self.text_BTD)))
+
 
 @dataclass(frozen=True)
-class ObjectiveSettings:
-    """What both objectives need to be told.
+class BatchNoise:
+    """All that is random about a batch: of every video, of its N blocks, at P comparisons with the teacher.
 
     Attributes:
-        frames_per_block: latent frames of a block.
-        noise_levels: σ at which every block is compared with the teacher before it is remembered.
-        blocks_per_graph: blocks through which gradients go back; None for the whole video.
+        levels_BNP: σ of the comparisons.
+        noise_BNPFCHW: noise of a block; places beyond those of the levels serve a rollout of the student's own.
     """
 
-    frames_per_block: int
-    noise_levels: tuple[float, ...]
-    blocks_per_graph: int | None = None
+    levels_BNP: Tensor
+    noise_BNPFCHW: Tensor
 
-    def starts_graph(self, block: int) -> bool:
-        """Whether the memory is to be detached before this block is remembered.
+    @property
+    def places(self) -> int:
+        """Comparisons of a block."""
+        return self.levels_BNP.shape[2]
 
-        Before, not after: afterwards it would cut the gradient of what the block writes.
-        """
-        return self.blocks_per_graph is not None and block % self.blocks_per_graph == 0
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return type(self)(*(x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW)))
+
+    def of_rollout(self, block: int, step: int) -> Tensor:
+        """Noise of a block before a step of the student's own rollout, [B, F, C, h, w]."""
+        return self.noise_BNPFCHW[:, block, self.places + step]
+
+    def applied(self, clean_BFCHW: Tensor, block: int, place: int) -> tuple[Tensor, Tensor]:
+        """A block with noise, and its timesteps [B, 1]."""
+        level_B = self.levels_BNP[:, block, place]
+        noisy = add_noise(clean_BFCHW, self.noise_BNPFCHW[:, block, place], level_B)
+        return noisy, level_B[:, None] * NUM_TRAIN_TIMESTEPS
 
 
 class TrainingBlock(NamedTuple):
@@ -51,11 +67,13 @@ class TrainingBlock(NamedTuple):
         number: from 0.
         start: its first latent frame.
         clean: its latents.
+        last: whether it is the video's last, which nothing needs to remember.
     """
 
     number: int
     start: int
     clean: Tensor
+    last: bool
 
 
 def video_blocks(batch: VideoBatch, frames_per_block: int) -> Iterator[TrainingBlock]:
@@ -64,6 +82,15 @@ def video_blocks(batch: VideoBatch, frames_per_block: int) -> Iterator[TrainingB
     Raises:
         InputError: the frames do not divide into blocks.
     """
-    for number in range(num_blocks(batch.latents_BFCHW.shape[1], frames_per_block)):
+    blocks = num_blocks(batch.latents_BFCHW.shape[1], frames_per_block)
+    for number in range(blocks):
         start = number * frames_per_block
-        yield TrainingBlock(number, start, batch.latents_BFCHW[:, start : start + frames_per_block])
+        clean = batch.latents_BFCHW[:, start : start + frames_per_block]
+        yield TrainingBlock(number, start, clean, number + 1 == blocks)
+
+
+def noisy_video(batch: VideoBatch, noise: BatchNoise, frames_per_block: int) -> tuple[Tensor, Tensor]:
+    """All blocks at the first level of each, [B, F, C, h, w], and the timesteps of all frames, [B, F]."""
+    blocks = [noise.applied(block.clean, block.number, 0) for block in video_blocks(batch, frames_per_block)]
+    times = [timestep.expand(-1, frames_per_block) for _, timestep in blocks]
+    return torch.cat([noisy for noisy, _ in blocks], dim=1), torch.cat(times, dim=1)

@@ -1,29 +1,35 @@
 """Stage 1: every hybrid layer learns to put out what the teacher's softmax attention puts out on the same input.
 
-The frozen teacher runs the block loop. What goes into and comes out of each of its attention layers is written down;
-the layer's hybrid, which shares the projections, is then run on the same input with a state of its own. No gradient
-crosses layers, so one run serves every later choice of layers. Source: ARL², arXiv 2605.16579; what it leaves open is
-in `Stage1Settings`.
+The frozen teacher runs over the blocks. What goes into and comes out of each of its attention layers is written down;
+the layer's hybrid, which shares the projections, is then run on the same input with a state of its own, one layer
+after the other, so that the graph of one layer is all that ever exists. No gradient crosses layers, so one run serves
+every later choice of layers. Source: ARL², arXiv 2605.16579; what it leaves open is in `Stage1Settings`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import ObjectiveSettings, VideoBatch, video_blocks
+from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
+from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
+from arl2.distillation.reports import measured
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
-from arl2.rollout import predict_flow, remember_block
-from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
-from wan.model import SelfAttention
+from arl2.rollout import num_blocks, predict_flow, remember_block
+from wan.memory import LayerMemory, Memory
+from wan.model import SelfAttention, TextKV
+from wan.parallel import ParallelLayout
 from wan.rope import Rotary
+from wan.teacher_forcing import teacher_forced_flow
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
 """Parts of a hybrid layer that stage 1 trains."""
+LEAST_POWER = 1e-8
+"""A target weaker than this is not divided by."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,12 @@ class Stage1Settings(ObjectiveSettings):
 
     Attributes:
         read_clean: whether the clean pass counts in the loss too.
+        relative: divide every squared error by the mean square of what was to be matched, video by video; otherwise
+            layers of large outputs have the largest gradients under the one learning rate.
     """
 
     read_clean: bool = True
+    relative: bool = True
 
 
 def stage1_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -76,7 +85,8 @@ def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observati
 
         return note
 
-    handles = [module.register_forward_hook(hook(layer)) for layer, module in layers.items()]
+    # First among the hooks: a sharded layer's own would take its parameters away.
+    handles = [module.register_forward_hook(hook(layer), prepend=True) for layer, module in layers.items()]
     try:
         yield seen
     finally:
@@ -84,73 +94,138 @@ def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observati
             handle.remove()
 
 
-@dataclass
-class LayerErrors:
-    """Squared errors of every layer, summed over passes.
+class Pass(NamedTuple):
+    """A pass of the teacher over a block, for the hybrids to repeat.
 
     Attributes:
-        error: mean squared error, with its graph.
-        power: mean square of what was to be matched.
+        seen: by layer.
+        reads, writes: whether the output counts in the loss, and whether the state takes the block in.
     """
 
-    error: dict[int, Tensor] = field(default_factory=dict)
-    power: dict[int, Tensor] = field(default_factory=dict)
-    passes: int = 0
-
-    def add(self, layer: int, output: Tensor, target: Tensor) -> None:
-        """Count one pass of one layer in."""
-        error, power = (output.float() - target.float()).square().mean(), target.float().square().mean()
-        self.error[layer] = self.error[layer] + error if layer in self.error else error
-        self.power[layer] = self.power[layer] + power if layer in self.power else power
-
-    def loss(self) -> Tensor:
-        """Mean over layers and passes."""
-        return torch.stack(list(self.error.values())).mean() / self.passes
-
-    def relative(self) -> dict[int, float]:
-        """Root of error over power of every layer: 0 is perfect, 1 as good as saying nothing."""
-        return {layer: float((self.error[layer].detach() / self.power[layer]).sqrt()) for layer in self.error}
+    seen: dict[int, Observation]
+    reads: bool
+    writes: bool
 
 
-def stage1_errors(
-    model: HybridWanModel, batch: VideoBatch, settings: Stage1Settings, noise: Callable[[int, int], Tensor]
-) -> LayerErrors:
-    """Run the teacher over some videos and its hybrids beside it.
+class Stage1(Objective):
+    """The objective of stage 1.
 
     Args:
-        model: hybrid in the layers to be trained; `stage1_parameters` must require gradients, nothing else.
-        batch: clean videos, remembered as they are.
+        model: hybrid in the layers to be trained.
         settings: see there.
-        noise: of a block (its index) and a read (its place among the noise levels), [B, F, C, h, w].
-
-    Returns:
-        the errors, whose `loss()` is to be minimised.
     """
-    layers, errors = model.hybrid_attentions(), LayerErrors()
-    with torch.no_grad(), model.as_teacher():
-        text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-    student_memory = model.memory_for(batch.latents_BFCHW, differentiable=True)
-    for block in video_blocks(batch, settings.frames_per_block):
-        for place, sigma in enumerate(settings.noise_levels):
-            level = torch.full((), sigma, device=block.clean.device)
-            noisy = add_noise(block.clean, noise(block.number, place), level)
-            with torch.no_grad(), model.as_teacher(), observed(layers) as seen:
-                predict_flow(model, noisy, level * NUM_TRAIN_TIMESTEPS, text, teacher_memory, block.start)
-            for layer, one in seen.items():
-                view = student_memory.layers[layer].read(one.x_BLD.shape[1])
-                output, _ = layers[layer](one.x_BLD, one.rotary, view, attend=True, remember=False)
-                errors.add(layer, output, one.output_BLD)
-            errors.passes += 1
-        if settings.starts_graph(block.number):
-            student_memory.detach()
-        with torch.no_grad(), model.as_teacher(), observed(layers) as seen:
-            remember_block(model, block.clean, text, teacher_memory, block.start)
-        for layer, one in seen.items():
-            memory = student_memory.layers[layer]
-            view = memory.read(one.x_BLD.shape[1])
-            output, update = layers[layer](one.x_BLD, one.rotary, view, attend=settings.read_clean, remember=True)
-            if settings.read_clean:
-                errors.add(layer, output, one.output_BLD)
-            memory.commit(update)
-        errors.passes += settings.read_clean
-    return errors
+
+    def __init__(self, model: HybridWanModel, settings: Stage1Settings) -> None:
+        self.model = model
+        self.settings = settings
+        self._layers = model.hybrid_attentions()
+        self._error: dict[int, Tensor] = {}
+        self._power: dict[int, Tensor] = {}
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """See `stage1_parameters`."""
+        return stage1_parameters(self.model)
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """The error of every layer in every graph; their sum is the mean over layers and passes."""
+        parallel = self.settings.path is Path.PARALLEL
+        yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
+
+    def metrics(self) -> dict[str, float]:
+        """The mean of all layers' relative errors."""
+        relative = self.relative_errors()
+        return {"relative_error": sum(relative.values()) / len(relative)}
+
+    def relative_errors(self) -> dict[int, float]:
+        """Root of error over power of every layer in the last batch: 0 is perfect, 1 as good as saying nothing."""
+        return {layer: float((self._error[layer] / self._power[layer]).sqrt()) for layer in self._error}
+
+    @torch.no_grad()
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """Relative error, and what `measured` says."""
+        height, width = batch.latents_BFCHW.shape[-2:]
+        with measured(self.model, self.model.tokens_per_frame(height, width)) as figures:
+            for _ in self._loop(batch, noise):
+                pass
+        return {"relative_error": self.relative_errors()} | figures
+
+    def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        self._forget()
+        share = self._share(batch, noise)
+        memory = self.model.memory_for(batch.latents_BFCHW, differentiable=True)
+        for graph in self._graphs(batch, noise):
+            for layer in self._layers:
+                memory.layers[layer].detach()
+                yield share * self._layer_error(layer, memory.layers[layer], graph)
+
+    def _graphs(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[list[Pass]]:
+        """The teacher's passes, divided where back-propagation is cut: before a block is remembered."""
+        settings = self.settings
+        with frozen_teacher(self.model):
+            text, memory = self.model.embed_text(batch.text_BTD), self.model.memory_for(batch.latents_BFCHW)
+        passes: list[Pass] = []
+        for block in video_blocks(batch, settings.frames_per_block):
+            passes += self._noisy_passes(block, noise, text, memory)
+            if settings.starts_graph(block.number):
+                yield passes
+                passes = []
+            if settings.read_clean or not block.last:
+                with frozen_teacher(self.model), observed(self._layers) as seen:
+                    remember_block(self.model, block.clean, text, memory, block.start)
+                passes.append(Pass(seen, settings.read_clean, writes=not block.last))
+        if passes:
+            yield passes
+
+    def _noisy_passes(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Iterator[Pass]:
+        for place in range(noise.places):
+            noisy, timestep = noise.applied(block.clean, block.number, place)
+            with frozen_teacher(self.model), observed(self._layers) as seen:
+                predict_flow(self.model, noisy, timestep, text, memory, block.start)
+            yield Pass(seen, reads=True, writes=False)
+
+    def _layer_error(self, layer: int, memory: LayerMemory, graph: list[Pass]) -> Tensor:
+        """Sum of a layer's errors over the passes of a graph, whose observations are given away."""
+        errors = []
+        for one in graph:
+            x, rotary, target = one.seen.pop(layer)
+            output, update = self._layers[layer](x, rotary, memory.read(x.shape[1]), one.reads, one.writes)
+            if one.reads:
+                errors.append(self._passes_error(layer, output, target, 1))
+            if one.writes:
+                memory.commit(update)
+        return torch.stack(errors).sum()
+
+    def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        self._forget()
+        share, clean = self._share(batch, noise), batch.latents_BFCHW
+        frames, _, height, width = clean.shape[1:]
+        size = self.settings.frames_per_block
+        noisy, times = noisy_video(batch, noise, size)
+        layout = ParallelLayout(frames, size, self.model.tokens_per_frame(height, width), 2, clean.device)
+        with frozen_teacher(self.model), observed(self._layers) as seen:
+            teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean)
+        for layer, module in self._layers.items():
+            x, rotary, target = seen.pop(layer)
+            output, _ = module(x, rotary, module.parallel_view(layout), True, False)
+            passes = 2 * layout.num_blocks
+            if not self.settings.read_clean:
+                output, target, passes = output.chunk(2, dim=1)[1], target.chunk(2, dim=1)[1], layout.num_blocks
+            yield share * self._passes_error(layer, output, target, passes)
+
+    def _share(self, batch: VideoBatch, noise: BatchNoise) -> float:
+        """One over the number of layers and passes."""
+        blocks = num_blocks(batch.latents_BFCHW.shape[1], self.settings.frames_per_block)
+        return 1 / (len(self._layers) * blocks * (noise.places + self.settings.read_clean))
+
+    def _forget(self) -> None:
+        self._error, self._power = {}, {}
+
+    def _passes_error(self, layer: int, output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:
+        """Sum over passes of the squared error, a mean over videos; counted towards the layer's figures."""
+        output, target = (x.float().unflatten(1, (passes, -1)) for x in (output_BLD, target_BLD))
+        error_BP, power_BP = (output - target).square().mean((2, 3)), target.square().mean((2, 3))
+        self._error[layer] = error_BP.detach().mean(0).sum() + self._error.get(layer, 0)
+        self._power[layer] = power_BP.mean(0).sum() + self._power.get(layer, 0)
+        if self.settings.relative:
+            error_BP = error_BP / power_BP.clamp(min=LEAST_POWER)
+        return error_BP.mean(0).sum()

@@ -5,19 +5,23 @@ a memory of its own. Both remember the same latents: those of the data, or those
 ARL², arXiv 2605.16579; what it leaves open is in `Stage2Settings`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from arl2.distillation.batch import ObjectiveSettings, VideoBatch, video_blocks
+from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
+from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
+from arl2.distillation.reports import measured
 from arl2.model import HybridWanModel
-from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
-from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
+from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
+from wan.errors import InputError
 from wan.memory import Memory
 from wan.model import TextKV
+from wan.teacher_forcing import teacher_forced_flow
 
 
 class Context(StrEnum):
@@ -41,10 +45,17 @@ class Stage2Settings(ObjectiveSettings):
     Attributes:
         context: see `Context`.
         target: see `Target`.
+        checkpointing: recompute every transformer block in the backward pass instead of keeping its activations.
     """
 
     context: Context = Context.DATA
     target: Target = Target.FLOW
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is Path.PARALLEL and self.context is Context.STUDENT:
+            raise InputError("path parallel needs all latents beforehand: take context data, or path loop")
 
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -53,60 +64,107 @@ def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
-def stage2_loss(
-    model: HybridWanModel,
-    batch: VideoBatch,
-    settings: Stage2Settings,
-    noise: Callable[[int, int], Tensor],
-    sampler: FewStepSampler | None = None,
-) -> Tensor:
-    """Mean squared difference of student and teacher over all blocks and noise levels.
+class Stage2(Objective):
+    """The objective of stage 2.
 
     Args:
-        model: `stage2_parameters` must require gradients, nothing else.
-        batch: clean videos; with the student's own context only their text and size are used for what is remembered.
+        model: the student, and without its hybrids and adapters the teacher.
         settings: see there.
-        noise: of a block (its index) and a comparison (its place among the noise levels), [B, F, C, h, w]; further
-            places are drawn for the student's rollout.
         sampler: the student's steps, needed for its own context.
     """
-    with torch.no_grad(), model.as_teacher():
-        text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-    memory, differences = model.memory_for(batch.latents_BFCHW, differentiable=True), []
-    for block in video_blocks(batch, settings.frames_per_block):
-        remembered = block.clean
-        if settings.context is Context.STUDENT:
-            assert sampler is not None
-            remembered = _own_block(model, sampler, noise, block.number, settings, text, memory, block.start)
-        for place, sigma in enumerate(settings.noise_levels):
-            level = torch.full((), sigma, device=remembered.device)
-            noisy = add_noise(remembered, noise(block.number, place), level)
-            timestep = level * NUM_TRAIN_TIMESTEPS
-            with torch.no_grad(), model.as_teacher():
-                wanted = predict_flow(model, noisy, timestep, text, teacher_memory, block.start)
-            flow = predict_flow(model, noisy, timestep, text, memory, block.start)
-            # x0 = x_t - σ·v: the difference in x0 is σ times that in v.
-            scale = sigma if settings.target is Target.X0 else 1.0
-            differences.append((scale * (flow.float() - wanted.float())).square().mean())
-        with torch.no_grad(), model.as_teacher():
-            remember_block(model, remembered, text, teacher_memory, block.start)
-        if settings.starts_graph(block.number):
-            memory.detach()
-        remember_block(model, remembered, text, memory, block.start)
-    return torch.stack(differences).mean()
 
+    def __init__(self, model: HybridWanModel, settings: Stage2Settings, sampler: FewStepSampler | None = None) -> None:
+        self.model = model
+        self.settings = settings
+        self._sampler = sampler
+        self._error: list[Tensor] = []
+        self._power: list[Tensor] = []
+        if settings.context is Context.STUDENT and sampler is None:
+            raise InputError("context student needs the steps of the student's sampler")
+        if settings.checkpointing:
+            model.enable_gradient_checkpointing()
 
-@torch.no_grad()
-def _own_block(
-    model: HybridWanModel,
-    sampler: FewStepSampler,
-    noise: Callable[[int, int], Tensor],
-    index: int,
-    settings: Stage2Settings,
-    text: TextKV,
-    memory: Memory,
-    start: int,
-) -> Tensor:
-    """The student's own block, as inference would make it."""
-    first = len(settings.noise_levels)
-    return denoise_block(model, sampler, lambda step: noise(index, first + step), text, memory, start)
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """See `stage2_parameters`."""
+        return stage2_parameters(self.model)
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """The squared difference of student and teacher in every graph; their sum is the mean over comparisons."""
+        parallel = self.settings.path is Path.PARALLEL
+        yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
+
+    def metrics(self) -> dict[str, float]:
+        """Root of the squared difference over the teacher's square: 0 is perfect."""
+        return {"relative_error": float((torch.stack(self._error).sum() / torch.stack(self._power).sum()).sqrt())}
+
+    @torch.no_grad()
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """See `measured`."""
+        height, width = batch.latents_BFCHW.shape[-2:]
+        with measured(self.model, self.model.tokens_per_frame(height, width)) as figures:
+            for _ in self._loop(batch, noise):
+                pass
+        return figures
+
+    def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        self._error, self._power = [], []
+        settings, model = self.settings, self.model
+        with frozen_teacher(model):
+            text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
+        memory = model.memory_for(batch.latents_BFCHW, differentiable=True)
+        errors: list[Tensor] = []
+        share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.places)
+        for block in video_blocks(batch, settings.frames_per_block):
+            if settings.context is Context.STUDENT:
+                block = block._replace(clean=self._own_block(block, noise, text, memory))
+            errors += self._comparisons(block, noise, text, memory, teacher_memory)
+            if block.last:
+                break
+            with frozen_teacher(model):
+                remember_block(model, block.clean, text, teacher_memory, block.start)
+            if settings.starts_graph(block.number):
+                yield share * torch.stack(errors).sum()
+                errors = []
+                memory.detach()
+            remember_block(model, block.clean, text, memory, block.start)
+        yield share * torch.stack(errors).sum()
+
+    def _comparisons(
+        self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory
+    ) -> Iterator[Tensor]:
+        """The error of a block at every level."""
+        for place in range(noise.places):
+            noisy, timestep = noise.applied(block.clean, block.number, place)
+            with frozen_teacher(self.model):
+                wanted = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
+            flow = predict_flow(self.model, noisy, timestep, text, memory, block.start)
+            yield self._passes_error(flow, wanted, noise.levels_BNP[:, block.number, place, None])
+
+    @torch.no_grad()
+    def _own_block(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Tensor:
+        """The student's own block, as inference would make it."""
+        assert self._sampler is not None
+        of_step, device = partial(noise.of_rollout, block.number), block.clean.device.type
+        # Without autocast's cache: weights that it rounds here, without a graph, must not serve the passes that learn.
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            return denoise_block(self.model, self._sampler, of_step, text, memory, block.start)
+
+    def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        self._error, self._power = [], []
+        size, clean = self.settings.frames_per_block, batch.latents_BFCHW
+        noisy, times = noisy_video(batch, noise, size)
+        with frozen_teacher(self.model):
+            text = self.model.embed_text(batch.text_BTD)
+            wanted = teacher_forced_flow(self.model, noisy, times, text, size, clean)
+        flow = teacher_forced_flow(self.model, noisy, times, text, size, clean)
+        yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+
+    def _passes_error(self, flow_BFCHW: Tensor, wanted_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:
+        """Sum over the P blocks of a sequence of their squared differences, a mean over videos; noted for metrics."""
+        flow, wanted = (x.float().unflatten(1, (levels_BP.shape[1], -1)) for x in (flow_BFCHW, wanted_BFCHW))
+        error_BP = (flow - wanted).square().flatten(2).mean(2)
+        self._error.append(error_BP.detach().sum())
+        self._power.append(wanted.square().flatten(2).mean(2).sum())
+        # x0 = x_t - σ·v: the difference in x0 is σ times that in v.
+        scale = levels_BP.square() if self.settings.target is Target.X0 else 1.0
+        return (scale * error_BP).mean(0).sum()

@@ -1,0 +1,251 @@
+"""From a checked config to a finished run: model, processes, samples, plots, export."""
+
+import gc
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from arl2.checkpoint import build_hybrid
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.objective import LayerReports, Objective
+from arl2.distillation.sampling import Batches
+from arl2.distillation.sharding import gathered_state, shard_trunk
+from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
+from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
+from arl2.distillation.trainer import LOSSES, Trainer
+from arl2.distillation.training_state import fill, writing
+from arl2.model import HybridWanModel
+from arl2.rollout import num_blocks, rollout
+from pipelines.arguments import DTYPES
+from pipelines.cli import choose_device
+from pipelines.config import load_config
+from pipelines.plots import plot_layers, plot_losses
+from pipelines.text_to_video import SeededNoise
+from pipelines.training_config import TrainingConfig, check_training, init_from, settings_that_matter
+from pipelines.video import VideoWriter, to_uint8
+from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, read_weights, some
+from wan.errors import CheckpointError
+from wan.formats import WEIGHT_FILES, read_transformer, transformer_config
+from wan.vae import WanVAE, load_vae
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=TrainingConfig)
+PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "arl2")
+
+
+def parse_config(kind: type[Config], description: str | None) -> Config:
+    """The command line of a training stage: a config and `key=value` settings that go before its own."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="in the place of the config's own")
+    arguments = parser.parse_args()
+    return load_config(kind, arguments.config, arguments.settings)
+
+
+def train(config: TrainingConfig) -> None:
+    """Train one stage, and leave the run's folder.
+
+    Raises:
+        InputError: something in the config cannot work, or see `Trainer.run`.
+    """
+    data = check_training(config)
+    device = choose_device(config.device)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.run_folder,
+    )
+    if not accelerator.is_main_process:
+        logging.disable(logging.WARNING)  # one voice is enough
+    _train(config, data, accelerator)
+    accelerator.wait_for_everyone()
+    gc.collect()  # what sharding leaves behind refers to the process group, which ends now
+    accelerator.end_training()
+
+
+def _train(config: TrainingConfig, data: LatentDataset, accelerator: Accelerator) -> None:
+    folder, device = Path(config.run_folder), accelerator.device
+    model = build_model(config, device)
+    objective = new_objective(config, model)
+    trainables = objective.parameters_to_train()
+    for parameter in trainables.values():
+        parameter.data = parameter.data.to(device, torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+    start_from(config, model, trainables)
+    global_batch = config.batch * config.accumulation * accelerator.num_processes
+    fingerprint = settings_that_matter(config, global_batch)
+    fingerprint |= {"teacher": fingerprint_of(model, trainables), "data_samples": data.fingerprint()}
+    if config.shard:
+        shard_trunk(model, trainables.values())
+    batches = Batches(
+        data,
+        config.seed,
+        global_batch,
+        config.frames_per_block,
+        config.levels,
+        config.sampler(),
+        config.timestep_shift,
+        own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.STUDENT,
+        text_dtype=model.patch_embedding.weight.dtype,
+    )
+    if accelerator.is_main_process:
+        write_run_page(config, folder, fingerprint, accelerator)
+    if config.tracker != "none":
+        accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
+    watcher = Watcher(config, data, accelerator)
+    trainer = Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, watcher)
+    trainer.run()
+    export(model, trainer.state.ema, folder, accelerator)
+
+
+def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
+    """The hybrid model on the teacher's weights; frozen. One that will be sharded stays on the CPU until then."""
+    sizes = transformer_config(Path(config.model_folder))
+    weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
+    dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    where = torch.device("cpu") if config.shard else device
+    hybrid = config.hybrid(sizes["num_layers"])
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed)[0]
+
+
+def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
+    """The objective of the config's stage."""
+    settings = config.objective_settings()
+    if isinstance(settings, Stage1Settings):
+        return Stage1(model, settings)
+    assert isinstance(settings, Stage2Settings)
+    return Stage2(model, settings, config.sampler())
+
+
+def start_from(config: TrainingConfig, model: HybridWanModel, trainables: Mapping[str, nn.Parameter]) -> None:
+    """Take over what stage 1 trained; layers that are not hybrid here are dropped.
+
+    Raises:
+        CheckpointError: a layer was not trained, or the sizes differ.
+    """
+    file = init_from(config)
+    if file is None:
+        return
+    state = as_state_dict(read_weights(file), file)
+    wanted = {name: trainables[name] for name in stage1_parameters(model)}
+    missing = wanted.keys() - state.keys()
+    if missing:
+        raise CheckpointError(f"{file} lacks {some(missing)}: name layers that stage 1 trained")
+    fill(wanted, {name: state[name] for name in wanted}, file)
+
+
+def fingerprint_of(model: nn.Module, trainables: Mapping[str, Tensor]) -> str:
+    """A hash of the frozen weights: of a few values of each."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name not in trainables:
+            digest.update(f"{name} {tuple(value.shape)} {value.flatten()[:8].tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def write_run_page(
+    config: TrainingConfig, folder: Path, fingerprint: Mapping[str, Any], accelerator: Accelerator
+) -> None:
+    """Say in run.json what was run, with what, from which commit and on what."""
+    device = accelerator.device
+    page = {
+        "stage": type(config).__name__,
+        "config": asdict(config),
+        "fingerprint": fingerprint,
+        "git_commit": git_commit(),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "world_size": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+    with atomic_path(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(page, indent=1) + "\n")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a mark if files differ from it; None outside of a repository."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerator: Accelerator) -> None:
+    """Write the model whole, as `checkpoint_path` takes it: `export`, and `export_ema` with the average's weights."""
+    state = gathered_state(model, accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
+    # Not `save_config`: a sharded model's class has another name.
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2) + "\n"
+    averaged = None if ema is None else state | {name: value.cpu() for name, value in ema.items()}
+    for name, weights in (("export", state), ("export_ema", averaged)):
+        if weights is not None:
+            with atomic_folder(folder / name) as temporary, writing(folder / name):
+                temporary.mkdir(parents=True)
+                (temporary / "config.json").write_text(page)
+                save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
+    log.info("the trained model is in %s: give it to inference.py as --checkpoint_path", folder / "export")
+
+
+class Watcher:
+    """What people look at while a run trains: plots, and videos of teacher and student from the same noise."""
+
+    def __init__(self, config: TrainingConfig, data: LatentDataset, accelerator: Accelerator) -> None:
+        self._config, self._data = config, data
+        self._device, self._main = accelerator.device, accelerator.is_main_process
+        self._vae: WanVAE | None = None
+        if config.sample_every and self._main:
+            dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+            self._vae = load_vae(Path(config.model_folder), dtype=dtype, device=self._device)
+
+    def __call__(self, step: int, model: HybridWanModel, reports: LayerReports) -> None:
+        """Called by the trainer on every rank."""
+        folder, every = Path(self._config.run_folder), self._config.sample_every
+        if self._main:
+            plot_losses(folder / LOSSES, folder / "losses.png")
+            plot_layers(reports, folder / "reports" / f"step-{step:08d}.png")
+        # Ranks that share the weights must all run the model.
+        if every and step % every == 0 and (self._main or self._config.shard):
+            self._sample(model, folder / "samples" / f"step-{step:08d}.mp4")
+
+    @torch.no_grad()
+    def _sample(self, model: HybridWanModel, path: Path) -> None:
+        with model.as_teacher():
+            teacher = self._rollout(model)
+        videos = [teacher, self._rollout(model)]
+        if self._vae is None:
+            return
+        pixels = [self._vae.decode(latents.to(self._vae.dtype)).float() for latents in videos]
+        frames = to_uint8(torch.cat(pixels, dim=-1)[0])
+        height, width = frames.shape[1:3]
+        with VideoWriter(path, height, width, fps=self._config.sample_fps) as video:
+            video.write(frames)
+
+    def _rollout(self, model: HybridWanModel) -> Tensor:
+        """Latents of a video for the first prompt of the data, [1, F, C, h, w]."""
+        config = self._config
+        latents, text_TD = self._data[0]
+        frames = config.sample_frames or latents.shape[0]
+        text = model.embed_text(text_TD[None].to(self._device, model.patch_embedding.weight.dtype))
+        memory = model.memory_for(latents[None, :1].to(self._device))
+        noise = SeededNoise([config.seed], (config.frames_per_block, *latents.shape[1:]), self._device)
+        blocks = num_blocks(frames, config.frames_per_block)
+        parts = rollout(model, config.sampler(), noise, text, memory, blocks)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            return torch.cat([block.latents_BFCHW for block in parts], dim=1)

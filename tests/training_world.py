@@ -1,0 +1,112 @@
+"""A model, data and configs that a training test finishes with in a second."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import HEIGHT, TINY, WIDTH, tiny_model
+
+from arl2.distillation.data import LatentWriter
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+model_folder: {root}/model
+data: [{root}/data]
+run_folder: {root}/run
+steps: 6
+batch: 2
+save_every: 2
+report_every: 3
+tracker: none
+device: cpu
+ema_decay: 0.5
+optimizer: {{lr: 0.01, warmup_steps: 2}}
+"""
+STAGE2 = "hybrid_layers: [0, 2]\nlora_rank: 3\nlora_alpha: 6.0\nlevels: {per_block: 2}\n"
+
+
+def build_world(root: Path) -> Path:
+    """Write a tiny softmax model, five videos of three blocks, and the configs stage1.yaml and stage2.yaml."""
+    torch.manual_seed(3)
+    tiny_model(dtype=torch.float32).save_pretrained(root / "model")
+    with LatentWriter(root / "data", {"made": "for tests"}) as writer:
+        for seed in range(5):
+            latents = torch.randn(9, TINY["in_dim"], HEIGHT, WIDTH)
+            writer.add(str(seed), latents, f"prompt {seed}", seed, torch.randn(4, TINY["text_dim"]))
+    (root / "stage1.yaml").write_text(CONFIG.format(root=root))
+    (root / "stage2.yaml").write_text(CONFIG.format(root=root) + STAGE2)
+    return root
+
+
+def command(root: Path, stage: int, *settings: str) -> list[str]:
+    """The command line of a stage, after the interpreter."""
+    return [str(ROOT / f"train_stage{stage}.py"), "--config", str(root / f"stage{stage}.yaml"), *settings]
+
+
+def start(root: Path, stage: int, *settings: str, processes: int = 1) -> list[BaseProcess]:
+    """Start a stage in processes of its own, as torchrun would, but without importing torch in each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.training"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started: list[BaseProcess] = []
+    for rank in range(processes):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        arguments = (command(root, stage, *settings), variables if processes > 1 else {}, root / f"stderr-{rank}.txt")
+        started.append(context.Process(target=_main, args=arguments))
+        started[-1].start()
+    return started
+
+
+def _main(arguments: list[str], variables: dict[str, int], stderr: Path) -> None:
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in variables.items()}
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    sys.path.insert(0, str(ROOT))
+    sys.exit(import_module(Path(arguments[0]).stem).main())
+
+
+def run(root: Path, stage: int, *settings: str, processes: int = 1) -> None:
+    """Run a stage to its end in processes of its own."""
+    for rank, process in enumerate(start(root, stage, *settings, processes=processes)):
+        process.join(60)
+        assert process.exitcode == 0, (root / f"stderr-{rank}.txt").read_text()
+
+
+def run_and_kill(root: Path, run_folder: Path, stage: int, *settings: str, processes: int = 1) -> None:
+    """Start a run, and kill all its processes at once when there is a second checkpoint."""
+    started = start(root, stage, f"run_folder={run_folder}", *settings, processes=processes)
+    deadline = time.monotonic() + 60
+    while not (run_folder / "checkpoints" / "step-00000002").is_dir():
+        assert started[0].is_alive() and time.monotonic() < deadline, (root / "stderr-0.txt").read_text()
+        time.sleep(0.002)
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()
+    assert not (run_folder / "export").exists(), "killed too late to show anything"
+
+
+def losses(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log, without their seconds."""
+    lines = [json.loads(line) for line in (run_folder / "losses.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def weights(
+    run_folder: Path, steps: int, names: Sequence[str] = ("trainables", "ema", "optimizer")
+) -> dict[str, bytes]:
+    """The files of a checkpoint."""
+    folder = run_folder / "checkpoints" / f"step-{steps:08d}"
+    return {name: (folder / f"{name}.safetensors").read_bytes() for name in names}

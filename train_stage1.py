@@ -1,0 +1,22 @@
+"""Stage 1: every hybrid layer learns to put out what the teacher's attention puts out.
+
+    python train_stage1.py --config configs/toyworld/stage1.yaml                              # one GPU or CPU
+    torchrun --standalone --nproc_per_node 8 train_stage1.py --config configs/stage1.yaml [key=value …]
+
+Started again, a run goes on where it was stopped.
+"""
+
+from pipelines.cli import exit_on_input_error
+from pipelines.training import parse_config, train
+from pipelines.training_config import Stage1Config
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, check, train. Status 2 for bad input, and for a run that cannot go on."""
+    train(parse_config(Stage1Config, __doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,22 @@
+"""Stage 2: the hybrid model learns, end to end, to predict what the frozen original predicts.
+
+    python train_stage2.py --config configs/toyworld/stage2.yaml                              # one GPU or CPU
+    torchrun --standalone --nproc_per_node 8 train_stage2.py --config configs/stage2.yaml [key=value …]
+
+Started again, a run goes on where it was stopped.
+"""
+
+from pipelines.cli import exit_on_input_error
+from pipelines.training import parse_config, train
+from pipelines.training_config import Stage2Config
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, check, train. Status 2 for bad input, and for a run that cannot go on."""
+    train(parse_config(Stage2Config, __doc__))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
