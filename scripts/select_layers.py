@@ -1,0 +1,217 @@
+"""Choose which layers to convert, and write the sets for 25, 50 and 75 % of them as YAML.
+
+    python scripts/select_layers.py --config configs/causal_forcing_dmd_chunkwise.yaml --method replacement \\
+        --checkpoint_path runs/stage1/export --data_path prompts/test.txt --json scores.json --yaml layers.yaml
+    python scripts/select_layers.py --config … --method stage1_error --scores runs/stage1 --yaml layers.yaml
+    python scripts/select_layers.py --config … --method random --seed 1 --yaml layers.yaml
+    python scripts/select_layers.py --config … --method vbench --scores vbench.json --yaml layers.yaml
+
+replacement: one layer is hybrid at a time, and the videos are compared with the teacher's, from the same noise; needs a
+stage-1 export with all layers hybrid. --json keeps the scores of every video as they come: a run that is started again
+goes on there. stage1_error: how well each layer learnt to put out what the teacher's does. random: a control. vbench:
+scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from arl2.checkpoint import build_hybrid, found_settings
+from arl2.layer_selection import SHARES, Selection, random_scores, read_scores, read_stage1_errors, replacement_scores
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, num_blocks
+from pipelines.arguments import DTYPES, check_config, check_writable
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.config import HybridConfig, InferenceConfig, load_config
+from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.text_to_video import SeededNoise
+from wan.checkpoint import atomic_path
+from wan.errors import InputError
+from wan.formats import read_transformer, transformer_config
+from wan.text import TextEncoder, load_text_encoder
+from wan.vae import spatial_stride
+
+log = logging.getLogger(__name__)
+
+VBENCH = (
+    "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
+    'a time; give what each loses as --scores file.json: {"layer": score}, low is good; or take --method replacement'
+)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="as for inference.py; its hybrid layers and memory are ignored")
+    add("--method", choices=("replacement", "stage1_error", "random", "vbench"), required=True)
+    add("--yaml", type=Path, required=True, help="where the sets go")
+    add("--checkpoint_path", help="replacement: a stage-1 export with all layers hybrid")
+    add("--data_path", type=Path, help="replacement: prompts, one a line")
+    add("--videos", type=int, default=12, help="replacement: how many; the first prompts, again with other noise")
+    add("--batch", type=int, default=1, help="replacement: videos at a time")
+    add("--json", type=Path, help="replacement: where the scores of every video go")
+    add("--scores", type=Path, help="stage1_error: a run or one of its reports; vbench: a file")
+    add("--seed", type=int, default=0, help="of noise, or of the random scores")
+    add("--device")
+    add("--dtype", choices=DTYPES)
+    return parser.parse_args()
+
+
+def needed(arguments: argparse.Namespace, name: str) -> Any:
+    """A flag without which the method cannot work.
+
+    Raises:
+        InputError: it is not given.
+    """
+    value = getattr(arguments, name)
+    if value is None:
+        raise InputError(f"--method {arguments.method} needs --{name}: see --help")
+    return value
+
+
+class KeptScores:
+    """Scores of every video by layer, in a JSON file that grows batch by batch.
+
+    Args:
+        path: of the file; None to keep nothing.
+        settings: what the scores depend on; must be those of a file that is there.
+
+    Raises:
+        InputError: the file is of other settings, or cannot be read.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._settings = json.loads(json.dumps(settings))
+        self.videos: dict[str, dict[str, float]] = {}
+        if path is not None and path.is_file():
+            try:
+                page = json.loads(path.read_text())
+                settings_there, self.videos = page["settings"], page["videos"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"cannot read scores from {path}: remove it, or give another --json") from error
+            if settings_there != self._settings:
+                raise InputError(f"{path} holds scores of other settings: remove it, or give another --json")
+
+    def add(self, names: list[str], scores: dict[int, list[float]]) -> None:
+        """Take in a batch: its videos, and for every layer a score of each."""
+        for place, name in enumerate(names):
+            self.videos[name] = {str(layer): values[place] for layer, values in scores.items()}
+        if self._path is not None:
+            with atomic_path(self._path) as temporary:
+                temporary.write_text(json.dumps({"settings": self._settings, "videos": self.videos}, indent=1) + "\n")
+
+    def means(self, jobs: list[PromptJob]) -> dict[int, float]:
+        """Over the videos of some jobs, by layer."""
+        rows = [self.videos[job.name] for job in jobs]
+        return {int(layer): sum(row[layer] for row in rows) / len(rows) for layer in rows[0]}
+
+
+def plan(
+    arguments: argparse.Namespace, config: InferenceConfig, dtype: torch.dtype
+) -> tuple[list[PromptJob], KeptScores]:
+    """Videos to make, and what is known of them.
+
+    Raises:
+        InputError: a flag that is missing or cannot work.
+    """
+    needed(arguments, "checkpoint_path")
+    if min(arguments.videos, arguments.batch) < 1:
+        raise InputError("--videos and --batch must be at least 1")
+    prompts = read_prompts(needed(arguments, "data_path"))
+    jobs = plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
+    if arguments.json is not None:
+        check_writable(arguments.json.parent)
+    return jobs, KeptScores(arguments.json, asdict(config) | {"seed": arguments.seed, "dtype": str(dtype)})
+
+
+def load(config: InferenceConfig, dtype: torch.dtype, device: torch.device) -> tuple[HybridWanModel, TextEncoder]:
+    """A model that is hybrid in all layers, and its text encoder.
+
+    Raises:
+        InputError: it is hybrid in some layers only.
+    """
+    folder = Path(config.model_folder)
+    weights, sizes = read_transformer(str(config.checkpoint_path)), transformer_config(folder)
+    layers = found_settings(weights.state).layers
+    if len(layers) != sizes["num_layers"]:
+        raise InputError(
+            f"{config.checkpoint_path} is hybrid in {len(layers)} of {sizes['num_layers']} layers: replacement needs a "
+            "stage-1 export with all"
+        )
+    model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
+    return model, load_text_encoder(folder, text_len=model.config.text_len, dtype=dtype, device=device)
+
+
+def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
+    """Make the videos that are missing, and score all."""
+    device = choose_device(arguments.device)
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    jobs, kept = plan(arguments, config, dtype)
+    missing = [job for job in jobs if job.name not in kept.videos]
+    if missing:
+        model, encoder = load(config, dtype, device)
+        sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+        stride = spatial_stride(Path(config.model_folder))
+        shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
+        blocks = num_blocks(config.num_output_frames, config.frames_per_block)
+        batches = [missing[first : first + arguments.batch] for first in range(0, len(missing), arguments.batch)]
+        with Progress() as progress:
+            for batch in progress.track(batches, description="batches of videos"):
+                text = encoder.encode([job.prompt for job in batch])
+                noise = SeededNoise([job.seed for job in batch], shape, device)
+                scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
+                kept.add([job.name for job in batch], scores)
+    return kept.means(jobs)
+
+
+def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
+    """Take the scores of a file, or none at all."""
+    num_layers = transformer_config(Path(config.model_folder))["num_layers"]
+    if arguments.method == "random":
+        return random_scores(num_layers, arguments.seed)
+    if arguments.method == "vbench" and arguments.scores is None:
+        raise InputError(VBENCH)
+    read: Callable[[Path, int], dict[int, float]] = (
+        read_stage1_errors if arguments.method == "stage1_error" else read_scores
+    )
+    return read(needed(arguments, "scores"), num_layers)
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, check, score, write."""
+    arguments = parse()
+    config = replace(load_config(InferenceConfig, arguments.config), hybrid=HybridConfig())
+    if arguments.checkpoint_path is not None:
+        config = replace(config, checkpoint_path=arguments.checkpoint_path)
+    check_writable(arguments.yaml.parent)
+    if arguments.method == "replacement":
+        check_config(config, i2v=False)
+        scores = score_by_replacement(arguments, config)
+    else:
+        scores = score_by_file(arguments, config)
+    selection = Selection(arguments.method, scores)
+    selection.write(arguments.yaml)
+    table = Table("layer", "score", *(f"{share} %" for share in SHARES))
+    for layer, score in sorted(scores.items()):
+        table.add_row(
+            str(layer), f"{score:.4g}", *("×" if layer in selection.layers(share) else "" for share in SHARES)
+        )
+    Console().print(table)
+    log.info("the sets are in %s", arguments.yaml)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
