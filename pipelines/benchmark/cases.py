@@ -1,0 +1,280 @@
+"""What a benchmark measures: a typed YAML file, and the cases that it names."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from arl2.gated_delta import WriteBackend
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import num_blocks
+from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
+from pipelines.config import MemoryConfig, MemoryKind, check_size
+from pipelines.text_to_video import CausalVideoPipeline
+from wan.attention import require_backend
+from wan.config import wan_size
+from wan.errors import InputError
+from wan.memory import MemorySpec
+from wan.text import UMT5_XXL
+from wan.vae import WAN21_VAE
+
+BLOCKS_PER_SAMPLE = 4
+"""Blocks measured at every sampled place."""
+
+
+@dataclass
+class SpeedOptions:
+    """How the same numbers are computed. Every switch of the fast path belongs here, and is thrown in `apply`.
+
+    Attributes:
+        attention_backend: see `wan.attention.AttentionBackend`.
+        write_backend: who computes the writes to states.
+    """
+
+    attention_backend: str = "auto"
+    write_backend: WriteBackend = WriteBackend.AUTO
+
+    def apply(self, pipeline: CausalVideoPipeline) -> None:
+        """Set a pipeline to compute in this way.
+
+        Raises:
+            InputError: the device cannot.
+        """
+        model = pipeline.transformer
+        pipeline.use_attention_backend(require_backend(self.attention_backend, model.device, model.dtype))
+        model.use_write_backend(self.write_backend)
+
+
+@dataclass
+class RowConfig:
+    """One model: how many of its first layers are hybrid, and what its softmax layers remember."""
+
+    name: str
+    hybrid_layers: int = 0
+    memory: MemoryKind = MemoryKind.full
+
+
+@dataclass
+class QuickConfig:
+    """What --quick measures."""
+
+    rows: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    repeats: int = 1
+
+
+@dataclass
+class PublishedFigure:
+    """What others state or was measured of their code: printed beside ours, never mixed with it."""
+
+    system: str
+    figure: str
+    card: str
+    source: str
+
+
+@dataclass
+class BenchmarkConfig:
+    """Everything that a benchmark measures.
+
+    Attributes:
+        size: of the transformer, see `wan.config.WAN_SIZES`; "toy" brings a toy VAE.
+        height, width: pixels.
+        fps: of the video files.
+        frames_per_block, denoising_steps: as in `pipelines.config.InferenceConfig`.
+        window_frames, sink_frames: of softmax layers with a window.
+        lora_rank: of the adapters of hybrid layers and their feed-forwards; null for none.
+        rows, lengths: models, and pixel frames of the videos.
+        repeats: measured runs of a case.
+        warmup_blocks: length of the run before them, which is not measured.
+        vae: decode and write videos; without it only the transformer runs.
+        blocks_sampled: instead of whole videos, measure a few blocks at so many places over a memory filled to there,
+            and integrate. Only the transformer; results are marked.
+        seed: of weights and noise.
+        speed: how to compute.
+        quick: what --quick measures.
+        published: figures of others.
+    """
+
+    size: str = "1.3B"
+    height: int = 480
+    width: int = 832
+    fps: int = 16
+    frames_per_block: int = 3
+    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
+    window_frames: int = 9
+    sink_frames: int = 3
+    lora_rank: int | None = None
+    rows: list[RowConfig] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    repeats: int = 3
+    warmup_blocks: int = 4
+    vae: bool = True
+    blocks_sampled: int | None = None
+    seed: int = 0
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    quick: QuickConfig = field(default_factory=QuickConfig)
+    published: list[PublishedFigure] = field(default_factory=list)
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        """Sizes of the VAE."""
+        return TOY_VAE if self.size == "toy" else WAN21_VAE
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """Sizes of the text encoder: a toy one, but with as many channels as the transformer takes."""
+        return TOY_TEXT if self.size == "toy" else TOY_TEXT | {"dim": UMT5_XXL["dim"]}
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, after the first."""
+        return 2 ** sum(self.vae_config["temperal_downsample"])
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent."""
+        stride = 2 ** len(self.vae_config["temperal_downsample"])
+        return self.height // stride, self.width // stride
+
+    def blocks(self, frames: int) -> int:
+        """Blocks of a video of `frames` frames.
+
+        Raises:
+            InputError: no whole number.
+        """
+        stride = self.temporal_compression
+        if frames < 1 or (frames - 1) % stride:
+            raise InputError(f"{frames} frames cannot be decoded: lengths are 1 plus a multiple of {stride}")
+        return num_blocks((frames - 1) // stride + 1, self.frames_per_block)
+
+    def frames_after(self, blocks: int) -> int:
+        """Frames of a video of `blocks` blocks."""
+        return (blocks * self.frames_per_block - 1) * self.temporal_compression + 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one length. Cases that are equal are the same measurement; its fields are the JSON's.
+
+    Attributes:
+        row: name of the model.
+        hybrid_layers: how many of its first layers are hybrid.
+        memory: of its softmax layers.
+        frames: pixel frames.
+        vae, blocks_sampled, speed: see `BenchmarkConfig`.
+    """
+
+    row: str
+    hybrid_layers: int
+    memory: MemoryConfig
+    frames: int
+    vae: bool
+    blocks_sampled: int | None
+    speed: SpeedOptions
+
+    def settings(self, lora_rank: int | None) -> HybridSettings:
+        """As the model takes them."""
+        return HybridSettings(tuple(range(self.hybrid_layers)), lora_rank)
+
+
+def select(config: BenchmarkConfig, rows: Sequence[str] | None, lengths: Sequence[int] | None) -> BenchmarkConfig:
+    """The config with only the rows of these names, and with these lengths; None leaves them as they are.
+
+    Raises:
+        InputError: an unknown row.
+    """
+    known = {row.name: row for row in config.rows}
+    unknown = [name for name in rows or () if name not in known]
+    if unknown:
+        raise InputError(f"no row {unknown[0]!r}: choose from {', '.join(known)}")
+    return replace(
+        config,
+        rows=config.rows if rows is None else [known[name] for name in rows],
+        lengths=config.lengths if lengths is None else list(lengths),
+    )
+
+
+def quick(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The config cut to what --quick measures."""
+    return replace(select(config, config.quick.rows, config.quick.lengths), repeats=config.quick.repeats)
+
+
+def plan_cases(config: BenchmarkConfig) -> list[Case]:
+    """All cases, row by row, checked before any weights are drawn.
+
+    Raises:
+        InputError: sizes, lengths, or memories that cannot work.
+    """
+    least = (
+        ("repeats", config.repeats, 1),
+        ("warmup_blocks", config.warmup_blocks, 1),
+        ("blocks_sampled", config.blocks_sampled, 2),
+    )
+    for name, value, bound in least:
+        if value is not None and value < bound:
+            raise InputError(f"{name} {value} must be at least {bound}")
+    if not config.rows or not config.lengths:
+        raise InputError("nothing to measure: the config needs rows and lengths")
+    if len({row.name for row in config.rows}) < len(config.rows):
+        raise InputError("two rows have the same name: give every row its own")
+    cases = []
+    for row in config.rows:
+        layers = wan_size(config.size)["num_layers"]
+        if not 0 <= row.hybrid_layers <= layers:
+            raise InputError(f"row {row.name}: {row.hybrid_layers} hybrid layers, but the model has {layers}")
+        memory = MemoryConfig(row.memory, config.window_frames, config.sink_frames)
+        memory.check(config.frames_per_block)
+        for frames in config.lengths:
+            _check_sampling(config, frames)
+            vae = config.vae and config.blocks_sampled is None
+            cases.append(Case(row.name, row.hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed))
+    model = empty_model(config, cases[0])
+    check_size(config.height, config.width, config.height // config.latent_size[0], model.patch_size)
+    return cases
+
+
+def _check_sampling(config: BenchmarkConfig, frames: int) -> None:
+    blocks = config.blocks(frames)
+    if config.blocks_sampled is not None and config.blocks_sampled * (BLOCKS_PER_SAMPLE + 1) > blocks:
+        raise InputError(
+            f"{config.blocks_sampled} samples of {BLOCKS_PER_SAMPLE} blocks do not fit the {blocks} blocks of {frames} "
+            "frames: measure it whole"
+        )
+
+
+def empty_model(config: BenchmarkConfig, case: Case) -> HybridWanModel:
+    """The case's transformer without storage: its shapes tell what it costs."""
+    settings = case.settings(config.lora_rank)
+    with torch.device("meta"):
+        return HybridWanModel(
+            **wan_size(config.size),
+            hybrid_layers=list(settings.layers),
+            lora_rank=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            ffn_lora=settings.ffn_lora.value,
+        )
+
+
+def memory_bytes(config: BenchmarkConfig, case: Case, dtype: torch.dtype) -> int:
+    """Bytes of the memory of all layers at the end of the video."""
+    model, windowed = empty_model(config, case), case.memory.kind is MemoryKind.window
+    spec = MemorySpec(
+        batch_size=1,
+        tokens_per_frame=model.tokens_per_frame(*config.latent_size),
+        device=torch.device("meta"),
+        dtype=dtype,
+        frames=config.blocks(case.frames) * config.frames_per_block,
+        window_frames=case.memory.window_frames if windowed else None,
+        sink_frames=case.memory.sink_frames if windowed else 0,
+    )
+    return model.new_memory(spec).num_bytes
+
+
+def by_row(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    """Cases that share a model, in order."""
+    rows: dict[str, list[Case]] = {}
+    for case in cases:
+        rows.setdefault(case.row, []).append(case)
+    return rows
