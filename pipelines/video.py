@@ -133,11 +133,15 @@ def read_video(path: Path) -> NDArray[np.uint8]:
     try:
         with av.open(str(path)) as container:
             for stream in container.streams.video[:1]:
+                if stream.codec_context is None:
+                    raise InputError(f"{path} has pictures that no decoder knows: make it again")
                 # Without this the decoder makes up pixels where it notices damage, and reports success.
                 stream.codec_context.options = {"err_detect": "explode"}
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     except (OSError, FFmpegError) as error:
         raise InputError(f"cannot read {path} as a video ({error.strerror or error}): make it again") from error
+    except UnicodeDecodeError as error:  # PyAV decodes titles and the like as it opens a file
+        raise InputError(f"cannot read {path} as a video ({error}): make it again") from error
     if not frames:
         raise InputError(f"{path} holds no frames: give a video that does")
     return np.stack(frames)

@@ -166,3 +166,15 @@ def test_pixels_become_bytes() -> None:
     frames = to_uint8(pixels)
     assert frames.shape == (2, 4, 5, 3)
     assert frames[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"avc1", b"zzzz"), (b"Lavf", b"\xff\xfe\xff\xfe")])
+def test_a_codec_or_a_title_that_nobody_can_read_is_an_error(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 32, 48) as writer:
+        writer.write(gradient_frames(5))
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(InputError, match=r"decoder knows|cannot read"):
+        read_video(path)
