@@ -43,11 +43,17 @@ class BlockwiseView:
 
 
 class StateMemory:
-    """A gated-delta state: the same size whatever the length of the video."""
+    """A gated-delta state: the same size whatever the length of the video.
 
-    def __init__(self, state_BHKV: Tensor) -> None:
-        self._empty = state_BHKV
-        self._state = state_BHKV
+    Args:
+        spec: of all memories of a model.
+        shape: [B, H, key dim, value dim].
+    """
+
+    def __init__(self, spec: MemorySpec, shape: tuple[int, int, int, int]) -> None:
+        self._differentiable = spec.differentiable
+        dtype = torch.promote_types(spec.dtype, torch.float32)
+        self._state = torch.zeros(shape, device=spec.device, dtype=dtype)
 
     def read(self, tokens: int) -> StateView:
         """The state, whatever the size of the block."""
@@ -55,7 +61,10 @@ class StateMemory:
 
     def commit(self, update: Tensor) -> None:
         """Put the state that the clean pass returned in the place of the old one."""
-        self._state = update
+        if self._differentiable:
+            self._state = update
+        else:  # at the same address always, for who replays recorded kernels
+            self._state.copy_(update.detach())
 
     def detach(self) -> None:
         """Cut back-propagation into earlier blocks."""
@@ -63,7 +72,10 @@ class StateMemory:
 
     def reset(self) -> None:
         """Forget the video."""
-        self._state = self._empty
+        if self._differentiable:
+            self._state = torch.zeros_like(self._state)
+        else:
+            self._state.zero_()
 
     @property
     def num_bytes(self) -> int:
@@ -134,9 +146,7 @@ class HybridAttention(SelfAttention):
         """An empty state; the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
-        shape = (spec.batch_size, self.num_heads, self.head_dim, self.head_dim)
-        dtype = torch.promote_types(spec.dtype, torch.float32)
-        return StateMemory(torch.zeros(shape, device=spec.device, dtype=dtype))
+        return StateMemory(spec, (spec.batch_size, self.num_heads, self.head_dim, self.head_dim))
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """See `SelfAttention.parallel_view`."""
@@ -212,24 +222,30 @@ class HybridAttention(SelfAttention):
         """k̂, v̂, log decay and write strength of every token."""
         k = self.norm_k(self._adapted(k_BLD, x_BLD, self.k, self.merged_k, self.lora_k_A, self.lora_k_B))
         v = self._adapted(v_BLD, x_BLD, self.v, self.merged_v, self.lora_v_A, self.lora_v_B)
-        k_hat, v_hat = l2_norm(rotate(self._mapped(k, self.phi_k), rotary)), self._mapped(v, self.phi_v)
+        k_hat, v_hat = l2_norm(rotate(self.mapped(k, self.phi_k), rotary)), self.mapped(v, self.phi_v)
         return k_hat, v_hat, self.log_decay(x_BLD), self.beta(x_BLD)
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
         q = self.norm_q(self._adapted(q_BLD, x_BLD, self.q, self.merged_q, self.lora_q_A, self.lora_q_B))
-        return l2_norm(rotate(self._mapped(q, self.phi_q), rotary))
+        return l2_norm(rotate(self.mapped(q, self.phi_q), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
         """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
-        a = self.a_proj(x_BLD)
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        return self.log_decay_of(self.a_proj(x_BLD))
+
+    def log_decay_of(self, a_BLH: Tensor) -> Tensor:
+        """The log decay of tokens whose projection W_a·x is given."""
+        wide = torch.promote_types(a_BLH.dtype, torch.float32)
+        return -self.A_log.to(wide).exp() * F.softplus(a_BLH.to(wide) + self.dt_bias.to(wide))
 
     def beta(self, x_BLD: Tensor) -> Tensor:
         """Write strength 2·sigmoid(W_b·x), [B, L, H] in float32 at least."""
-        b = self.b_proj(x_BLD)
-        return 2 * b.to(torch.promote_types(b.dtype, torch.float32)).sigmoid()
+        return self.beta_of(self.b_proj(x_BLD))
+
+    def beta_of(self, b_BLH: Tensor) -> Tensor:
+        """The write strength of tokens whose projection W_b·x is given."""
+        return 2 * b_BLH.to(torch.promote_types(b_BLH.dtype, torch.float32)).sigmoid()
 
     def output_gate(self, x_BLD: Tensor) -> Tensor:
         """sigmoid(W_gate·x), [B, L, H]: how much of what was remembered is let through."""
@@ -266,7 +282,7 @@ class HybridAttention(SelfAttention):
         """Compute with the adapters themselves again."""
         self.merged_q = self.merged_k = self.merged_v = None
 
-    def _mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
+    def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
         """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""
         weight_HOI = phi.weight.view(self.num_heads, self.head_dim, self.head_dim)
         return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)

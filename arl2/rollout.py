@@ -15,7 +15,7 @@ from torch import Tensor
 from wan.errors import InputError
 from wan.flow import FlowSchedule, add_noise, flow_to_x0
 from wan.memory import Memory
-from wan.model import CausalWanModel, TextKV
+from wan.model import FlowModel, TextKV
 
 Noise = Callable[[int, int], Tensor]
 """(block, step) to the noise of that block before that step, [B, F, C, H, W]."""
@@ -69,7 +69,7 @@ def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
 
 
 def predict_flow(
-    model: CausalWanModel, latents_BFCHW: Tensor, timestep: Tensor, text: TextKV, memory: Memory, start_frame: int
+    model: FlowModel, latents_BFCHW: Tensor, timestep: Tensor, text: TextKV, memory: Memory, start_frame: int
 ) -> Tensor:
     """The velocity of a block at one timestep (a scalar, or one a video, [B, 1]); a pure read of the memory."""
     positions, frames = _positions(start_frame, latents_BFCHW)
@@ -81,7 +81,7 @@ def predict_flow(
 
 
 def denoise_block(
-    model: CausalWanModel,
+    model: FlowModel,
     sampler: FewStepSampler,
     noise: Callable[[int], Tensor],
     text: TextKV,
@@ -115,7 +115,7 @@ def denoise_block(
 
 
 def remember_block(
-    model: CausalWanModel,
+    model: FlowModel,
     latents_BFCHW: Tensor,
     text: TextKV,
     memory: Memory,
@@ -137,7 +137,7 @@ def remember_block(
     memory.commit(updates)
 
 
-def _block_tokens(model: CausalWanModel, latents_BFCHW: Tensor) -> int:
+def _block_tokens(model: FlowModel, latents_BFCHW: Tensor) -> int:
     height, width = latents_BFCHW.shape[-2:]
     return latents_BFCHW.shape[1] * model.tokens_per_frame(height, width)
 
@@ -158,7 +158,7 @@ class GeneratedBlock:
 
 
 def rollout(
-    model: CausalWanModel,
+    model: FlowModel,
     sampler: FewStepSampler,
     noise: Noise,
     text: TextKV,

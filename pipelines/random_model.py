@@ -1,7 +1,8 @@
 """Models with random weights, of any size and in the public layouts: for tests, speed and memory, not for pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from arl2.model import HybridSettings, HybridWanModel
+from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
@@ -41,25 +42,52 @@ def random_pipeline(
         seed, device, dtype: of the weights.
         sampling: further arguments of `CausalVideoPipeline`.
     """
-    previous = torch.get_default_dtype()
     torch.manual_seed(seed)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            transformer = HybridWanModel(
-                **(wan_size(size) | {"text_dim": text_config["dim"]}),
-                hybrid_layers=list(hybrid.layers),
-                lora_rank=hybrid.lora_rank,
-                lora_alpha=hybrid.lora_alpha,
-                ffn_lora=hybrid.ffn_lora.value,
-            )
-            text_encoder = UMT5EncoderModel(umt5_config(text_config))
-            vae = new_vae(vae_config)
-    finally:
-        torch.set_default_dtype(previous)
+    with _drawing(device, dtype):
+        transformer = _new_transformer(wan_size(size) | {"text_dim": text_config["dim"]}, hybrid)
+        text_encoder = UMT5EncoderModel(umt5_config(text_config))
+        vae = new_vae(vae_config)
     for part in (transformer, text_encoder, vae):
         part.eval().requires_grad_(False)
     return CausalVideoPipeline(transformer, vae, text_encoder, word_tokenizer(words), **sampling)
+
+
+def random_transformer(
+    size: str,
+    hybrid: HybridSettings = HybridSettings(),
+    *,
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),
+    dtype: torch.dtype = torch.float32,
+) -> HybridWanModel:
+    """The transformer alone, frozen; arguments as in `random_pipeline`. A_log and dt_bias are float32 at least."""
+    torch.manual_seed(seed)
+    with _drawing(device, dtype):
+        model = _new_transformer(wan_size(size), hybrid)
+    keep_gates_in_float32(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _new_transformer(sizes: Mapping[str, Any], hybrid: HybridSettings) -> HybridWanModel:
+    return HybridWanModel(
+        **sizes,
+        hybrid_layers=list(hybrid.layers),
+        lora_rank=hybrid.lora_rank,
+        lora_alpha=hybrid.lora_alpha,
+        ffn_lora=hybrid.ffn_lora.value,
+    )
+
+
+@contextmanager
+def _drawing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let new parameters be drawn on a device in a dtype."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def save_native_folder(pipeline: CausalVideoPipeline, folder: Path) -> None:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.data import LatentDataset
+from arl2.distillation.data import Samples
+from arl2.distillation.gates import GateSettings, LayerGates
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.sampling import Batches
 from arl2.distillation.sharding import gathered_state, shard_trunk
@@ -34,7 +35,7 @@ from pipelines.cli import choose_device
 from pipelines.config import load_config
 from pipelines.plots import plot_layers, plot_losses
 from pipelines.text_to_video import SeededNoise
-from pipelines.training_config import TrainingConfig, check_training, init_from, settings_that_matter
+from pipelines.training_config import GatesConfig, TrainingConfig, check_training, init_from, settings_that_matter
 from pipelines.video import VideoWriter, to_uint8
 from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, read_weights, some
 from wan.errors import CheckpointError
@@ -57,19 +58,13 @@ def parse_config(kind: type[Config], description: str | None) -> Config:
 
 
 def train(config: TrainingConfig) -> None:
-    """Train one stage, and leave the run's folder.
+    """Train one stage or layer gates, and leave the run's folder.
 
     Raises:
         InputError: something in the config cannot work, or see `Trainer.run`.
     """
     data = check_training(config)
-    device = choose_device(config.device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if device.type == "cuda" else "no",
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=config.run_folder,
-    )
+    accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
     _train(config, data, accelerator)
@@ -78,15 +73,35 @@ def train(config: TrainingConfig) -> None:
     accelerator.end_training()
 
 
-def _train(config: TrainingConfig, data: LatentDataset, accelerator: Accelerator) -> None:
-    folder, device = Path(config.run_folder), accelerator.device
-    model = build_model(config, device)
-    objective = new_objective(config, model)
+def new_accelerator(config: TrainingConfig) -> Accelerator:
+    """Device, precision, processes and trackers of a run."""
+    device = choose_device(config.device)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.run_folder,
+    )
+
+
+def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
+    model = build_model(config, accelerator.device)
+    trainer = new_trainer(config, data, accelerator, new_objective(config, model))
+    trainer.run()
+    if not isinstance(config, GatesConfig):
+        export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+
+
+def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator, objective: Objective) -> Trainer:
+    """What will train an objective as a config says; its model starts from stage 1 if that is wanted.
+
+    Raises:
+        CheckpointError: what it should start from does not fit.
+    """
+    folder, model = Path(config.run_folder), objective.model
     trainables = objective.parameters_to_train()
-    for parameter in trainables.values():
-        parameter.data = parameter.data.to(device, torch.promote_types(parameter.dtype, torch.float32))
-        parameter.requires_grad_(True)
-    start_from(config, model, trainables)
+    let_train(trainables, accelerator.device)
+    start_from(config, model)
     global_batch = config.batch * config.accumulation * accelerator.num_processes
     fingerprint = settings_that_matter(config, global_batch)
     fingerprint |= {"teacher": fingerprint_of(model, trainables), "data_samples": data.fingerprint()}
@@ -108,9 +123,7 @@ def _train(config: TrainingConfig, data: LatentDataset, accelerator: Accelerator
     if config.tracker != "none":
         accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
     watcher = Watcher(config, data, accelerator)
-    trainer = Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, watcher)
-    trainer.run()
-    export(model, trainer.state.ema, folder, accelerator)
+    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, watcher)
 
 
 def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
@@ -128,11 +141,20 @@ def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
     settings = config.objective_settings()
     if isinstance(settings, Stage1Settings):
         return Stage1(model, settings)
+    if isinstance(settings, GateSettings):
+        return LayerGates(model, settings)
     assert isinstance(settings, Stage2Settings)
     return Stage2(model, settings, config.sampler())
 
 
-def start_from(config: TrainingConfig, model: HybridWanModel, trainables: Mapping[str, nn.Parameter]) -> None:
+def let_train(trainables: Mapping[str, nn.Parameter], device: torch.device) -> None:
+    """Move what trains to the device, in float32 at least, and let it require gradients."""
+    for parameter in trainables.values():
+        parameter.data = parameter.data.to(device, torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(True)
+
+
+def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     """Take over what stage 1 trained; layers that are not hybrid here are dropped.
 
     Raises:
@@ -142,7 +164,7 @@ def start_from(config: TrainingConfig, model: HybridWanModel, trainables: Mappin
     if file is None:
         return
     state = as_state_dict(read_weights(file), file)
-    wanted = {name: trainables[name] for name in stage1_parameters(model)}
+    wanted = stage1_parameters(model)
     missing = wanted.keys() - state.keys()
     if missing:
         raise CheckpointError(f"{file} lacks {some(missing)}: name layers that stage 1 trained")
@@ -206,7 +228,7 @@ def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerat
 class Watcher:
     """What people look at while a run trains: plots, and videos of teacher and student from the same noise."""
 
-    def __init__(self, config: TrainingConfig, data: LatentDataset, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
         self._config, self._data = config, data
         self._device, self._main = accelerator.device, accelerator.is_main_process
         self._vae: WanVAE | None = None

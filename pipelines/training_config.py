@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from arl2.distillation import objective
-from arl2.distillation.data import LatentDataset
+from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
+from arl2.distillation.gates import GateSettings
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
 from arl2.distillation.stage2 import Context, Stage2Settings, Target
@@ -18,7 +19,7 @@ from arl2.distillation.training_state import whole_checkpoints
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.arguments import DTYPES, check_writable
-from pipelines.cli import rank_and_world_size
+from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import check_size
 from wan.errors import InputError
 from wan.formats import transformer_config
@@ -41,7 +42,8 @@ class TrainingConfig:
     Attributes:
         model_folder: sizes, and with `checkpoint_path` null the weights too; the VAE, if samples are wanted.
         checkpoint_path, use_ema: the teacher's weights, as for inference.
-        data: folders of latents, made by scripts/generate_latents.py or scripts/encode_videos.py.
+        data: folders of latents, made by scripts/generate_latents.py or scripts/encode_videos.py; or one .safetensors
+            file that stays in the device's memory whole, see `arl2.distillation.data.ResidentLatents`.
         run_folder: everything that the run leaves.
         resume: go on where an earlier sitting of the run stopped; without it, a folder that holds a run is an error.
         frames_per_block, denoising_steps, warp_denoising_steps, timestep_shift: of the teacher, as for inference.
@@ -190,6 +192,38 @@ class Stage2Config(TrainingConfig):
         )
 
 
+@dataclass
+class GatesConfig(TrainingConfig):
+    """Layer gates, which choose the layers to convert.
+
+    Attributes:
+        init_from: folder of a stage-1 run with all layers, or its trainables.
+        budget, budget_weight, temperature: see `arl2.distillation.gates.GateSettings`.
+    """
+
+    run_folder: str = "runs/gates"
+    steps: int = 500
+    init_from: str = "runs/stage1"
+    budget: float = 0.5
+    budget_weight: float = 10.0
+    temperature: float = 1.0
+
+    def hybrid(self, num_layers: int) -> HybridSettings:
+        """All layers, without adapters."""
+        return HybridSettings(tuple(range(num_layers)))
+
+    def objective_settings(self) -> GateSettings:
+        """As `LayerGates` takes them."""
+        return GateSettings(
+            self.frames_per_block,
+            self.blocks_per_graph,
+            self.path,
+            budget=self.budget,
+            budget_weight=self.budget_weight,
+            temperature=self.temperature,
+        )
+
+
 def read_layers(path: Path, share: int) -> list[int]:
     """The layers that a file of scripts/select_layers.py names for a share in percent.
 
@@ -205,8 +239,11 @@ def read_layers(path: Path, share: int) -> list[int]:
         raise InputError(f"{path} names no layers for a share of {share}: see scripts/select_layers.py") from error
 
 
-def check_training(config: TrainingConfig) -> LatentDataset:
+def check_training(config: TrainingConfig, data: Samples | None = None) -> Samples:
     """Check everything that can be checked before models load; returns the data.
+
+    Args:
+        data: in the place of that of the config.
 
     Raises:
         InputError: the cause and the cure in one line.
@@ -233,12 +270,24 @@ def check_training(config: TrainingConfig) -> LatentDataset:
         if config.sample_every % config.report_every:
             raise InputError(f"sample_every {config.sample_every} must be a multiple of report_every")
     init_from(config)
-    data = LatentDataset([Path(path) for path in config.data])
+    data = data or open_data(config)
     _check_data(config, data, sizes)
     check_writable(Path(config.run_folder))
     if not config.resume and whole_checkpoints(Path(config.run_folder) / CHECKPOINTS):
         raise InputError(f"{config.run_folder} holds a run: set resume=true, or choose another run_folder")
     return data
+
+
+def open_data(config: TrainingConfig) -> Samples:
+    """The data that a config names.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    paths = [Path(path) for path in config.data]
+    if len(paths) == 1 and paths[0].suffix == ".safetensors":
+        return ResidentLatents(paths[0], choose_device(config.device))
+    return LatentDataset(paths)
 
 
 def _check_numbers(config: TrainingConfig) -> None:
@@ -255,7 +304,7 @@ def _check_numbers(config: TrainingConfig) -> None:
         num_blocks(config.sample_frames, config.frames_per_block)
 
 
-def _check_data(config: TrainingConfig, data: LatentDataset, sizes: dict[str, Any]) -> None:
+def _check_data(config: TrainingConfig, data: Samples, sizes: dict[str, Any]) -> None:
     """Make sure that the first sample fits the model; all have one shape."""
     latents, text = data[0]
     frames, channels, height, width = latents.shape
@@ -269,12 +318,12 @@ def _check_data(config: TrainingConfig, data: LatentDataset, sizes: dict[str, An
 
 
 def init_from(config: TrainingConfig) -> Path | None:
-    """The file that stage 2 starts from.
+    """The file that stage 2 or layer gates start from.
 
     Raises:
         InputError: there is none where the config says.
     """
-    if not isinstance(config, Stage2Config) or config.init_from is None:
+    if not isinstance(config, Stage2Config | GatesConfig) or config.init_from is None:
         return None
     path = Path(config.init_from)
     found = whole_checkpoints(path / CHECKPOINTS)

@@ -18,6 +18,6 @@ def test_it_is_small_and_holds_nothing_that_is_unpickled() -> None:
 
 
 def test_the_vae_keeps_what_the_probe_reads() -> None:
-    quality = vae_quality(load_vae(BUNDLE / "vae"), torch.device("cpu"), videos=3, batch=3)
+    quality = vae_quality(load_vae(BUNDLE / "vae"), torch.device("cpu"), videos=2, batch=2)
     assert quality["psnr"] > 30 and quality["psnr_objects"] > 24
     assert quality["both"] == quality["both_truth"] == 1.0

@@ -100,12 +100,14 @@ class SlotView:
         keys_BMHD, values_BMHD: the whole buffer.
         slot: buffer ranges [start, stop) of the current block, two where a ring wraps around.
         visible: leading buffer tokens that a query sees once the block is in its slot.
+        recurs: whether later blocks, of this video or of the next in this memory, will find the same slot.
     """
 
     keys_BMHD: Tensor
     values_BMHD: Tensor
     slot: list[tuple[int, int]]
     visible: int
+    recurs: bool = False
 
     def write(self, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
         """Put a block into the slot."""
@@ -145,7 +147,7 @@ class KVMemory:
         if self._window is None:
             self._reserve(end)
             return SlotView(self._keys, self._values, [(self._written, end)], end)
-        return SlotView(self._keys, self._values, self._ring_slot(tokens), min(end, self._window))
+        return SlotView(self._keys, self._values, self._ring_slot(tokens), min(end, self._window), recurs=True)
 
     def _ring_slot(self, tokens: int) -> list[tuple[int, int]]:
         """Buffer ranges of the next `tokens` tokens: first through the whole window, then round the ring."""

@@ -5,7 +5,7 @@ Parameter names are those of the Wan 2.1 release. Source: Wan 2.1, made causal b
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -183,6 +183,40 @@ class PassOutput(NamedTuple):
     updates: list[Any] | None
 
 
+class Embedded(NamedTuple):
+    """What all layers work on.
+
+    Attributes:
+        tokens_BLD: the patches of the latents.
+        rotary: rotation of every token.
+        time_BFD: embedding of each frame's timestep, which the head takes.
+        time_BF6D: the modulation that it causes in a block, [B, F, 6, D].
+    """
+
+    tokens_BLD: Tensor
+    rotary: Rotary
+    time_BFD: Tensor
+    time_BF6D: Tensor
+
+
+class FlowModel(Protocol):
+    """What can be rolled out: `CausalWanModel`, and what computes the same faster."""
+
+    def __call__(
+        self,
+        latents_BFCHW: Tensor,
+        timesteps_BF: Tensor,
+        text: TextKV,
+        views: Sequence[Any],
+        frames_F: Tensor,
+        remember: bool = False,
+    ) -> PassOutput:
+        """See `CausalWanModel.forward`."""
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """See `CausalWanModel.tokens_per_frame`."""
+
+
 class CausalWanModel(ModelMixin, ConfigMixin):
     """Wan 2.1's transformer, run block by block over a memory that the caller owns.
 
@@ -231,6 +265,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         frames, rows, columns = patch_size
         self.patch_size = (frames, rows, columns)
         self.head_dim = dim // num_heads
+        self.freq_dim = freq_dim
         patch_channels = out_dim * patch_size[0] * patch_size[1] * patch_size[2]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -335,6 +370,16 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         text = self.text_embedding(F.pad(text_BTD, (0, 0, 0, missing)))
         return [block.cross_attn.keys_values(text) for block in self.layers()]
 
+    def embed(self, latents_BFCHW: Tensor, timesteps_BF: Tensor, frames_F: Tensor) -> Embedded:
+        """What the layers work on; see `forward` for the arguments."""
+        dtype, (_, rows, columns) = self.patch_embedding.weight.dtype, self.patch_size
+        patches = rearrange(latents_BFCHW.to(dtype), "b f c (h r) (w s) -> b (f h w) (c r s)", r=rows, s=columns)
+        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        height, width = latents_BFCHW.shape[-2:]
+        rotary = rotary_angles(frames_F, height // rows, width // columns, self.head_dim)
+        time_BFD = self.time_embedding(timestep_embedding(timesteps_BF, self.freq_dim).to(dtype))
+        return Embedded(tokens, rotary, time_BFD, self.time_projection(time_BFD).unflatten(-1, (6, -1)))
+
     def forward(
         self,
         latents_BFCHW: Tensor,
@@ -358,16 +403,8 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         Returns:
             flow, or updates for `Memory.commit`.
         """
-        height, width = latents_BFCHW.shape[-2:]
-        grid = (height // self.patch_size[1], width // self.patch_size[2])
-        rotary = rotary_angles(frames_F, *grid, self.head_dim)
+        x, rotary, time_BFD, time_BF6D = self.embed(latents_BFCHW, timesteps_BF, frames_F)
         text_kv = self.embed_text(text) if isinstance(text, Tensor) else text
-        time_BFD = self.time_embedding(
-            timestep_embedding(timesteps_BF, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
-        )
-        time_BF6D = self.time_projection(time_BFD).unflatten(-1, (6, -1))
-        latents = latents_BFCHW.to(self.patch_embedding.weight.dtype)
-        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
         layers, updates = self.layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
             attend = not (remember and block is layers[-1])
@@ -379,8 +416,11 @@ class CausalWanModel(ModelMixin, ConfigMixin):
             updates.append(update)
         if remember:
             return PassOutput(None, updates)
-        return PassOutput(self._unpatchify(self.head(x, time_BFD), *grid), None)
+        return PassOutput(self.flow(x, time_BFD, *latents_BFCHW.shape[-2:]), None)
 
-    def _unpatchify(self, x_BLP: Tensor, height: int, width: int) -> Tensor:
+    def flow(self, x_BLD: Tensor, time_BFD: Tensor, height: int, width: int) -> Tensor:
+        """The velocity [B, F, C, height, width] from the tokens that leave the last layer."""
         _, rows, columns = self.patch_size
-        return rearrange(x_BLP, "b (f h w) (r s c) -> b f c (h r) (w s)", h=height, w=width, r=rows, s=columns)
+        patches = self.head(x_BLD, time_BFD)
+        pattern = "b (f h w) (r s c) -> b f c (h r) (w s)"
+        return rearrange(patches, pattern, h=height // rows, w=width // columns, r=rows, s=columns)

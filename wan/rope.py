@@ -50,7 +50,8 @@ def rotary_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Rot
 
 def rotate(x_BLHD: Tensor, rotary: Rotary) -> Tensor:
     """Rotate adjacent channel pairs of every head; computed in float32 at least, returned in x's dtype."""
-    cos, sin = (part[:, None, :] for part in rotary)
-    even, odd = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    cos, sin = (part[:, None, :, None] for part in rotary)
+    pairs = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    # (even·cos - odd·sin, odd·cos + even·sin), in a form that stays one kernel when it is compiled.
+    rotated = pairs * cos + pairs.flip(-1) * torch.cat([-sin, sin], dim=-1)
     return rotated.flatten(-2).to(x_BLHD.dtype)

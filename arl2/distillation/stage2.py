@@ -6,7 +6,7 @@ ARL², arXiv 2605.16579; what it leaves open is in `Stage2Settings`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 
@@ -52,16 +52,16 @@ class Stage2Settings(ObjectiveSettings):
     target: Target = Target.FLOW
     checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is Path.PARALLEL and self.context is Context.STUDENT:
-            raise InputError("path parallel needs all latents beforehand: take context data, or path loop")
-
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
     """Names and parameters that stage 2 trains: everything that the softmax model does not have."""
     names = set(model.hybrid_parameter_names())
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def _nothing_cached(device: str) -> torch.autocast:
+    """Autocast as it is, without its cache: weights rounded without a graph must not serve the passes that learn."""
+    return torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
 
 class Stage2(Objective):
@@ -144,13 +144,26 @@ class Stage2(Objective):
     def _own_block(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Tensor:
         """The student's own block, as inference would make it."""
         assert self._sampler is not None
-        of_step, device = partial(noise.of_rollout, block.number), block.clean.device.type
-        # Without autocast's cache: weights that it rounds here, without a graph, must not serve the passes that learn.
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+        of_step = partial(noise.of_rollout, block.number)
+        with _nothing_cached(block.clean.device.type):
             return denoise_block(self.model, self._sampler, of_step, text, memory, block.start)
+
+    @torch.no_grad()
+    def _own_video(self, batch: VideoBatch, noise: BatchNoise) -> Tensor:
+        """The student's own video, for the path that needs all of it beforehand."""
+        model, made = self.model, []
+        with _nothing_cached(batch.latents_BFCHW.device.type):
+            text, memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
+            for block in video_blocks(batch, self.settings.frames_per_block):
+                made.append(self._own_block(block, noise, text, memory))
+                if not block.last:
+                    remember_block(model, made[-1], text, memory, block.start)
+        return torch.cat(made, dim=1)
 
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._power = [], []
+        if self.settings.context is Context.STUDENT:
+            batch = replace(batch, latents_BFCHW=self._own_video(batch, noise))
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)
         with frozen_teacher(self.model):

@@ -150,8 +150,14 @@ class Trainer:
             ema = {name: value.detach().clone() for name, value in trainables.items()}
         self.state = TrainingState(trainables, adamw, ema, Progress())
 
-    def run(self) -> None:
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train from the newest whole checkpoint, or from the start, to the last step.
+
+        Args:
+            stop: asked before every step whether to keep what there is and end early; for one process.
+
+        Returns:
+            whether the last step is done.
 
         Raises:
             TrainingError: loss or gradient was not finite for too long.
@@ -166,6 +172,9 @@ class Trainer:
         self._accelerator.wait_for_everyone()
         with self._bar() as (bar, task), self._prefetched() as batches, (self._folder / LOSSES).open("a") as losses:
             while state.progress.step < settings.steps:
+                if stop():
+                    self._save()
+                    return False
                 line = self._step(batches)
                 step = state.progress.step
                 if self._accelerator.is_main_process:
@@ -177,6 +186,7 @@ class Trainer:
                 speed = f"loss {line['loss'] or math.nan:.4g}, {1 / line['seconds']:.2f} steps/s"
                 bar.update(task, completed=step, figures=speed)
                 self._stop_if_lost()
+        return True
 
     def _step(self, batches: Iterator[tuple[VideoBatch, BatchNoise]]) -> dict[str, Any]:
         """One optimiser step; returns its line of the log."""

@@ -49,7 +49,7 @@ def pass_flops(model: HybridWanModel, frames: int, tokens: int, keys: int, remem
     for layer in range(config.num_layers):
         attends = not (remember and layer == last)
         if layer in hybrid:
-            total += _hybrid_flops(model, tokens, attends, remember)
+            total += hybrid_flops(model, tokens, attends, remember)
         else:
             total += Flops(
                 linear=2 * tokens * dim * dim * (4 if attends else 2),
@@ -63,8 +63,8 @@ def pass_flops(model: HybridWanModel, frames: int, tokens: int, keys: int, remem
     return total
 
 
-def _hybrid_flops(model: HybridWanModel, tokens: int, attends: bool, remember: bool) -> Flops:
-    """Self-attention of one hybrid layer."""
+def hybrid_flops(model: HybridWanModel, tokens: int, attends: bool, remember: bool) -> Flops:
+    """Self-attention of one hybrid layer, which attends or remembers or both."""
     dim, heads, head_dim = model.config.dim, model.config.num_heads, model.head_dim
     adapter = 2 * dim * (model.hybrid.lora_rank or 0)
     total = Flops(linear=2 * tokens * dim * 2 * dim)  # k and v
