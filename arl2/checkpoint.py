@@ -111,7 +111,7 @@ def build_hybrid(
     config: dict[str, Any],
     wanted: HybridSettings,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     seed: int = 0,
 ) -> tuple[HybridWanModel, LoadReport]:
@@ -121,7 +121,8 @@ def build_hybrid(
         weights: from `wan.formats.read_transformer`.
         config: sizes of the transformer; entries in `weights.config` take precedence.
         wanted: see `resolve_settings`.
-        dtype, device: of the model; A_log and dt_bias stay float32.
+        dtype: of the model, A_log and dt_bias stay float32; None for what every weight has, new ones float32.
+        device: of the model.
         seed: of the initial values of untrained parameters.
 
     Returns:
@@ -149,7 +150,8 @@ def build_hybrid(
         state = state | _initial_values(config, settings, untrained, seed)
     state = {name: value.to(device) for name, value in state.items()}
     load_strict(model, state, weights.source)
-    keep_gates_in_float32(model, dtype)
+    if dtype is not None:
+        keep_gates_in_float32(model, dtype)
     _report(weights, settings, untrained, dropped)
     return model.eval().requires_grad_(False), LoadReport(settings, untrained, dropped)
 

@@ -78,7 +78,7 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
     device = choose_device(config.device)
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if device.type == "cuda" else "no",
+        mixed_precision=precision_of(weights_dtype(config, device)),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.run_folder,
     )
@@ -126,11 +126,21 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, watcher)
 
 
+def weights_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
+    """Of the frozen weights."""
+    return DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Accelerate's name of the precision in which float32 trainables meet frozen weights of a dtype."""
+    return "bf16" if dtype is torch.bfloat16 else "no"
+
+
 def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
     """The hybrid model on the teacher's weights; frozen. One that will be sharded stays on the CPU until then."""
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
-    dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = weights_dtype(config, device)
     where = torch.device("cpu") if config.shard else device
     hybrid = config.hybrid(sizes["num_layers"])
     return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed)[0]
@@ -269,5 +279,6 @@ class Watcher:
         noise = SeededNoise([config.seed], (config.frames_per_block, *latents.shape[1:]), self._device)
         blocks = num_blocks(frames, config.frames_per_block)
         parts = rollout(model, config.sampler(), noise, text, memory, blocks)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        half = model.patch_embedding.weight.dtype is torch.bfloat16
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             return torch.cat([block.latents_BFCHW for block in parts], dim=1)

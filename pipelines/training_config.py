@@ -18,13 +18,14 @@ from arl2.distillation.trainer import CHECKPOINTS, OptimizerSettings, TrainerSet
 from arl2.distillation.training_state import whole_checkpoints
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
-from pipelines.arguments import DTYPES, check_writable
+from pipelines.arguments import check_writable
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import check_size
 from wan.errors import InputError
 from wan.formats import transformer_config
 from wan.vae import spatial_stride
 
+TRAINING_DTYPES = ("bfloat16", "float32")
 TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wandb", "none": ""}
 """Where figures go, and what has to be installed for it."""
 FREE_TO_CHANGE = (
@@ -258,8 +259,8 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
         raise InputError(f"tracker {config.tracker!r} is unknown: give {', '.join(TRACKERS)}")
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise InputError(f"{config.tracker} is not installed: {TRACKERS[config.tracker]}, or set tracker=none")
-    if config.dtype is not None and config.dtype not in DTYPES:
-        raise InputError(f"dtype {config.dtype!r} is unknown: give {', '.join(DTYPES)}")
+    if config.dtype not in (None, *TRAINING_DTYPES):
+        raise InputError(f"dtype {config.dtype!r} does not train: give {' or '.join(TRAINING_DTYPES)}")
     folder = Path(config.model_folder)
     if config.checkpoint_path is not None and not Path(config.checkpoint_path).exists():
         raise InputError(f"no checkpoint at {config.checkpoint_path}: check the path")

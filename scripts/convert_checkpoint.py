@@ -74,8 +74,8 @@ def main() -> int:
         arguments.lora_alpha,
         FFNLoRA.ALL if arguments.ffn_lora_all_layers else FFNLoRA.HYBRID,
     )
-    dtype = next(iter(weights.state.values())).dtype
-    model, report = build_hybrid(weights, config, wanted, dtype=dtype, device=torch.device("cpu"), seed=arguments.seed)
+    # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
+    model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
     if arguments.merge_ffn_lora:
         model.merge_ffn_lora()
     save(model, arguments.target)

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from training_world import CONFIG, build_world, command, losses, run_and_kill, weights
+from training_world import run as start_and_wait
 
 import inference
 import train_stage1
@@ -22,15 +24,18 @@ from arl2.distillation.sampling import Batches, LevelSource, NoiseLevels
 from arl2.distillation.stage1 import Stage1, stage1_parameters
 from arl2.distillation.stage2 import stage2_parameters
 from arl2.distillation.trainer import OptimizerSettings
-from arl2.model import HybridSettings
+from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.sizes import TOY_VAE
+from models import HEIGHT, TINY, WIDTH
 from pipelines.config import load_config
 from pipelines.random_model import random_pipeline
 from pipelines.training_config import Stage1Config, Stage2Config
 from pipelines.video import read_video
 from wan.formats import read_transformer
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+convert_checkpoint = import_module("convert_checkpoint")
 STAGES = {1: train_stage1, 2: train_stage2}
 
 
@@ -86,6 +91,35 @@ def test_stage_two_starts_from_the_layers_of_stage_one(trained_world: Path, monk
     assert after.keys() == stage2_parameters(model).keys()
 
 
+def test_frozen_weights_in_bfloat16_train_and_their_export_keeps_every_type(
+    trained_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [trained_world / f"half-{checkpointing}" for checkpointing in ("false", "true")]
+    for run in runs:
+        settings = (f"run_folder={run}", "dtype=bfloat16", "steps=2", f"checkpointing={run.name[5:]}")
+        start_and_wait(trained_world, 2, *settings)  # a process has one precision
+    plain, checkpointed = (losses(run) for run in runs)
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)  # sums of bfloat16, in another order
+    exported = read_transformer(runs[0] / "export").state
+    trained = load_file(runs[0] / "checkpoints" / "step-00000002" / "trainables.safetensors")
+    for name, value in exported.items():
+        assert value.dtype is (torch.float32 if name in trained else torch.bfloat16)
+    for source, target in (("export", "arl2.pt"), ("arl2.pt", "again")):
+        flags = ["--config", str(runs[0] / "export"), "--lora_alpha", "6"]
+        monkeypatch.setattr(sys, "argv", ["convert", str(runs[0] / source), str(runs[0] / target), *flags])
+        assert convert_checkpoint.main() == 0
+        weights = read_transformer(runs[0] / target).state
+        assert weights.keys() == exported.keys()
+        for name, value in exported.items():
+            assert weights[name].dtype is value.dtype and torch.equal(weights[name], value), name
+    names = torch.load(runs[0] / "arl2.pt", weights_only=True)["generator"]
+    assert {"model.blocks.0.self_attn.lora_q_A", "model.blocks.2.ffn.2.linear.weight"} <= names.keys()
+    again = HybridWanModel.from_pretrained(runs[0] / "again")
+    assert again.hybrid.layers == (0, 2) and again.hybrid.lora_alpha == 6.0
+
+
 def test_the_paths_of_a_stage_train_alike(trained_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train(monkeypatch, trained_world, 1, f"run_folder={trained_world / 'parallel'}", "path=parallel") == 0
     for one, other in zip(losses(trained_world / "run"), losses(trained_world / "parallel"), strict=True):
@@ -119,7 +153,12 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path, stage: int, monkey
 def test_another_config_or_other_data_do_not_resume(
     trained_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with LatentWriter(trained_world / "other", {"made": "for tests"}) as writer:
+        for seed in (0, 1, 2, 3, 9):
+            latents, text = torch.zeros(9, TINY["in_dim"], HEIGHT, WIDTH), torch.zeros(4, TINY["text_dim"])
+            writer.add(str(seed), latents, f"prompt {seed}", seed, text)
     cases = {
+        "differing: data_samples)": (f"data=[{trained_world / 'other'}]",),
         "optimizer.lr was 0.01, is 0.02": ("optimizer.lr=0.02", "seed=0"),
         "differing: global_batch": ("batch=1",),
         "set resume=true": ("resume=false",),
@@ -210,7 +249,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (1, "path=parallel levels.per_block=2", "one level a block"),
         (1, "path=parallel blocks_per_graph=1", "blocks_per_graph"),
         (1, "optimizer.decay=steep", "constant or cosine"),
-        (1, "dtype=int8", "bfloat16"),
+        (1, "dtype=float16", "bfloat16 or float32"),
         (2, "path=parallel context=student", "beforehand"),
         (2, "hybrid_layers=[]", "layers_file"),
         (2, "hybrid_layers=[] layers_file=none.yaml", "no layers file"),

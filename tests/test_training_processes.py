@@ -1,12 +1,21 @@
 """Training on two processes: the same numbers as on one, with the trunk replicated and sharded."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from training_world import ROOT, build_world, command, losses, run, run_and_kill
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from training_world import ROOT, build_world, command, losses, run, run_and_kill, start, weights
+
+from arl2.distillation import training_state
+from arl2.model import HybridWanModel
+from pipelines import training
 
 HALF_A_BATCH = ("batch=1", "steps=4")
 
@@ -42,6 +51,56 @@ def test_a_killed_run_of_two_processes_goes_on_on_one(root: Path) -> None:
     run_and_kill(root, folder, 2, *HALF_A_BATCH, "shard=true", processes=2)
     run(root, 2, f"run_folder={folder}", "steps=4")
     assert_same_losses(root / "one2", folder)
+
+
+def stop_in_the_second_write() -> None:
+    """Make the process stand still for good in the middle of its second checkpoint."""
+    save = training_state.save_file
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        save(tensors, path)
+        while "step-00000004" in str(path):
+            time.sleep(1)
+
+    training_state.save_file = save_file
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_ends_as_an_unbroken_one(root: Path) -> None:
+    folder = root / "half-written"
+    (process,) = start(root, 1, f"run_folder={folder}", "steps=4", before=stop_in_the_second_write)
+    half, deadline = folder / "checkpoints" / ".step-00000004.part", time.monotonic() + 60
+    while not (half / "trainables.safetensors").is_file():
+        assert process.is_alive() and time.monotonic() < deadline, (root / "stderr-0.txt").read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert half.is_dir() and not (half / "state.json").exists() and not half.with_name("step-00000004").exists()
+    run(root, 1, f"run_folder={folder}", "steps=4")
+    assert losses(folder) == losses(root / "one1") and weights(folder, 4) == weights(root / "one1", 4)
+    assert not half.exists()
+
+
+def note_bytes() -> None:
+    """Write down, at the end of a run, how many bytes of the blocks' frozen weights there are here, and in all.
+
+    What lies outside of the blocks stays whole after the last forward.
+    """
+
+    def export(model: HybridWanModel, ema: object, folder: Path, accelerator: Accelerator) -> None:
+        frozen = [parameter for parameter in model.blocks.parameters() if not parameter.requires_grad]
+        here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+        page = json.dumps([here, sum(p.numel() * p.element_size() for p in frozen)])
+        (folder / f"bytes-{accelerator.process_index}.json").write_text(page)
+
+    training.export = export
+
+
+def test_a_process_holds_its_share_of_the_trunk(root: Path) -> None:
+    folder = root / "shares"
+    run(root, 2, f"run_folder={folder}", "batch=1", "steps=1", "shard=true", processes=2, before=note_bytes)
+    pages = [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert pages[0][1] == pages[1][1] and sum(here for here, _ in pages) == pages[0][1]
+    assert all(0.4 < here / whole < 0.6 for here, whole in pages)
 
 
 def test_torchrun_starts_it(root: Path) -> None:

@@ -6,16 +6,16 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from models import HEIGHT, TINY, WIDTH, tiny_model
 
 from arl2.distillation.data import LatentWriter
+from models import HEIGHT, TINY, WIDTH, tiny_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -52,8 +52,14 @@ def command(root: Path, stage: int, *settings: str) -> list[str]:
     return [str(ROOT / f"train_stage{stage}.py"), "--config", str(root / f"stage{stage}.yaml"), *settings]
 
 
-def start(root: Path, stage: int, *settings: str, processes: int = 1) -> list[BaseProcess]:
-    """Start a stage in processes of its own, as torchrun would, but without importing torch in each."""
+def start(
+    root: Path, stage: int, *settings: str, processes: int = 1, before: Callable[[], None] | None = None
+) -> list[BaseProcess]:
+    """Start a stage in processes of its own, as torchrun would, but without importing torch in each.
+
+    Args:
+        before: called in each process first, to change what it will do.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.training"])
     with socket.socket() as free:
@@ -62,24 +68,33 @@ def start(root: Path, stage: int, *settings: str, processes: int = 1) -> list[Ba
     started: list[BaseProcess] = []
     for rank in range(processes):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        arguments = (command(root, stage, *settings), variables if processes > 1 else {}, root / f"stderr-{rank}.txt")
+        arguments = (
+            command(root, stage, *settings),
+            variables if processes > 1 else {},
+            root / f"stderr-{rank}.txt",
+            before,
+        )
         started.append(context.Process(target=_main, args=arguments))
         started[-1].start()
     return started
 
 
-def _main(arguments: list[str], variables: dict[str, int], stderr: Path) -> None:
+def _main(
+    arguments: list[str], variables: dict[str, int], stderr: Path, before: Callable[[], None] | None = None
+) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in variables.items()}
     torch.set_num_threads(1)
     sys.argv = arguments
     sys.path.insert(0, str(ROOT))
+    if before is not None:
+        before()
     sys.exit(import_module(Path(arguments[0]).stem).main())
 
 
-def run(root: Path, stage: int, *settings: str, processes: int = 1) -> None:
-    """Run a stage to its end in processes of its own."""
-    for rank, process in enumerate(start(root, stage, *settings, processes=processes)):
+def run(root: Path, stage: int, *settings: str, processes: int = 1, before: Callable[[], None] | None = None) -> None:
+    """Run a stage to its end in processes of its own; arguments as in `start`."""
+    for rank, process in enumerate(start(root, stage, *settings, processes=processes, before=before)):
         process.join(60)
         assert process.exitcode == 0, (root / f"stderr-{rank}.txt").read_text()
 

@@ -42,10 +42,7 @@ def pass_flops(model: HybridWanModel, frames: int, tokens: int, keys: int, remem
     """
     config, hybrid = model.config, set(model.hybrid.layers)
     dim, last = config.dim, config.num_layers - 1
-    patch = model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
-    ends = config.in_dim * patch + (0 if remember else config.out_dim * patch)
-    time = frames * (config.freq_dim * dim + dim * dim + dim * 6 * dim)
-    total = Flops(linear=2 * (tokens * dim * ends + time))
+    total = ends_flops(model, frames, tokens, remember)
     for layer in range(config.num_layers):
         attends = not (remember and layer == last)
         if layer in hybrid:
@@ -61,6 +58,15 @@ def pass_flops(model: HybridWanModel, frames: int, tokens: int, keys: int, remem
                 attention=4 * tokens * config.text_len * dim,
             )
     return total
+
+
+def ends_flops(model: HybridWanModel, frames: int, tokens: int, remember: bool) -> Flops:
+    """What of a pass lies outside of the blocks; see `pass_flops`."""
+    config, dim = model.config, model.config.dim
+    patch = model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
+    ends = config.in_dim * patch + (0 if remember else config.out_dim * patch)
+    time = frames * (config.freq_dim * dim + dim * dim + dim * 6 * dim)
+    return Flops(linear=2 * (tokens * dim * ends + time))
 
 
 def hybrid_flops(model: HybridWanModel, tokens: int, attends: bool, remember: bool) -> Flops:

@@ -1,0 +1,443 @@
+"""What a training step costs at full size: speed, operations and memory, through the real trainer and objectives.
+
+Weights and data are random, and drawn here: cost does not depend on them.
+"""
+
+import json
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from arl2.distillation.batch import BatchNoise, VideoBatch
+from arl2.distillation.data import LatentDataset, LatentWriter
+from arl2.distillation.objective import LayerReports, Objective
+from arl2.distillation.sampling import Batches, NoiseLevels
+from arl2.distillation.stage1 import Stage1, Stage1Settings
+from arl2.distillation.stage2 import Stage2, Stage2Settings
+from arl2.distillation.trainer import LOSSES, Trainer, TrainerSettings
+from arl2.hybrid_attention import HybridAttention
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, num_blocks
+from pipelines.benchmark.ceilings import measure_ceilings
+from pipelines.benchmark.environment import device_name, environment
+from pipelines.benchmark.measure import out_of_memory, release
+from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
+from pipelines.random_model import random_transformer
+from pipelines.training import let_train, precision_of
+from wan.checkpoint import atomic_path
+from wan.config import wan_size
+from wan.errors import InputError
+from wan.memory import Memory
+from wan.vae import WAN21_VAE
+
+log = logging.getLogger(__name__)
+
+JSON_FILE = "training.json"
+CARD_BYTES, SPARE_BYTES, LEAST_SHARE = 80e9, 10e9, 0.4
+"""What is wanted: so much of such a card left over, and this share of the rate of matrix products."""
+STEPS = {1: 6000, 2: 12000}
+PUBLISHED_HOURS = {1: 50.0, 2: 106.0}
+"""The paper's steps and H100-hours of each stage, second-hand; how many videos it takes a step is not known."""
+VIDEOS_PER_STEP = (1, 8)
+EMA_DECAY = {1: None, 2: 0.999}
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One way to train.
+
+    Attributes:
+        name: of the row.
+        stage: 1 or 2.
+        checkpointing, blocks_per_graph: as in the stage's settings.
+    """
+
+    name: str
+    stage: int
+    checkpointing: bool = False
+    blocks_per_graph: int | None = None
+
+
+ROWS = (
+    TrainingRow("stage1", 1),
+    TrainingRow("stage2-checkpointed", 2, checkpointing=True),
+    TrainingRow("stage1-cut", 1, blocks_per_graph=1),
+    TrainingRow("stage2-cut", 2, blocks_per_graph=1),
+    TrainingRow("stage2", 2),
+)
+"""The most important first, and last the one for which memory may not be enough."""
+
+
+@dataclass(frozen=True)
+class TrainingBenchmark:
+    """What is measured.
+
+    Attributes:
+        size: of the transformer, see `wan.config.WAN_SIZES`.
+        height, width: pixels.
+        frames, frames_per_block: latent frames.
+        hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
+        lora_rank: of stage 2.
+        steps, warmup_steps: measured, and run before them.
+        seed: of weights, data and noise.
+    """
+
+    size: str = "1.3B"
+    height: int = 480
+    width: int = 832
+    frames: int = 21
+    frames_per_block: int = 3
+    hybrid_layers: int = 22
+    lora_rank: int = 16
+    steps: int = 3
+    warmup_steps: int = 1
+    seed: int = 0
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent."""
+        stride = 2 ** len(WAN21_VAE["temperal_downsample"])
+        return self.height // stride, self.width // stride
+
+    def hybrid(self, stage: int) -> HybridSettings:
+        """Of the student."""
+        layers = wan_size(self.size)["num_layers"]
+        return HybridSettings(tuple(range(layers))) if stage == 1 else self._stage2(layers)
+
+    def _stage2(self, layers: int) -> HybridSettings:
+        if not 0 < self.hybrid_layers <= layers:
+            raise InputError(f"{self.hybrid_layers} hybrid layers, but the model has {layers}: give 1 to {layers}")
+        return HybridSettings(tuple(range(self.hybrid_layers)), self.lora_rank)
+
+    def check(self) -> None:
+        """Make sure that it can be measured.
+
+        Raises:
+            InputError: it cannot.
+        """
+        num_blocks(self.frames, self.frames_per_block)
+        self.hybrid(2)
+        if min(self.steps, self.warmup_steps) < 1:
+            raise InputError("steps and warmup_steps must be at least 1: the first step allocates and tunes")
+
+
+class Allocator:
+    """Bytes of the GPU's allocator; zeros on a CPU, which keeps no account.
+
+    Attributes:
+        reserved_peak: most bytes taken from the card, fragments included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self.reserved_peak = 0
+        self.take_peak()
+
+    def allocated(self) -> int:
+        """Bytes in use now."""
+        return 0 if self._device is None else torch.cuda.memory_allocated(self._device)
+
+    def take_peak(self) -> int:
+        """Most bytes in use since this was last asked."""
+        if self._device is None:
+            return 0
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self.reserved_peak = max(self.reserved_peak, torch.cuda.max_memory_reserved(self._device))
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+
+@dataclass
+class MemoryNotes:
+    """Bytes at the borders between the phases of steps, the most of all steps.
+
+    Attributes:
+        weights: the model as drawn.
+        trainables: what their float32 copies and their average add.
+        gradients_and_optimizer: what stays after a step besides.
+        teacher_memory: keys and values of the teacher's blocks, where they are made.
+        student_memory: keys, values and states of the student at the end of a forward.
+        observations: stage 1, what the teacher's layers saw and said, when the first student layer begins.
+        activations: all else that is kept before a graph is propagated back; in stage 1 with the observations.
+        forward_peak, backward_peak, step_peak: most bytes in use within the phase, and ever in a step.
+        report_peak: most bytes in use while layers are reported on.
+        reserved_peak: most bytes taken from the card.
+    """
+
+    weights: int = 0
+    trainables: int = 0
+    gradients_and_optimizer: int = 0
+    teacher_memory: int = 0
+    student_memory: int = 0
+    observations: int = 0
+    activations: int = 0
+    forward_peak: int = 0
+    backward_peak: int = 0
+    step_peak: int = 0
+    report_peak: int = 0
+    reserved_peak: int = 0
+
+    def note(self, **values: int) -> None:
+        """Keep what is larger than before."""
+        for name, value in values.items():
+            setattr(self, name, max(vars(self)[name], value))
+
+
+class WatchedObjective(Objective):
+    """An objective that notes memory at the borders of its phases, and computes what it always does.
+
+    Args:
+        objective: the one to watch.
+        allocator: tells bytes.
+        notes: filled.
+    """
+
+    def __init__(self, objective: Objective, allocator: Allocator, notes: MemoryNotes) -> None:
+        self.model = objective.model
+        self._objective, self._allocator, self._notes = objective, allocator, notes
+        self._memories: list[Memory] = []
+        self._teacher_bytes = 0
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """See `Objective`."""
+        return self._objective.parameters_to_train()
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """See `Objective`."""
+        notes, allocator = self._notes, self._allocator
+        notes.note(step_peak=allocator.take_peak())
+        before = allocator.allocated()
+        with self._watching(before):
+            for part in self._objective.losses(batch, noise):
+                student = sum(memory.num_bytes for memory in self._memories)
+                kept = allocator.allocated() - before - self._teacher_bytes - student
+                peak = allocator.take_peak()
+                notes.note(student_memory=student, activations=kept, forward_peak=peak, step_peak=peak)
+                yield part
+                peak = allocator.take_peak()
+                notes.note(backward_peak=peak, step_peak=peak)
+
+    def metrics(self) -> dict[str, float]:
+        """See `Objective`."""
+        return self._objective.metrics()
+
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """See `Objective`."""
+        self._notes.note(step_peak=self._allocator.take_peak())
+        reports = self._objective.reports(batch, noise)
+        self._notes.note(report_peak=self._allocator.take_peak())
+        return reports
+
+    @contextmanager
+    def _watching(self, before: int) -> Iterator[None]:
+        """Note what memories take when they are made, and what there is when the first hybrid layer begins."""
+        self._memories, self._teacher_bytes = [], 0
+        made, allocator = self.model.memory_for, self._allocator
+
+        def memory_for(*arguments: Any, **options: Any) -> Memory:
+            start = allocator.allocated()
+            memory = made(*arguments, **options)
+            if options.get("differentiable"):
+                self._memories.append(memory)
+            else:
+                self._teacher_bytes += allocator.allocated() - start
+                self._notes.note(teacher_memory=self._teacher_bytes)
+            return memory
+
+        def begins(module: HybridAttention, arguments: tuple[Any, ...]) -> None:
+            if module.enabled and isinstance(self._objective, Stage1):
+                self._notes.note(observations=allocator.allocated() - before - self._teacher_bytes)
+
+        first = self.model.hybrid_attentions()[min(self.model.hybrid.layers)]
+        handle = first.register_forward_pre_hook(begins)
+        self.model.memory_for = memory_for  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.model.memory_for
+            handle.remove()
+            self._memories = []  # they would keep the graph
+
+
+def run_training_benchmark(
+    config: TrainingBenchmark,
+    rows: tuple[TrainingRow, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+) -> dict[str, Any]:
+    """Measure the rows that the folder's file does not have yet; each is written down as soon as it is measured.
+
+    Args:
+        config, rows: what to measure.
+        device, dtype: where and in what to compute.
+        folder: of the results.
+
+    Returns:
+        settings, environment, best rate of matrix products, rows, cost.
+
+    Raises:
+        InputError: what cannot be measured, or results of other settings in the folder.
+    """
+    config.check()
+    results = _open_results(config, device, dtype, folder)
+    todo = [row for row in rows if row.name not in results["rows"]]
+    if todo:
+        student = _empty_model(config, config.hybrid(2))
+        tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
+        results["ceilings"] = asdict(measure_ceilings(student, tokens, tokens, device, dtype))
+        results["environment"] = environment(device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
+    for row in todo:
+        results["rows"][row.name] = measure_row(
+            row, config, max(results["ceilings"]["gemm"].values()), accelerator, dtype
+        )
+        results["cost"] = cost(results["rows"])
+        _save(results, folder)
+    return results
+
+
+def measure_row(
+    row: TrainingRow, config: TrainingBenchmark, ceiling: float, accelerator: Accelerator, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Measure one row; that memory runs out is its result."""
+    flops, notes = row_flops(row, config), MemoryNotes()
+    record: dict[str, Any] = {"row": asdict(row), "status": "ok", "flops": _page(flops)}
+    release()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = _train(row, config, accelerator, dtype, Path(folder), notes)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        record |= {"status": "oom", "error": str(error).splitlines()[0]}
+        log.info("%s: out of memory", row.name)
+    else:
+        seconds = [line["seconds"] for line in lines[config.warmup_steps :]]
+        median = statistics.median(seconds)
+        record |= {"losses": [line["loss"] for line in lines], "seconds": seconds, "steps_per_second": 1 / median}
+        for name, operations in (("model", flops.model), ("hardware", flops.hardware)):
+            rate = operations / median
+            record[name] = {"flops_per_second": rate, "share_of_matmul": rate / ceiling}
+        spare = CARD_BYTES - notes.reserved_peak
+        record |= {"spare_bytes": spare, "bar_memory": spare >= SPARE_BYTES}
+        record["bar_speed"] = record["hardware"]["share_of_matmul"] >= LEAST_SHARE
+        log.info(
+            "%s: %.3g s a step, %.0f %% of the matmul rate",
+            row.name,
+            median,
+            100 * record["hardware"]["share_of_matmul"],
+        )
+    release()
+    return record | {"memory": asdict(notes)}
+
+
+def _train(
+    row: TrainingRow,
+    config: TrainingBenchmark,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    folder: Path,
+    notes: MemoryNotes,
+) -> list[dict[str, Any]]:
+    """Run the trainer for the row's steps; returns its log."""
+    device, steps = accelerator.device, config.warmup_steps + config.steps
+    allocator = Allocator(device)
+    before = allocator.allocated()
+    model = random_transformer(config.size, config.hybrid(row.stage), seed=config.seed, device=device, dtype=dtype)
+    notes.weights = allocator.allocated() - before
+    objective = WatchedObjective(_objective(row, config, model), allocator, notes)
+    let_train(objective.parameters_to_train(), device)
+    settings = TrainerSettings(steps, ema_decay=EMA_DECAY[row.stage], save_every=steps, report_every=steps)
+    trainer = Trainer(accelerator, objective, _batches(config, model, folder), settings, folder, {})
+    notes.trainables = allocator.allocated() - before - notes.weights
+    try:
+        trainer.run()
+        notes.gradients_and_optimizer = allocator.allocated() - before - notes.weights - notes.trainables
+    except RuntimeError:
+        notes.note(step_peak=allocator.take_peak())  # of the step that failed
+        raise
+    finally:
+        allocator.take_peak()
+        notes.note(reserved_peak=allocator.reserved_peak)
+    return [json.loads(line) for line in (folder / LOSSES).read_text().splitlines()]
+
+
+def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
+    if row.stage == 1:
+        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph))
+    return Stage2(model, Stage2Settings(config.frames_per_block, row.blocks_per_graph, checkpointing=row.checkpointing))
+
+
+def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path) -> Batches:
+    """Random videos, written and read as real ones are."""
+    sizes, generator = model.config, torch.Generator().manual_seed(config.seed)
+    with LatentWriter(folder / "data", {}) as writer:
+        latents = torch.randn(config.frames, sizes.in_dim, *config.latent_size, generator=generator)
+        text = torch.randn(sizes.text_len, sizes.text_dim, generator=generator)
+        writer.add("0", latents.to(torch.bfloat16), "random", config.seed, text)
+    sampler = FewStepSampler.from_steps([1000, 750, 500, 250], 5.0)
+    data, dtype = LatentDataset([folder / "data"]), model.patch_embedding.weight.dtype
+    return Batches(data, config.seed, 1, config.frames_per_block, NoiseLevels(), sampler, 5.0, text_dtype=dtype)
+
+
+def row_flops(row: TrainingRow, config: TrainingBenchmark) -> StepFlops:
+    """Operations of a step of a row, on one video."""
+    student, teacher = (_empty_model(config, hybrid) for hybrid in (config.hybrid(row.stage), HybridSettings()))
+    tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
+    shape = (student, teacher, config.frames_per_block, tokens, num_blocks(config.frames, config.frames_per_block))
+    return stage1_flops(*shape) if row.stage == 1 else stage2_flops(*shape, row.checkpointing)
+
+
+def cost(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """GPU-hours of all steps of each stage, by the first of its rows that ran, beside the published ones."""
+    page: dict[str, Any] = {"published_hours": PUBLISHED_HOURS, "steps": STEPS}
+    for stage, steps in STEPS.items():
+        done = [row for row in rows.values() if row["row"]["stage"] == stage and row["status"] == "ok"]
+        if done:
+            hours = steps / done[0]["steps_per_second"] / 3600
+            by_batch = {str(videos): hours * videos for videos in VIDEOS_PER_STEP}
+            page[f"stage{stage}"] = {"row": done[0]["row"]["name"], "hours_by_videos_per_step": by_batch}
+    return page
+
+
+def _empty_model(config: TrainingBenchmark, hybrid: HybridSettings) -> HybridWanModel:
+    """A model without storage, for its shapes."""
+    return random_transformer(config.size, hybrid, device=torch.device("meta"))
+
+
+def _page(flops: StepFlops) -> dict[str, Any]:
+    return asdict(flops) | {"model": flops.model, "hardware": flops.hardware}
+
+
+def _open_results(config: TrainingBenchmark, device: torch.device, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    settings = asdict(config) | {"dtype": str(dtype).removeprefix("torch."), "device": device_name(device)}
+    path = folder / JSON_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return {"settings": settings, "rows": {}}
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        there = results["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no results: remove it, or give another --output_folder") from error
+    if there != settings:
+        raise InputError(f"{path} has results of other settings or another card: give another --output_folder")
+    return results
+
+
+def _save(results: dict[str, Any], folder: Path) -> None:
+    with atomic_path(folder / JSON_FILE) as temporary, temporary.open("w") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
