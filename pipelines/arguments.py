@@ -5,13 +5,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.cli import choose_device
-from pipelines.config import InferenceConfig, MemoryKind, check_size, load_config
+from pipelines.config import InferenceConfig, MemoryKind, SpeedConfig, check_size, load_config
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from wan.attention import AttentionBackend, require_backend
 from wan.errors import InputError
@@ -19,6 +20,7 @@ from wan.formats import transformer_config
 from wan.vae import spatial_stride
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+Speed = TypeVar("Speed", bound=SpeedConfig)
 LEAST_FREE_BYTES = 16 * 2**20
 """Less free disk than this cannot hold a video."""
 
@@ -48,7 +50,29 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--metrics_dir", type=Path, help="where the measurements of each video go; by default the output folder")
     add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
     add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    add_speed_flags(parser)
     return parser
+
+
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that override a `SpeedConfig`."""
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    add("--compile", action=switch, help="compile the transformer's blocks")
+    add("--cuda-graphs", action=switch, help="record passes as CUDA graphs")
+    add("--fast-vae", action=switch, help="decode with the fast form of the VAE")
+    add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
+
+
+def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
+    """The settings with the flags that were given in the place of their own values."""
+    return replace(
+        speed,
+        compile=speed.compile if arguments.compile is None else arguments.compile,
+        cuda_graphs=speed.cuda_graphs if arguments.cuda_graphs is None else arguments.cuda_graphs,
+        fast_vae=speed.fast_vae if arguments.fast_vae is None else arguments.fast_vae,
+        fp8=speed.fp8 or arguments.fp8,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +138,14 @@ def apply_flags(config: InferenceConfig, arguments: argparse.Namespace) -> Infer
     memory = replace(config.memory, kind=MemoryKind(arguments.memory)) if arguments.memory else config.memory
     frames = config.num_output_frames if arguments.num_output_frames is None else arguments.num_output_frames
     checkpoint = config.checkpoint_path if arguments.checkpoint_path is None else str(arguments.checkpoint_path)
-    return replace(config, hybrid=hybrid, memory=memory, num_output_frames=frames, checkpoint_path=checkpoint)
+    return replace(
+        config,
+        hybrid=hybrid,
+        memory=memory,
+        num_output_frames=frames,
+        checkpoint_path=checkpoint,
+        speed=apply_speed_flags(config.speed, arguments),
+    )
 
 
 def check_config(config: InferenceConfig, i2v: bool) -> None:

@@ -51,6 +51,25 @@ class MemoryConfig:
 
 
 @dataclass
+class SpeedConfig:
+    """How the same numbers are computed; see `pipelines.text_to_video.CausalVideoPipeline.accelerate`.
+
+    Everything is off by default until it has been run on a GPU.
+
+    Attributes:
+        compile: compile the transformer's blocks.
+        cuda_graphs: record passes as CUDA graphs.
+        fast_vae: decode by `wan.vae_fast`.
+        fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
+    """
+
+    compile: bool = False
+    cuda_graphs: bool = False
+    fast_vae: bool = False
+    fp8: bool = False
+
+
+@dataclass
 class HybridConfig:
     """Which layers are hybrid; empty means those of the checkpoint. See `arl2.model.HybridSettings`."""
 
@@ -78,6 +97,7 @@ class InferenceConfig:
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
         attention_backend: see `wan.attention.AttentionBackend`.
+        speed: of the transformer.
     """
 
     model_folder: str = "wan_models/Wan2.1-T2V-1.3B"
@@ -94,6 +114,7 @@ class InferenceConfig:
     attention_backend: str = "auto"
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
 
 def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) -> None:

@@ -53,6 +53,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         context_noise=config.context_noise,
     )
     pipeline.use_attention_backend(run.backend)
+    pipeline.accelerate(config.speed)
     return pipeline
 
 
@@ -68,6 +69,8 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
     todo = [job for job in mine if not video_path(run, job).exists()]
     if len(todo) < len(mine):
         log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
+    if todo and pipeline.flow_model is not pipeline.transformer:
+        pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank != 0) as progress:
@@ -171,7 +174,8 @@ def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJo
             on_block()
         # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
-        metrics = measured.report(timer.seconds(), total) | provenance(run, job)
+        warm_up = {"warm_up_seconds": pipeline.warm_up_seconds}
+        metrics = measured.report(timer.seconds(), total) | warm_up | provenance(run, job)
         with atomic_path(run.metrics_folder / f"{job.name}.json") as temporary:
             temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
 

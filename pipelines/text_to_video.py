@@ -1,6 +1,8 @@
 """Text to video: prompt → block-autoregressive rollout → streamed decode, in the manner of a diffusers pipeline."""
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,15 +17,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from arl2.checkpoint import build_hybrid
+from arl2.inference.graphs import GraphedModel
+from arl2.inference.linear import require_fp8
+from arl2.inference.memory import MemoryPool
+from arl2.inference.model import InferenceModel
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, num_blocks, remember_block, rollout
-from pipelines.config import MemoryConfig, MemoryKind, check_size
+from arl2.rollout import FewStepSampler, num_blocks, predict_flow, remember_block, rollout
+from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
 from wan.attention import AttentionBackend
 from wan.errors import InputError
 from wan.formats import read_config, read_transformer, transformer_config
 from wan.memory import Memory, MemorySpec
+from wan.model import FlowModel
 from wan.text import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
+
+log = logging.getLogger(__name__)
 
 SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", "timestep_shift", "context_noise")
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -85,12 +94,13 @@ class SeededNoise:
         self._device = device
 
     def __call__(self, block: int, step: int) -> Tensor:
-        noise = []
-        for seed in self._seeds:
+        # From pinned memory, which the GPU copies without the CPU waiting for it.
+        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
+        for seed, of_video in zip(self._seeds, noise, strict=True):
             digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            noise.append(torch.randn(self._shape, generator=generator))
-        return torch.stack(noise).to(self._device, non_blocking=True)
+            torch.randn(self._shape, generator=generator, out=of_video)
+        return noise.to(self._device, non_blocking=True)
 
 
 class CausalVideoPipeline(DiffusionPipeline):
@@ -128,6 +138,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         )
         self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
         self.wan_vae = WanVAE(vae)
+        self._fast: FlowModel | None = None
+        self._pool: MemoryPool | None = None
+        self.warm_up_seconds: float | None = None
 
     @classmethod
     def from_pretrained(
@@ -164,6 +177,55 @@ class CausalVideoPipeline(DiffusionPipeline):
         vae = load_vae(folder, dtype=torch_dtype, device=device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
         return cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+
+    @property
+    def flow_model(self) -> FlowModel:
+        """What computes the transformer's passes: itself, or its fast form."""
+        return self._fast or self.transformer
+
+    def accelerate(self, speed: SpeedConfig) -> None:
+        """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
+
+        Feed-forward adapters are merged for good. Call it when everything is on its device.
+
+        Args:
+            speed: what to switch on; if nothing, the plain transformer computes.
+
+        Raises:
+            InputError: the device cannot.
+        """
+        device, config = self.transformer.device, self.transformer.config
+        if speed.cuda_graphs and device.type != "cuda":
+            raise InputError("cuda_graphs needs a GPU: leave it off")
+        if speed.fp8:
+            require_fp8(device, config.dim, config.ffn_dim)
+        self._fast = self._pool = None
+        self.wan_vae.fast = speed.fast_vae
+        if not (speed.compile or speed.cuda_graphs or speed.fp8):
+            return
+        self.transformer.merge_ffn_lora()
+        fast = InferenceModel(self.transformer, speed.compile, speed.fp8)
+        self._fast, self._pool = GraphedModel(fast, device) if speed.cuda_graphs else fast, MemoryPool(self.transformer)
+
+    @torch.no_grad()
+    def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:
+        """Run a denoising and a clean pass on noise, so that kernels are compiled, tuned and loaded.
+
+        Returns:
+            seconds that it took, which `warm_up_seconds` keeps.
+        """
+        start, config, device = time.perf_counter(), self.transformer.config, self._execution_device
+        size = self._latent_size(height, width)
+        embeds = torch.zeros(batch_size, config.text_len, config.text_dim, device=device, dtype=self.transformer.dtype)
+        text, state = self.transformer.embed_text(embeds), self.new_memory(batch_size, height, width, None, memory)
+        latents = torch.randn(batch_size, self.config.frames_per_block, config.in_dim, *size, device=device)
+        predict_flow(self.flow_model, latents, torch.full((), 500.0, device=device), text, state, 0)
+        remember_block(self.flow_model, latents, text, state, 0, self.config.context_noise)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.warm_up_seconds = time.perf_counter() - start
+        log.info("transformer warmed up in %.1f s", self.warm_up_seconds)
+        return self.warm_up_seconds
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings [B, text_len, text_dim]; rows of padding are zero.
@@ -214,7 +276,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             window_frames=memory.window_frames if windowed else None,
             sink_frames=memory.sink_frames if windowed else 0,
         )
-        return self.transformer.new_memory(spec)
+        return (self._pool or self.transformer).new_memory(spec)
 
     @torch.no_grad()
     def stream(
@@ -274,17 +336,19 @@ class CausalVideoPipeline(DiffusionPipeline):
         head = []
         if context is not None:
             for start in range(0, context_frames, frames_per_block):
-                remember_block(self.transformer, context[:, start : start + frames_per_block], text, state, start)
+                remember_block(self.flow_model, context[:, start : start + frames_per_block], text, state, start)
             head = [decoder.decode(context.to(vae.dtype))]
         noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
         for block in rollout(
-            self.transformer, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
+            self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         ):
-            if not torch.isfinite(block.latents_BFCHW).all():
-                raise NonFiniteBlockError(block.index)
+            finite = torch.isfinite(block.latents_BFCHW).all()
             with phase("vae"):
                 pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
             head = []
+            # Asked only now, because the answer waits for the GPU.
+            if not finite:
+                raise NonFiniteBlockError(block.index)
             yield VideoBlock(block.index, pixels, block.latents_BFCHW)
 
     @torch.no_grad()

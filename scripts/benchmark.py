@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipelines.arguments import DTYPES
+from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags
 from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
@@ -41,6 +41,7 @@ def main() -> int:
     add("--again", action="store_true", help="measure also what the results have already")
     add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
     add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    add_speed_flags(parser)
     arguments = parser.parse_args()
     config = load_config(BenchmarkConfig, arguments.config)
     config = select(quick(config) if arguments.quick else config, arguments.rows, arguments.lengths)
@@ -49,6 +50,7 @@ def main() -> int:
         repeats=config.repeats if arguments.repeats is None else arguments.repeats,
         vae=config.vae and not arguments.no_vae,
         blocks_sampled=config.blocks_sampled if arguments.blocks_sampled is None else arguments.blocks_sampled,
+        speed=apply_speed_flags(config.speed, arguments),
     )
     device = choose_device(arguments.device)
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]

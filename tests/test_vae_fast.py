@@ -36,6 +36,15 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+def test_a_vae_that_is_told_to_decodes_fast() -> None:
+    vae, latents = new(), torch.randn(1, 4, 2, 5, 7)
+    plain = vae.decode(latents)
+    vae.fast = True
+    assert isinstance(vae.decode_stream(), FastDecodeStream)
+    fast = vae.decode(latents)
+    assert distance(fast, plain) < 2e-5 and not torch.equal(fast, plain)
+
+
 @pytest.mark.parametrize("chunks", [(1, 3, 3), (1, 1, 2), (3, 1), (4,)])
 @pytest.mark.parametrize("config", [{}, {"dim": 6}, STANDARD], ids=["dim 4", "dim 6", "other statistics"])
 def test_equals_the_plain_decoder_in_float64(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
 from wan.errors import CheckpointError, InputError
 from wan.formats import WEIGHT_FILES, family, read_config
+from wan.vae_fast import FastDecoder, FastDecodeStream
 
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 # fmt: off
@@ -58,10 +59,12 @@ class WanVAE:
 
     Attributes:
         model: the diffusers module, with all weights.
+        fast: decode by `wan.vae_fast`: the same frames up to rounding.
     """
 
-    def __init__(self, model: AutoencoderKLWan) -> None:
+    def __init__(self, model: AutoencoderKLWan, fast: bool = False) -> None:
         self.model = model.eval()
+        self.fast = fast
 
     @property
     def device(self) -> torch.device:
@@ -102,9 +105,9 @@ class WanVAE:
         )
         return mean.to(self.dtype), std.to(self.dtype)
 
-    def decode_stream(self) -> "DecodeStream":
-        """Begin to decode a video."""
-        return DecodeStream(self)
+    def decode_stream(self) -> "DecodeStream | FastDecodeStream":
+        """Begin to decode a video, with the weights as they are now."""
+        return FastDecoder(self.model).stream() if self.fast else DecodeStream(self)
 
     def encode_stream(self) -> "EncodeStream":
         """Begin to encode a video."""

@@ -10,7 +10,7 @@ from arl2.gated_delta import WriteBackend
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import num_blocks
 from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
-from pipelines.config import MemoryConfig, MemoryKind, check_size
+from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.attention import require_backend
 from wan.config import wan_size
@@ -24,10 +24,11 @@ BLOCKS_PER_SAMPLE = 4
 
 
 @dataclass
-class SpeedOptions:
+class SpeedOptions(SpeedConfig):
     """How the same numbers are computed. Every switch of the fast path belongs here, and is thrown in `apply`.
 
     Attributes:
+        compile, cuda_graphs, fp8: see `pipelines.config.SpeedConfig`.
         attention_backend: see `wan.attention.AttentionBackend`.
         write_backend: who computes the writes to states.
     """
@@ -44,6 +45,7 @@ class SpeedOptions:
         model = pipeline.transformer
         pipeline.use_attention_backend(require_backend(self.attention_backend, model.device, model.dtype))
         model.use_write_backend(self.write_backend)
+        pipeline.accelerate(self)
 
 
 @dataclass

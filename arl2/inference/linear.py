@@ -1,0 +1,131 @@
+"""Linear layers arranged for inference: several in one product, and products of eight-bit floats."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arl2.lora import LoRALinear
+from wan.errors import InputError
+
+FP8 = torch.float8_e4m3fn
+ROW_MULTIPLE = 16
+"""Rows of every part of a fused product are padded to a multiple of this: FP8 needs it, alignment likes it."""
+SMALLEST_SCALE = 1e-12
+
+
+def require_fp8(device: torch.device, *sizes: int) -> None:
+    """Make sure that a device multiplies FP8 matrices of some sizes.
+
+    Raises:
+        InputError: it does not.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(
+            f"fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper), not {device}: leave it off"
+        )
+    odd = [size for size in sizes if size % ROW_MULTIPLE]
+    if odd:
+        raise InputError(f"fp8 needs sizes that are multiples of {ROW_MULTIPLE}, this model has {odd[0]}: leave it off")
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as e4m3 with one scale a row: x ≈ values·scales, values [..., K], scales [..., 1] float32."""
+    wide = x.float()
+    scales = (wide.abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max).clamp(min=SMALLEST_SCALE)
+    # A division by the rounded scale may end beyond the range, and e4m3 has no infinity to saturate to.
+    limit = torch.finfo(FP8).max
+    return (wide / scales).clamp(-limit, limit).to(FP8), scales
+
+
+class RowsLinear(nn.Module):
+    """x·Wᵀ + bias, or some of its output channels.
+
+    Args:
+        weight_NK, bias_N: of the linear layer.
+    """
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor) -> None:
+        super().__init__()
+        self.weight_NK, self.bias_N = weight_NK, bias_N
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The output channels `rows` for any number of tokens, [..., rows]."""
+        return F.linear(x, self.weight_NK[rows], self.bias_N[rows])
+
+
+class FP8Linear(nn.Module):
+    """x·Wᵀ + bias with W and x in e4m3: a scale for every output channel, and for every token as it comes.
+
+    On a device without such products (the CPU) the same rounding, multiplied in float32.
+
+    Args:
+        weight_NK, bias_N: of the linear layer.
+    """
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        super().__init__()
+        self.values_NK, self.scales_N1 = quantized(weight_NK.detach())
+        self.bias_N = None if bias_N is None else bias_N.detach()
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The output channels `rows` for any number of tokens, [..., rows] in the dtype of x."""
+        values, scales = self.values_NK[rows], self.scales_N1[rows]
+        x_values, x_scales = quantized(x.flatten(0, -2))
+        if x.is_cuda:
+            y = torch._scaled_mm(
+                x_values, values.T, scale_a=x_scales, scale_b=scales.T, out_dtype=x.dtype, use_fast_accum=True
+            )
+        else:
+            y = ((x_values.float() @ values.float().T) * x_scales * scales.T).to(x.dtype)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias_N is None else y + self.bias_N[rows]
+
+
+def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
+    """A linear layer for inference: its adapter folded in if it has one, in FP8 if wanted, else itself."""
+    if isinstance(linear, LoRALinear):
+        linear = linear.merged() if linear.enabled else linear.linear
+    assert isinstance(linear, nn.Linear)
+    return FP8Linear(linear.weight, linear.bias) if fp8 else linear
+
+
+class FusedLinear(nn.Module):
+    """Linear layers of the same tokens as one product; neighbours among them can be computed without the others.
+
+    Without `fp8`, the weights of the given modules become views of the one that this holds: nothing is stored twice,
+    and their names and values stay what they were.
+
+    Args:
+        parts: the layers by name, in order.
+        fp8: see `FP8Linear`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parts: Mapping[str, nn.Linear], fp8: bool) -> None:
+        super().__init__()
+        self.places: dict[str, tuple[int, int]] = {}
+        rows, first = 0, next(iter(parts.values())).weight
+        for name, linear in parts.items():
+            self.places[name] = (rows, rows + linear.out_features)
+            rows += linear.out_features + -linear.out_features % ROW_MULTIPLE
+        weight_NK, bias_N = first.new_zeros(rows, first.shape[1]), first.new_zeros(rows)
+        for name, linear in parts.items():
+            place = slice(*self.places[name])
+            for whole, part in ((weight_NK, linear.weight), (bias_N, linear.bias)):
+                if part is not None:
+                    whole[place] = part
+                    if not fp8:
+                        part.data = whole[place]
+        self.product = (FP8Linear if fp8 else RowsLinear)(weight_NK, bias_N)
+
+    def forward(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+        """The outputs of some parts, [..., out_features] each; views of one tensor.
+
+        Args:
+            names: neighbours, in order.
+        """
+        start, stop = self.places[names[0]][0], self.places[names[-1]][1]
+        y = self.product(x, slice(start, stop + -stop % ROW_MULTIPLE))
+        return [y[..., first - start : last - start] for first, last in (self.places[name] for name in names)]

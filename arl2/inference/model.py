@@ -1,0 +1,70 @@
+"""The transformer for inference: called as `wan.model.CausalWanModel` is, equal to it within rounding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arl2.gated_delta import WriteBackend
+from arl2.inference.blocks import Write, compiled, fast_block, uncompiled, written_states
+from arl2.model import HybridWanModel
+from wan.model import CausalWanModel, PassOutput, TextKV
+
+WRITES_TOGETHER = 8
+"""Layers whose states are written at once: enough to fill a GPU, few enough that what waits takes little memory."""
+
+
+class InferenceModel:
+    """A model's block-by-block forward with fused projections, and if wanted compiled and in FP8.
+
+    It shares the model's parameters, and takes its adapters and switches as they are now: later changes of a
+    parameter in place show only in part. It has no gradients and no parallel form.
+
+    Args:
+        model: stays usable, and its file the same.
+        compile: compile what lies between attentions; the first pass of every size takes long then.
+        fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
+    """
+
+    def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False) -> None:
+        self.model = model
+        self._stage = compiled if compile else uncompiled
+        attentions = list(model.hybrid_attentions().values())
+        self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
+        self._blocks = [fast_block(block, fp8, self._stage).eval() for block in model.layers()]
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """See `wan.model.CausalWanModel.tokens_per_frame`."""
+        return self.model.tokens_per_frame(height, width)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents_BFCHW: Tensor,
+        timesteps_BF: Tensor,
+        text: TextKV,
+        views: Sequence[Any],
+        frames_F: Tensor,
+        remember: bool = False,
+    ) -> PassOutput:
+        """See `wan.model.CausalWanModel.forward`; the text as `embed_text` made it."""
+        # Contiguous, since every pattern of strides would be compiled anew.
+        inputs = (x.contiguous() for x in (latents_BFCHW, timesteps_BF, frames_F))
+        x, rotary, time_BFD, time_BF6D = self._stage(CausalWanModel.embed)(self.model, *inputs)
+        updates: list[Any] = []
+        waiting: dict[int, Write] = {}
+        for layer, (block, view, kv) in enumerate(zip(self._blocks, views, text, strict=True)):
+            last = block is self._blocks[-1]
+            x, update = block(x, time_BF6D, rotary, view, kv, not (remember and last), remember)
+            updates.append(update)
+            if isinstance(update, Write):
+                waiting[layer] = update
+            if waiting and (last or len(waiting) == WRITES_TOGETHER):
+                states = written_states(list(waiting.values()), self._write_backend)
+                for place, state in zip(waiting, states, strict=True):
+                    updates[place] = state
+                waiting.clear()
+        if remember:
+            return PassOutput(None, updates)
+        return PassOutput(self._stage(CausalWanModel.flow)(self.model, x, time_BFD, *latents_BFCHW.shape[-2:]), None)

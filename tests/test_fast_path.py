@@ -1,0 +1,384 @@
+"""The fast path computes what the plain model computes: fused, compiled, recorded, and in FP8 within its rounding."""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arl2.gated_delta import WriteBackend
+from arl2.inference.graphs import GraphedModel, pass_key
+from arl2.inference.linear import FP8Linear, FusedLinear, quantized, require_fp8
+from arl2.inference.memory import MemoryPool
+from arl2.inference.model import InferenceModel
+from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
+from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
+from models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
+from pipelines.arguments import add_speed_flags, apply_speed_flags
+from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig
+from pipelines.random_model import random_pipeline
+from pipelines.text_to_video import SeededNoise
+from wan.errors import InputError
+from wan.memory import Memory, MemorySpec
+from wan.model import FlowModel, TextKV
+
+ALL = HybridSettings((0, 1, 2))
+CASES = {"softmax": HybridSettings(), "hybrid": HYBRID, "hybrid without adapters": HybridSettings((0, 2)), "all": ALL}
+MEMORIES = {"full": (None, 0), "window": (6, 0), "sink": (9, 3), "odd": (7, 2)}
+
+
+@torch.no_grad()
+def flows(
+    model: FlowModel, plain: HybridWanModel, memory: Memory, frames: int, dtype: torch.dtype, seed: int = 1
+) -> Tensor:
+    """What every block of a video looks like to a model over its own memory."""
+    torch.manual_seed(seed)
+    video, seen = tiny_video(frames, dtype=dtype), []
+    text = plain.embed_text(video.text)
+    for start in range(0, frames, 3):
+        block = slice(start, start + 3)
+        for time in (900.0, 400.0):
+            seen.append(predict_flow(model, video.noisy[:, block], torch.tensor(time), text, memory, start).clone())
+        remember_block(model, video.clean[:, block], text, memory, start)
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("case", CASES)
+def test_fused_projections_change_nothing(case: str, memory: str) -> None:
+    model, (window, sink) = tiny_model(CASES[case]), MEMORIES[memory]
+    frames = 9 if window is None else 3 * (2 + 2 * window // 3)
+    expected = flows(model, model, new_memory(model, window=window, sink=sink), frames, torch.float64)
+    fast = InferenceModel(model)
+    found = flows(fast, model, new_memory(model, window=window, sink=sink), frames, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_states_are_written_together_in_any_number(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arl2.inference.model.WRITES_TOGETHER", together)
+    model = tiny_model(ALL)
+    expected = flows(model, model, new_memory(model), 9, torch.float64)
+    torch.testing.assert_close(
+        flows(InferenceModel(model), model, new_memory(model), 9, torch.float64), expected, rtol=1e-10, atol=1e-11
+    )
+
+
+def test_switches_are_taken_as_they_are() -> None:
+    model = tiny_model(HYBRID)
+    for switched in (model.as_teacher, model.without_lora):
+        with switched():
+            expected = flows(model, model, new_memory(model), 9, torch.float64)
+            found = flows(InferenceModel(model), model, new_memory(model), 9, torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_the_model_and_its_file_stay_what_they_are(tmp_path: object) -> None:
+    model = tiny_model(HYBRID, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = flows(model, model, new_memory(model), 9, torch.float32)
+    InferenceModel(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
+    torch.testing.assert_close(flows(model, model, new_memory(model), 9, torch.float32), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_weights_are_not_stored_twice() -> None:
+    model = tiny_model(HybridSettings((0,)))
+    fast, layer = InferenceModel(model), model.blocks[1].self_attn
+    held = fast._blocks[1].projections.product.weight_NK
+    assert {x.weight.untyped_storage().data_ptr() for x in (layer.q, layer.k, layer.v)} == {
+        held.untyped_storage().data_ptr()
+    }
+
+
+def test_parts_of_a_fused_product() -> None:
+    parts = {"a": torch.nn.Linear(8, 5), "b": torch.nn.Linear(8, 16, bias=False), "c": torch.nn.Linear(8, 3)}
+    x = torch.randn(2, 7, 8)
+    expected = {name: linear(x) for name, linear in parts.items()}
+    fused = FusedLinear(parts, fp8=False)
+    for names in (("a",), ("b", "c"), ("a", "b", "c"), ("c",)):
+        for name, y in zip(names, fused(x, names), strict=True):
+            torch.testing.assert_close(y, expected[name])
+            torch.testing.assert_close(parts[name](x), expected[name])
+
+
+def compiled_by(backend: str) -> Callable[..., Any]:
+    """As `arl2.inference.blocks.compiled`, by another compiler."""
+    return functools.cache(lambda function: torch.compile(function, backend=backend, dynamic=False, fullgraph=True))
+
+
+@pytest.mark.parametrize("case", ["softmax", "hybrid"])
+def test_nothing_is_compiled_after_the_first_block(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compiler's first half, which finds graphs and guards them: the second takes minutes and does not matter here.
+    monkeypatch.setattr("arl2.inference.model.compiled", compiled_by("eager"))
+    torch._dynamo.reset()
+    model = tiny_model(CASES[case])
+    fast, memory = InferenceModel(model, compile=True), MemoryPool(model)
+    spec = MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 3, 9, 3)
+    flows(fast, model, memory.new_memory(spec), 3, torch.float64)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = flows(fast, model, memory.new_memory(spec), 24, torch.float64)
+    expected = flows(model, model, new_memory(model, window=9, sink=3), 24, torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_compiled_blocks_change_nothing() -> None:
+    model, video = tiny_model(HybridSettings((0,), 3), torch.float32), tiny_video(3, dtype=torch.float32)
+    model.blocks = model.blocks[:1]
+    text, timestep = model.embed_text(video.text), torch.tensor(500.0)
+    with torch.no_grad():
+        memory = new_memory(model)
+        remember_block(model, video.clean, text, memory, 0)
+        expected, found = (
+            predict_flow(each, video.noisy, timestep, text, memory, 3)
+            for each in (model, InferenceModel(model, compile=True))
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_passes_that_come_again_have_the_same_key() -> None:
+    """Two slots in a ring of six frames, and the blocks that fill the window; a full memory never comes again."""
+    for window, sink, distinct in ((9, 3, 4), (6, 0, 3), (7, 1, 4), (None, 0, None)):
+        model = tiny_model(HYBRID)
+        memory, keys = new_memory(model, window=window, sink=sink), []
+        with torch.no_grad():
+            text, video = model.embed_text(tiny_video().text), tiny_video(30)
+            for start in range(0, 30, 3):
+                keys.append(pass_key(memory.read(3 * TOKENS_PER_FRAME)))
+                remember_block(model, video.clean[:, start : start + 3], text, memory, start)
+        if distinct is None:
+            assert keys == [None] * 10
+        else:
+            assert None not in keys and len(set(keys)) == distinct, (window, sink)
+    states = new_memory(tiny_model(ALL))
+    assert pass_key(states.read(18)) is not None
+
+
+class Rerun:
+    """Stands in for a recorded pass where there is no GPU: the pass over the views that it was recorded with."""
+
+    def __init__(self, graphed: GraphedModel, *arguments: Any) -> None:
+        self.graphed, self.arguments = graphed, arguments
+
+    def replay(self) -> None:
+        kind, (latents, timesteps, frames), text, views, remember = self.arguments
+        self.graphed._hold_output(kind, self.graphed._model(latents, timesteps, text, views, frames, remember))
+
+
+@pytest.mark.parametrize("memory", ["window", "sink", "odd", "full"])
+@pytest.mark.parametrize("case", ["softmax", "hybrid", "all"])
+def test_a_recorded_pass_serves_all_that_have_its_key(case: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *arguments: None)
+    monkeypatch.setattr(GraphedModel, "_record", lambda *arguments: Rerun(*arguments))
+    model, (window, sink) = tiny_model(CASES[case]), MEMORIES[memory]
+    graphed, pool = GraphedModel(InferenceModel(model), torch.device("cpu")), MemoryPool(model)
+    for seed in range(3):
+        spec = MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 3, window, sink)
+        expected = flows(model, model, new_memory(model, window=window, sink=sink), 18, torch.float64, seed)
+        found = flows(graphed, model, pool.new_memory(spec), 18, torch.float64, seed)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    # Each is recorded for denoising and for remembering; states are always in the same place.
+    slots = {"full": 0, "window": 3, "sink": 4, "odd": 6}
+    assert graphed.num_graphs == 2 * (1 if case == "all" else slots[memory])
+
+
+def test_recordings_in_use_stay_and_forgotten_ones_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("graph_pool_handle", "Stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *arguments: None)
+    made = []
+    monkeypatch.setattr(GraphedModel, "_record", lambda *arguments: made.append(0) or Rerun(*arguments))
+    monkeypatch.setattr("arl2.inference.graphs.MOST_GRAPHS", 4)
+    monkeypatch.setattr("arl2.inference.graphs.FORGOTTEN_AFTER", 12)
+    model = tiny_model()
+    graphed = GraphedModel(InferenceModel(model), torch.device("cpu"))
+    # A ring of five slots, of which four passes fit: they are recorded once, and the rest goes on unrecorded.
+    flows(graphed, model, new_memory(model, window=7, sink=2), 90, torch.float64)
+    assert len(made) == graphed.num_graphs == 4
+    memory = new_memory(model, window=3)
+    flows(graphed, model, memory, 60, torch.float64)
+    assert len(made) == 6 and graphed.num_graphs == 4
+
+
+def test_a_memory_is_used_again_only_when_nobody_holds_it() -> None:
+    model = tiny_model(HYBRID)
+    pool, spec = MemoryPool(model), MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 3, 9, 3)
+    first = pool.new_memory(spec)
+    key, video = pass_key(first.read(18)), tiny_video()
+    expected = flows(model, model, first, 9, torch.float64)
+    second = pool.new_memory(spec)
+    assert pass_key(second.read(18)) != key
+    key = pass_key(second.read(18))
+    remember_block(model, video.clean[:, :3], model.embed_text(video.text), second, 0)
+    del second
+    third = pool.new_memory(MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 30, 9, 3))
+    assert pass_key(third.read(18)) == key
+    torch.testing.assert_close(flows(model, model, third, 9, torch.float64), expected, rtol=0, atol=0)
+
+
+def test_fp8_rounds_each_row_by_its_own_scale() -> None:
+    x = torch.randn(6, 64) * torch.tensor([1e-3, 1, 50, 1e4, 1e-6, 0])[:, None]
+    values, scales = quantized(x)
+    error = (values.float() * scales - x).norm(dim=1) / x.norm(dim=1).clamp(min=1e-30)
+    assert values.dtype is torch.float8_e4m3fn and (error < 0.035).all() and torch.isfinite(values.float()).all()
+    linear = torch.nn.Linear(256, 96)
+    fp8, tokens = FP8Linear(linear.weight, linear.bias), torch.randn(3, 5, 256)
+    for rows in (slice(None), slice(32, 64)):
+        expected = linear(tokens)[..., rows]
+        assert 1e-3 < ((fp8(tokens, rows) - expected).norm() / expected.norm()) < 0.04
+
+
+def test_fp8_stays_close_to_the_model() -> None:
+    model = tiny_model(HYBRID, torch.float32)
+    expected = flows(model, model, new_memory(model, window=9, sink=3), 12, torch.float32)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    found = flows(InferenceModel(model, fp8=True), model, new_memory(model, window=9, sink=3), 12, torch.float32)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.15
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_what_a_device_lacks_is_an_error() -> None:
+    pipeline = random_pipeline("toy")
+    with pytest.raises(InputError, match="fp8 needs"):
+        pipeline.accelerate(SpeedConfig(fp8=True))
+    with pytest.raises(InputError, match="cuda_graphs"):
+        pipeline.accelerate(SpeedConfig(cuda_graphs=True))
+    with pytest.raises(InputError, match="compute capability"):
+        require_fp8(torch.device("cpu"), 64)
+    pipeline.accelerate(SpeedConfig())
+    assert pipeline.flow_model is pipeline.transformer, "the plain model computes unless told otherwise"
+
+
+def test_flags_override_the_config() -> None:
+    parser = argparse.ArgumentParser()
+    add_speed_flags(parser)
+    flags = parser.parse_args(["--no-compile", "--fp8", "--fast-vae"])
+    assert apply_speed_flags(SpeedConfig(compile=True), flags) == SpeedConfig(fp8=True, fast_vae=True)
+    usual = SpeedConfig(compile=True, cuda_graphs=False, fp8=True)
+    assert apply_speed_flags(usual, parser.parse_args([])) == usual
+
+
+def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arl2.inference.model.compiled", compiled_by("eager"))
+    pipeline = random_pipeline("toy", HybridSettings((0,), 4), denoising_steps=[1000, 500])
+    window = MemoryConfig(MemoryKind.window, 6, 3)
+
+    def video() -> Tensor:
+        return pipeline("a red shape", 33, 32, 32, seeds=[1], memory=window, output_type="latent").frames
+
+    expected = video()
+    pipeline.accelerate(SpeedConfig(compile=True))
+    assert pipeline.flow_model is not pipeline.transformer
+    assert pipeline.warm_up(32, 32, window) == pipeline.warm_up_seconds
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = video()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert pipeline._pool is not None and pipeline._pool._last() is None
+
+
+GPU = torch.device("cuda")
+SAMPLER = FewStepSampler.from_steps([1000, 500], 5.0)
+SIZES = {"dim": 128, "ffn_dim": 256, "num_heads": 2, "num_layers": 3, "freq_dim": 16, "text_dim": 12, "text_len": 16}
+
+
+def gpu_model(dtype: torch.dtype, backend: WriteBackend, layers: tuple[int, ...] = (0, 2)) -> HybridWanModel:
+    """A model whose heads have a size that kernels take."""
+    torch.manual_seed(0)
+    model = HybridWanModel(**SIZES, hybrid_layers=list(layers), lora_rank=4, ffn_lora="none")
+    keep_gates_in_float32(model, dtype)
+    model.use_write_backend(backend)
+    return model.to(GPU).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def gpu_blocks(model: FlowModel, memory: Memory, text: TextKV, blocks: int, seed: int = 2) -> list[Tensor]:
+    """Blocks of a video of 8×12 latents, each generated and remembered."""
+    noise, made = SeededNoise([seed], (3, 16, 8, 12), GPU), []
+    for index in range(blocks):
+        made.append(denoise_block(model, SAMPLER, lambda step, i=index: noise(i, step), text, memory, 3 * index))
+        remember_block(model, made[-1], text, memory, 3 * index)
+    return made
+
+
+def gpu_text(model: HybridWanModel, seed: int = 3) -> TextKV:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return model.embed_text(torch.randn(1, 16, 12, generator=generator).to(GPU, model.dtype))
+
+
+def gpu_memory(model: HybridWanModel | MemoryPool, dtype: torch.dtype) -> Memory:
+    return model.new_memory(MemorySpec(1, 24, GPU, dtype, 3, 9, 3))
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Whatever makes the CPU wait for the GPU is an error inside."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layers", "graphs"), [((0, 2), 4), ((0, 1, 2), 2)])
+def test_recorded_passes_change_nothing(layers: tuple[int, ...], graphs: int) -> None:
+    model = gpu_model(torch.float32, WriteBackend.RECURRENT, layers)
+    fast, pool = GraphedModel(InferenceModel(model), GPU), MemoryPool(model)
+    # The second video and the third replay what the first recorded, over other text and noise.
+    for video in range(3):
+        text = gpu_text(model, seed=video)
+        expected = gpu_blocks(model, gpu_memory(model, torch.float32), text, 6, seed=video)
+        found = gpu_blocks(fast, gpu_memory(pool, torch.float32), text, 6, seed=video)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+        if video == 0:
+            assert fast.num_graphs == graphs
+
+
+@pytest.mark.gpu
+def test_a_full_memory_is_never_recorded() -> None:
+    model = gpu_model(torch.float32, WriteBackend.RECURRENT)
+    fast, memory = GraphedModel(InferenceModel(model), GPU), model.new_memory(MemorySpec(1, 24, GPU, torch.float32, 3))
+    gpu_blocks(fast, memory, gpu_text(model), 4)
+    assert fast.num_graphs == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_whole_fast_path_in_half_precision(fp8: bool) -> None:
+    exact = gpu_model(torch.float32, WriteBackend.RECURRENT)
+    model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
+    if fp8:
+        require_fp8(GPU, SIZES["dim"], SIZES["ffn_dim"])
+    fast, pool = GraphedModel(InferenceModel(model, compile=True, fp8=fp8), GPU), MemoryPool(model)
+    text, memory = gpu_text(model), gpu_memory(pool, torch.bfloat16)
+    found = gpu_blocks(fast, memory, text, 6)
+    expected = gpu_blocks(exact, gpu_memory(exact, torch.float32), gpu_text(exact), 6)
+    plain = gpu_blocks(model, gpu_memory(model, torch.bfloat16), text, 6)
+    error, usual = ((torch.stack(x) - torch.stack(expected)).norm() for x in (found, plain))
+    assert fast.num_graphs == 4
+    # No further from float32 than plain bfloat16 is, give or take; FP8 rounds 16 times as coarsely.
+    assert error < (16 if fp8 else 1.5) * usual
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_blocks", [False, True])
+def test_within_a_block_nothing_waits_and_nothing_is_compiled(compile_blocks: bool) -> None:
+    model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
+    fast, text = GraphedModel(InferenceModel(model, compile=compile_blocks), GPU), gpu_text(model)
+    memory = gpu_memory(model, torch.bfloat16)
+    gpu_blocks(fast, memory, text, 4)
+    torch.cuda.synchronize()
+    with torch.compiler.set_stance("fail_on_recompile"), without_waiting():
+        gpu_blocks(fast, memory, text, 5)
+    assert fast.num_graphs == 4
