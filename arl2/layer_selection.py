@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
+from arl2.distillation.gates import HYBRID_SHARE
 from arl2.evaluation.deviation import latent_deviation, roll_out, teacher_of
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
@@ -128,14 +129,32 @@ def read_stage1_errors(path: Path, num_layers: int) -> dict[int, float]:
     Raises:
         InputError: no report, or not one number for every layer.
     """
+    return _read_report(path, num_layers, "relative_error", "stage-1 run")
+
+
+def read_gates(path: Path, num_layers: int) -> dict[int, float]:
+    """One minus the probability that a layer is hybrid, at the end of training layer gates.
+
+    Args:
+        path: as in `read_stage1_errors`, of a run of layer gates.
+
+    Raises:
+        InputError: no report, or not one number for every layer.
+    """
+    shares = _read_report(path, num_layers, HYBRID_SHARE, "run of layer gates")
+    return {layer: 1 - share for layer, share in shares.items()}
+
+
+def _read_report(path: Path, num_layers: int, name: str, kind: str) -> dict[int, float]:
+    """What a run's last report, or a report, says of every layer under a name."""
     reports = sorted((path / "reports").glob("step-*.json")) if path.is_dir() else [path]
     if not reports:
-        raise InputError(f"no reports in {path}: give the folder of a stage-1 run, or one of its reports")
+        raise InputError(f"no reports in {path}: give the folder of a {kind}, or one of its reports")
     page = _read_json(reports[-1])
     layers = page.get("layers", page)
-    if not isinstance(layers, dict) or "relative_error" not in layers:
-        raise InputError(f'{reports[-1]} has no "relative_error" by layer: give a report of a stage-1 run')
-    return _as_scores(layers["relative_error"], num_layers, reports[-1])
+    if not isinstance(layers, dict) or name not in layers:
+        raise InputError(f'{reports[-1]} has no "{name}" by layer: give a report of a {kind}')
+    return _as_scores(layers[name], num_layers, reports[-1])
 
 
 def _read_json(path: Path) -> dict[str, object]:

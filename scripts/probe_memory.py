@@ -2,8 +2,11 @@
 
     python scripts/probe_memory.py --config configs/toyworld/inference.yaml --videos 256 --seed 0 --json probe.json
 
+    python scripts/probe_memory.py --config … --also hybrid_75=models/toyworld/hybrid_75 --json probe.json
+
 Rows: the softmax model with full memory (teacher); the same with every block blind to the others (local_only); the same
-cut to a window and a sink at sampling time (window_sink); and, with --multi_step, the model before few-step training.
+cut to a window and a sink at sampling time (window_sink); with --multi_step, the model before few-step training; and
+others by --also, such as exports of a hybrid.
 Each is judged on videos that go on from two given blocks, on videos made from a caption that names nothing, and on
 whether videos made from a caption that names colour and shape obey it.
 Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
@@ -13,7 +16,7 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from arl2.model import HybridWanModel
+from arl2.checkpoint import build_hybrid
+from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.leak import leak_by_block
 from arl2.toyworld.probe import Contender, ceilings, make_probe_set, probe_model
@@ -32,6 +36,7 @@ from pipelines.config import InferenceConfig, load_config
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
+from wan.formats import read_transformer, transformer_config
 from wan.text import TextEncoder
 from wan.vae import WanVAE
 
@@ -41,9 +46,13 @@ MULTI_STEPS = tuple(range(1000, 0, -1000 // 16))
 
 
 def contenders(
-    pipeline: CausalVideoPipeline, config: InferenceConfig, multi_step_folder: Path | None
+    pipeline: CausalVideoPipeline, config: InferenceConfig, multi_step_folder: Path | None, also: Sequence[str]
 ) -> dict[str, Contender]:
-    """The rows of the table."""
+    """The rows of the table.
+
+    Raises:
+        InputError: `also` is not made of NAME=WEIGHTS with new names.
+    """
     model, sampler = pipeline.transformer, pipeline.sampler
     rows = {
         "teacher": Contender(model, sampler),
@@ -57,6 +66,14 @@ def contenders(
         rows["teacher_multi_step"] = Contender(
             multi_step, FewStepSampler.from_steps(MULTI_STEPS, config.timestep_shift)
         )
+    for name, _, path in (one.partition("=") for one in also):
+        if not name or not path or name in rows:
+            raise InputError(f"--also {name}={path}: give NAME=WEIGHTS, with a name that no other row has")
+        sizes = transformer_config(Path(config.model_folder))
+        built = build_hybrid(
+            read_transformer(path), sizes, HybridSettings(), dtype=torch.float32, device=pipeline.device
+        )
+        rows[name] = Contender(built[0], sampler)
     return rows
 
 
@@ -93,6 +110,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and the noise")
     parser.add_argument("--hidden_frames", type=int, default=STANDARD_HIDDEN_FRAMES, help="at the least")
     parser.add_argument("--multi_step", type=Path, help="folder of the multi-step model")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--device", help="cuda or cpu")
     arguments = parser.parse_args()
@@ -107,7 +125,7 @@ def main() -> int:
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
     probe = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
     models: dict[str, dict[str, Any]] = {}
-    for name, contender in contenders(pipeline, config, arguments.multi_step).items():
+    for name, contender in contenders(pipeline, config, arguments.multi_step, arguments.also).items():
         models[name] = probe_model(contender, vae, probe)
         log.info("%s: %.3f", name, models[name]["accuracy"])
     models |= ceilings(vae, probe)

@@ -3,13 +3,15 @@
     python scripts/select_layers.py --config configs/causal_forcing_dmd_chunkwise.yaml --method replacement \\
         --checkpoint_path runs/stage1/export --data_path prompts/test.txt --json scores.json --yaml layers.yaml
     python scripts/select_layers.py --config … --method stage1_error --scores runs/stage1 --yaml layers.yaml
+    python scripts/select_layers.py --config … --method gates --training configs/gates.yaml --yaml layers.yaml
     python scripts/select_layers.py --config … --method random --seed 1 --yaml layers.yaml
     python scripts/select_layers.py --config … --method vbench --scores vbench.json --yaml layers.yaml
 
 replacement: one layer is hybrid at a time, and the videos are compared with the teacher's, from the same noise; needs a
 stage-1 export with all layers hybrid. --json keeps the scores of every video as they come: a run that is started again
-goes on there. stage1_error: how well each layer learnt to put out what the teacher's does. random: a control. vbench:
-scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
+goes on there. stage1_error: how well each layer learnt to put out what the teacher's does. gates: trains a gate a layer
+under a budget (arl2/distillation/gates.py; resumed like any training), or reads such a run, --scores. random: a
+control. vbench: scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
 """
 
 import argparse
@@ -26,7 +28,15 @@ from rich.progress import Progress
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, found_settings
-from arl2.layer_selection import SHARES, Selection, random_scores, read_scores, read_stage1_errors, replacement_scores
+from arl2.layer_selection import (
+    SHARES,
+    Selection,
+    random_scores,
+    read_gates,
+    read_scores,
+    read_stage1_errors,
+    replacement_scores,
+)
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.arguments import DTYPES, check_config, check_writable
@@ -34,6 +44,8 @@ from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import HybridConfig, InferenceConfig, load_config
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from pipelines.text_to_video import SeededNoise
+from pipelines.training import train
+from pipelines.training_config import GatesConfig
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
 from wan.formats import read_transformer, transformer_config
@@ -53,14 +65,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, required=True, help="as for inference.py; its hybrid layers and memory are ignored")
-    add("--method", choices=("replacement", "stage1_error", "random", "vbench"), required=True)
+    add("--method", choices=("replacement", "stage1_error", "gates", "random", "vbench"), required=True)
     add("--yaml", type=Path, required=True, help="where the sets go")
     add("--checkpoint_path", help="replacement: a stage-1 export with all layers hybrid")
     add("--data_path", type=Path, help="replacement: prompts, one a line")
     add("--videos", type=int, default=12, help="replacement: how many; the first prompts, again with other noise")
     add("--batch", type=int, default=1, help="replacement: videos at a time")
     add("--json", type=Path, help="replacement: where the scores of every video go")
-    add("--scores", type=Path, help="stage1_error: a run or one of its reports; vbench: a file")
+    add("--scores", type=Path, help="stage1_error, gates: a run or one of its reports; vbench: a file")
+    add("--training", type=Path, help="gates: config of the training, see configs/gates.yaml")
+    add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
     add("--seed", type=int, default=0, help="of noise, or of the random scores")
     add("--device")
     add("--dtype", choices=DTYPES)
@@ -176,16 +190,22 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
 
 
 def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
-    """Take the scores of a file, or none at all."""
+    """Take the scores of a file or of a training, or none at all."""
     num_layers = transformer_config(Path(config.model_folder))["num_layers"]
     if arguments.method == "random":
         return random_scores(num_layers, arguments.seed)
     if arguments.method == "vbench" and arguments.scores is None:
         raise InputError(VBENCH)
-    read: Callable[[Path, int], dict[int, float]] = (
-        read_stage1_errors if arguments.method == "stage1_error" else read_scores
-    )
-    return read(needed(arguments, "scores"), num_layers)
+    if arguments.method == "gates" and arguments.training is not None:
+        training = load_config(GatesConfig, arguments.training, arguments.set)
+        train(training)
+        return read_gates(Path(training.run_folder), num_layers)
+    readers: dict[str, Callable[[Path, int], dict[int, float]]] = {
+        "stage1_error": read_stage1_errors,
+        "gates": read_gates,
+        "vbench": read_scores,
+    }
+    return readers[arguments.method](needed(arguments, "scores"), num_layers)
 
 
 @exit_on_input_error

@@ -30,7 +30,7 @@ from arl2.toyworld.sizes import TOY_VAE
 from models import HEIGHT, TINY, WIDTH
 from pipelines.config import load_config
 from pipelines.random_model import random_pipeline
-from pipelines.training_config import Stage1Config, Stage2Config
+from pipelines.training_config import GatesConfig, Stage1Config, Stage2Config
 from pipelines.video import read_video
 from wan.formats import read_transformer
 
@@ -250,7 +250,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (1, "path=parallel blocks_per_graph=1", "blocks_per_graph"),
         (1, "optimizer.decay=steep", "constant or cosine"),
         (1, "dtype=float16", "bfloat16 or float32"),
-        (2, "path=parallel context=student", "beforehand"),
         (2, "hybrid_layers=[]", "layers_file"),
         (2, "hybrid_layers=[] layers_file=none.yaml", "no layers file"),
         (2, "init_from=nowhere", "train_stage1.py"),
@@ -324,7 +323,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_a_config_of_the_project_names_known_settings_only() -> None:
     configs = Path(train_stage1.__file__).parent / "configs"
-    for kind, stage in ((Stage1Config, "stage1"), (Stage2Config, "stage2")):
+    for kind, stage in ((Stage1Config, "stage1"), (Stage2Config, "stage2"), (GatesConfig, "gates")):
         for path in (*configs.glob(f"{stage}*.yaml"), configs / "toyworld" / f"{stage}.yaml"):
             config = load_config(kind, path)
             config.objective_settings()

@@ -281,7 +281,8 @@ class Trainer:
         device = self._accelerator.device
         batch, noise = self._batches(step, places)
         metrics = self._objective.metrics()
-        with self._accelerator.autocast():
+        # Block by block, every pass of another size: compiled blocks would be compiled again and again.
+        with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             reports = self._objective.reports(batch.to(device), noise.to(device))
         per_layer = {f"{name}/{layer}": value for name, values in reports.items() for layer, value in values.items()}
         self._accelerator.log(metrics | per_layer, step=step)

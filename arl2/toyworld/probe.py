@@ -5,6 +5,7 @@ the wall is read from the pixels and compared with what went in.
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,8 @@ class ProbeSet:
         text_BTD: embeddings of captions that name nothing.
         telling_text_BTD: of captions that name colour and shape of every object.
         context_blocks: blocks that a continued video is given.
+        times: length of the videos to make, in lengths of the real ones.
+        noise_seed: of the models' noise.
     """
 
     scenes: Scenes
@@ -59,11 +62,24 @@ class ProbeSet:
     text_BTD: Tensor
     telling_text_BTD: Tensor
     context_blocks: int = 2
+    times: int = 1
+    noise_seed: int = 0
 
     @property
-    def seeds(self) -> Tensor:
-        """One a video."""
-        return self.scenes.seed
+    def frames(self) -> int:
+        """Latent frames of the videos to make."""
+        return self.latents_BFCHW.shape[1] * self.times
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames that a continued video is given."""
+        return self.context_blocks * FRAMES_PER_BLOCK
+
+    def noise(self, continued: bool, block: int, step: int) -> Tensor:
+        """Noise of all videos, whatever part of them is made at a time, [B, F, C, h, w]."""
+        seed = zlib.crc32(f"{int(self.scenes.seed[0])}/{self.noise_seed}/{continued}/{block}/{step}".encode())
+        shape = (len(self.scenes), FRAMES_PER_BLOCK, *self.latents_BFCHW.shape[2:])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.latents_BFCHW.device)
 
 
 def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hidden_frames: int) -> ProbeSet:
@@ -88,7 +104,11 @@ def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hi
     return ProbeSet(scenes, latents, text, telling)
 
 
-def _batches(videos: int, size: int = 32) -> Iterator[slice]:
+BATCH = 32
+"""Videos at a time; large ones fill a GPU better, and change nothing else."""
+
+
+def _batches(videos: int, size: int = BATCH) -> Iterator[slice]:
     for first in range(0, videos, size):
         yield slice(first, min(first + size, videos))
 
@@ -99,20 +119,32 @@ def generate_latents(
 ) -> Tensor:
     """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
     model, real = contender.transformer, probe.latents_BFCHW[rows]
-    given = probe.context_blocks * FRAMES_PER_BLOCK if continued else 0
-    memory = model.memory_for(real, contender.window_frames, contender.sink_frames)
+    given = probe.given_frames if continued else 0
+    like = real[:, :1].expand(-1, probe.frames, -1, -1, -1)
+    memory = model.memory_for(like, contender.window_frames, contender.sink_frames)
     text = model.embed_text(text_BTD[rows].to(model.dtype))
     for start in range(0, given, FRAMES_PER_BLOCK):
         remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
-    generator = torch.Generator().manual_seed(int(probe.seeds[rows][0]) + continued)
-    shape = (len(real), FRAMES_PER_BLOCK, *real.shape[2:])
 
     def noise(block: int, step: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(real.device)
+        return probe.noise(continued, block, step)[rows]
 
-    blocks = (real.shape[1] - given) // FRAMES_PER_BLOCK
+    blocks = (probe.frames - given) // FRAMES_PER_BLOCK
     made = [block.latents_BFCHW for block in rollout(model, contender.sampler, noise, text, memory, blocks, given)]
     return torch.cat([real[:, :given].float(), *(part.float() for part in made)], dim=1)
+
+
+@torch.no_grad()
+def make_videos(
+    contender: Contender, vae: WanVAE, probe: ProbeSet, text_BTD: Tensor, continued: bool = False, batch: int = BATCH
+) -> tuple[Tensor, Tensor]:
+    """Latents of all videos of a probe as in `generate_latents`, and their pixels [B, T, 3, H, W]."""
+    parts = []
+    for rows in _batches(len(probe.scenes), batch):
+        latents = generate_latents(contender, probe, rows, text_BTD, continued)
+        parts.append((latents, vae.decode(latents.to(vae.dtype)).float()))
+    latents, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return latents, pixels
 
 
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -161,6 +193,22 @@ def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
     }
 
 
+def judge_every_pass(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """What is right after every re-emergence of long videos: pass by pass, and after the last of every object."""
+    verdict = {name: values.cpu() for name, values in judge(reading, scenes).items()}
+    counts = verdict["count"][..., 1:]
+    if not counts.any():
+        raise InputError("no object comes out again within these videos: make them longer")
+    passes = [
+        table({name: verdict[name][..., phase] for name in MEASURES}, verdict["count"][..., phase])
+        for phase in range(1, verdict["count"].shape[-1])
+        if verdict["count"][..., phase].any()
+    ]
+    last = 1 + (counts * torch.arange(1, counts.shape[-1] + 1)).argmax(-1, keepdim=True)
+    after_last = {name: verdict[name].gather(-1, last)[..., 0] for name in MEASURES}
+    return {"after_last": table(after_last, counts.any(-1)), "passes": passes}
+
+
 def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
     """Whether the object that comes out is the one that went in, in videos of which only the caption is given."""
     same = {name: values.cpu() for name, values in reading.same_object().items()}
@@ -176,14 +224,11 @@ def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float 
 @torch.no_grad()
 def probe_model(contender: Contender, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
     """All three forms for one model: continued, generated without being told, generated as told."""
-    scenes = probe.scenes
+    scenes, two = probe.scenes, probe.scenes.exists[:, 1]
 
     def shown(text_BTD: Tensor, continued: bool = False) -> Tensor:
-        parts = (generate_latents(contender, probe, rows, text_BTD, continued) for rows in _batches(len(scenes)))
-        pixels = torch.cat([vae.decode(part.to(vae.dtype)).float().cpu() for part in parts])
-        return pixels.to(vae.device)
+        return make_videos(contender, vae, probe, text_BTD, continued)[1]
 
-    two = scenes.exists[:, 1]
     continued = judge_continued(read_video(shown(probe.text_BTD, continued=True), scenes), scenes)
     generated = judge_generated(read_generated(shown(probe.text_BTD), two), scenes)
     obeyed = judge_obeyed(read_generated(shown(probe.telling_text_BTD), two), scenes)

@@ -70,9 +70,9 @@ def new_memory(model: HybridWanModel, config: dict[str, Any], precision: Precisi
 
 
 def states(memory: Memory, layers: list[int]) -> dict[int, Tensor]:
-    """The recurrent states of the hybrid layers."""
+    """The recurrent states of the hybrid layers; copies, since later commits write in place."""
     views = memory.read(tokens=0)
-    return {layer: views[layer].state_BHKV for layer in layers if isinstance(views[layer], StateView)}
+    return {layer: views[layer].state_BHKV.clone() for layer in layers if isinstance(views[layer], StateView)}
 
 
 def replay_passes(golden: Golden, precision: Precision) -> Iterator[Output]:
