@@ -16,12 +16,12 @@ import yaml
 from torch import Tensor
 
 from arl2.distillation.gates import HYBRID_SHARE
+from arl2.evaluation.contender import Contender
 from arl2.evaluation.deviation import latent_deviation, roll_out, teacher_of
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
-from arl2.model import HybridWanModel, _switched_off
+from arl2.model import HybridWanModel, switched_off
 from arl2.rollout import FewStepSampler, Noise
-from arl2.toyworld.probe import Contender
 from wan.checkpoint import atomic_path, some
 from wan.errors import InputError
 
@@ -73,7 +73,7 @@ def only_hybrid_in(model: HybridWanModel, layers: Collection[int]) -> Iterator[H
     """
     others = [block for layer, block in enumerate(model.layers()) if layer not in layers]
     parts = [part for block in others for part in block.modules() if isinstance(part, HybridAttention | LoRALinear)]
-    with _switched_off(parts, "enabled"):
+    with switched_off(parts, "enabled"):
         yield model
 
 

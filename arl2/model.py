@@ -156,14 +156,14 @@ class HybridWanModel(CausalWanModel):
 
         A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
         """
-        with _switched_off(self.hybrid_attentions().values(), "enabled"), _switched_off(self.adapters(), "enabled"):
+        with switched_off(self.hybrid_attentions().values(), "enabled"), switched_off(self.adapters(), "enabled"):
             yield self
 
     @contextmanager
     def without_lora(self) -> Iterator["HybridWanModel"]:
         """Switch all adapters off inside the context; hybrid layers stay hybrid."""
         attentions = self.hybrid_attentions().values()
-        with _switched_off(attentions, "lora_enabled"), _switched_off(self.adapters(), "enabled"):
+        with switched_off(attentions, "lora_enabled"), switched_off(self.adapters(), "enabled"):
             yield self
 
     def hybrid_parameter_names(self) -> list[str]:
@@ -194,7 +194,7 @@ class HybridWanModel(CausalWanModel):
 
 
 @contextmanager
-def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
+def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
     """Set a boolean attribute of some modules to False, and put it back after."""
     before = [(module, getattr(module, switch)) for module in modules]
     try:

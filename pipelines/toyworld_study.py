@@ -32,13 +32,13 @@ from arl2.distillation.stage1 import stage1_parameters
 from arl2.distillation.stage2 import Context, stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
 from arl2.distillation.training_state import fill
+from arl2.evaluation.contender import Contender
 from arl2.layer_selection import Selection, read_stage1_errors, replacement_scores
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.toyworld.ablations import Variant, install
 from arl2.toyworld.exam import Exam, ExamSettings, equal_memory_window, memory_bytes
 from arl2.toyworld.latents import encode_world, save_latent_videos
 from arl2.toyworld.leak import STRIDE
-from arl2.toyworld.probe import Contender
 from arl2.toyworld.study import PARTS, Kind, Row
 from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.train_teacher import compile_blocks

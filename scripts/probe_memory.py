@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid
+from arl2.evaluation.contender import Contender
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.leak import leak_by_block
-from arl2.toyworld.probe import Contender, ceilings, make_probe_set, probe_model
+from arl2.toyworld.probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from arl2.toyworld.world import STANDARD_HIDDEN_FRAMES
 from pipelines.cli import choose_device, exit_on_input_error

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from torch import Tensor
 
+from arl2.evaluation.contender import Contender
 from arl2.evaluation.deviation import (
     latent_deviation,
     pixel_deviation,
@@ -17,7 +17,7 @@ from arl2.evaluation.deviation import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.probe import Contender
+from models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from wan.errors import InputError
 from wan.flow import flow_to_x0
 

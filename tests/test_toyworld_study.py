@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.sampling import Batches, NoiseLevels
+from arl2.evaluation.contender import Contender
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld import exam as exam_module
 from arl2.toyworld.captions import VOCABULARY
 from arl2.toyworld.exam import Exam, ExamSettings, equal_memory_window, memory_bytes
 from arl2.toyworld.latents import toy_text_encoder
-from arl2.toyworld.probe import Contender, judge_every_pass, make_probe_set
+from arl2.toyworld.probe import judge_every_pass, make_probe_set
 from arl2.toyworld.reader import read_video
 from arl2.toyworld.render import as_pixels, render
 from arl2.toyworld.sizes import TOY_VAE

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from arl2.evaluation.contender import Contender
 from arl2.rollout import Noise, num_blocks, predict_flow, remember_block, rollout
-from arl2.toyworld.probe import Contender
 from wan.errors import InputError
 from wan.flow import add_noise
 from wan.memory import Memory

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arl2.evaluation.contender import Contender
 from arl2.evaluation.deviation import latent_deviation, pixel_deviation, psnr
 from arl2.model import HybridWanModel
 from arl2.toyworld.probe import (
     BATCH,
-    Contender,
     ProbeSet,
     ceilings,
     judge_continued,

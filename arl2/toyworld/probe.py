@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arl2.model import HybridWanModel
-from arl2.rollout import FewStepSampler, remember_block, rollout
+from arl2.evaluation.contender import Contender
+from arl2.rollout import remember_block, rollout
 from arl2.toyworld.captions import caption_scenes, names_answer
 from arl2.toyworld.latents import embed_captions, encode_pixels
 from arl2.toyworld.reader import CHANCE, Reading, judge, read_generated, read_video
@@ -28,21 +28,6 @@ PROBE_MIX = {"occlusion": 0.5, "binding": 0.5}
 FIRST_SEED = -10_000_000
 """Seeds of the probe rise from here; training uses seeds from 0."""
 MEASURES = ("colour", "shape", "both")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model as the probe runs it.
-
-    Attributes:
-        transformer, sampler: what generates, in which steps.
-        window_frames, sink_frames: of the softmax layers' memory; a window of one block sees no other block.
-    """
-
-    transformer: HybridWanModel
-    sampler: FewStepSampler
-    window_frames: int | None = None
-    sink_frames: int = 0
 
 
 @dataclass(frozen=True)
