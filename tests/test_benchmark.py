@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, new_memory, tiny_model
 from PIL import Image
+from tiny_models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, new_memory, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from arl2.gated_delta import WriteBackend

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, tiny_model, tiny_video
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +18,6 @@ from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.gated_delta import WriteBackend
 from arl2.model import FFNLoRA, HybridSettings
-from models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, tiny_model, tiny_video
 from pipelines.benchmark import training
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.training import Allocator, TrainingRow

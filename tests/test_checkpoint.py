@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from models import HYBRID, TINY, new_memory, tiny_model
 from safetensors.torch import save_file
+from tiny_models import HYBRID, TINY, new_memory, tiny_model
 
 from arl2.checkpoint import build_hybrid, found_settings, save_generator
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel

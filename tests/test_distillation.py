@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import TINY, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
@@ -11,7 +12,6 @@ from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, st
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from models import TINY, tiny_model, tiny_video
 from wan.errors import InputError
 from wan.parallel import ParallelLayout
 from wan.teacher_forcing import teacher_forced_flow

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from torch import Tensor
 
 from arl2.evaluation.contender import Contender
@@ -17,7 +18,6 @@ from arl2.evaluation.deviation import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from wan.errors import InputError
 from wan.flow import flow_to_x0
 

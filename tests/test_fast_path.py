@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.gated_delta import WriteBackend
@@ -18,7 +19,6 @@ from arl2.inference.memory import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
-from models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
 from pipelines.arguments import add_speed_flags, apply_speed_flags
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig
 from pipelines.random_model import random_pipeline

@@ -8,6 +8,7 @@ from pathlib import Path as FilePath
 import pytest
 import torch
 import yaml
+from tiny_models import HEIGHT, TINY, WIDTH, new_memory, tiny_model, tiny_video
 from torch import Tensor
 from training_world import CONFIG, ROOT, build_world
 
@@ -19,7 +20,6 @@ from arl2.distillation.stage2 import Context
 from arl2.layer_selection import Selection, read_gates
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import predict_flow, remember_block
-from models import HEIGHT, TINY, WIDTH, new_memory, tiny_model, tiny_video
 from wan.errors import InputError
 from wan.teacher_forcing import teacher_forced_flow
 

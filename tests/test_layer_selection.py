@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
+from tiny_models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from torch import Tensor
 
 from arl2.layer_selection import (

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import HEIGHT, HYBRID, TINY, TOKENS_PER_FRAME, WIDTH, new_memory, tiny_model, tiny_video
+from tiny_models import HEIGHT, HYBRID, TINY, TOKENS_PER_FRAME, WIDTH, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.hybrid_attention import StateMemory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from models import HYBRID, TINY, new_memory, tiny_model, tiny_video
+from tiny_models import HYBRID, TINY, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.checkpoint import build_hybrid

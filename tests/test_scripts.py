@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import HYBRID, tiny_model
 from PIL import Image
+from tiny_models import HYBRID, tiny_model
 
 from arl2.checkpoint import save_generator
 from arl2.model import HybridWanModel

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import TINY, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
@@ -14,7 +15,6 @@ from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_b
 from arl2.toyworld.ablations import NoisyWrites, TokenReads, Variant, install
 from arl2.toyworld.delta_segments import Written, read_while_written, states_before
 from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
-from models import TINY, new_memory, tiny_model, tiny_video
 from wan.rope import rotary_angles
 from wan.teacher_forcing import teacher_forced_flow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import TINY, new_memory, tiny_model
+from tiny_models import TINY, new_memory, tiny_model
 from torch import Tensor, nn
 
 from arl2.model import HybridWanModel

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import HEIGHT, TINY, WIDTH
 from torch import Tensor
 from training_world import CONFIG, build_world, command, losses, run_and_kill, weights
 from training_world import run as start_and_wait
@@ -27,7 +28,6 @@ from arl2.distillation.trainer import OptimizerSettings
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.sizes import TOY_VAE
-from models import HEIGHT, TINY, WIDTH
 from pipelines.config import load_config
 from pipelines.random_model import random_pipeline
 from pipelines.training_config import GatesConfig, Stage1Config, Stage2Config

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import HEIGHT, TINY, WIDTH, tiny_model
 
 from arl2.distillation.data import LatentWriter
-from models import HEIGHT, TINY, WIDTH, tiny_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
