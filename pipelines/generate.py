@@ -2,11 +2,9 @@
 
 import json
 import logging
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from arl2 import __version__
 from arl2.rollout import num_blocks
 from pipelines.arguments import InferenceRun
+from pipelines.environment import device_name, versions
 from pipelines.prompts import PromptJob, share
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.timing import PhaseTimer
@@ -28,7 +26,7 @@ from wan.errors import InputError
 
 log = logging.getLogger(__name__)
 
-MEASURED_PACKAGES = ("torch", "diffusers", "transformers")
+MEASURED_PACKAGES = ("diffusers", "transformers")
 
 
 def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
@@ -187,10 +185,9 @@ def provenance(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value},
-        "device": torch.cuda.get_device_name(run.device) if on_gpu else platform.processor() or platform.machine(),
+        "device": device_name(run.device),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
-        "versions": {package: version(package) for package in MEASURED_PACKAGES}
-        | {"arl2": __version__, "python": platform.python_version()},
+        "versions": versions(MEASURED_PACKAGES),
     }
 
 

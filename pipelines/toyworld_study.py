@@ -11,7 +11,6 @@ Rows of another seed than 0 have `.seed<n>` behind their names. Stage 1 is that 
 import json
 import logging
 import math
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -44,7 +43,8 @@ from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.train_teacher import compile_blocks
 from arl2.toyworld.world import HEIGHT, NUM_FRAMES, WIDTH
 from pipelines.config import load_config
-from pipelines.training import git_commit, new_accelerator, new_objective, new_trainer
+from pipelines.environment import device_name, git_commit
+from pipelines.training import new_accelerator, new_objective, new_trainer
 from pipelines.training_config import (
     GatesConfig,
     Stage1Config,
@@ -139,7 +139,7 @@ class Study:
 
     def keep(self, name: str, result: Result) -> None:
         """Write a row's result."""
-        card = torch.cuda.get_device_name(self.settings.device) if torch.cuda.is_available() else platform.machine()
+        card = device_name(self.settings.device)
         about = {"name": name, "seed": self.settings.seed, "device": card, "torch": torch.__version__}
         page = json.dumps(without_infinities(result | about | {"git_commit": git_commit()}), indent=1)
         with atomic_path(self.path("results", name, ".json")) as temporary:

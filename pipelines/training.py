@@ -4,12 +4,9 @@ import gc
 import hashlib
 import json
 import logging
-import platform
-import subprocess
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +30,7 @@ from arl2.rollout import num_blocks, rollout
 from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device
 from pipelines.config import load_config
+from pipelines.environment import device_name, git_commit, versions
 from pipelines.plots import plot_layers, plot_losses
 from pipelines.text_to_video import SeededNoise
 from pipelines.training_config import GatesConfig, TrainingConfig, check_training, init_from, settings_that_matter
@@ -45,7 +43,7 @@ from wan.vae import WanVAE, load_vae
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainingConfig)
-PACKAGES = ("torch", "diffusers", "accelerate", "safetensors", "arl2")
+PACKAGES = ("diffusers", "accelerate", "safetensors")
 
 
 def parse_config(kind: type[Config], description: str | None) -> Config:
@@ -200,21 +198,12 @@ def write_run_page(
         "config": asdict(config),
         "fingerprint": fingerprint,
         "git_commit": git_commit(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(PACKAGES),
         "world_size": accelerator.num_processes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": device_name(device),
     }
     with atomic_path(folder / "run.json") as temporary:
         temporary.write_text(json.dumps(page, indent=1) + "\n")
-
-
-def git_commit() -> str | None:
-    """The commit of this code, with a mark if files differ from it; None outside of a repository."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerator: Accelerator) -> None:

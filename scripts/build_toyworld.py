@@ -42,6 +42,7 @@ from arl2.toyworld.train_teacher import (
 from arl2.toyworld.train_vae import FIRST, SHARPENING, VAETraining, train_vae
 from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_folder, atomic_path
 from wan.errors import InputError
@@ -242,7 +243,7 @@ def main() -> int:
             continue
         started = time.perf_counter()
         result = step(build)
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        card = device_name(device)
         result |= {
             "seconds": time.perf_counter() - started,
             "device": card,

@@ -125,7 +125,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path(), help="below which wan_models/ and checkpoints/ go")
     parser.add_argument("--endpoint", help="another hub, a mirror for instance (default: $HF_ENDPOINT)")
     arguments = parser.parse_args()
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
+    for client in ("httpx", "httpx2"):  # by release of huggingface_hub; they log every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     for name in SOURCES if "all" in arguments.what else arguments.what:
         target = fetch(SOURCES[name], arguments.folder, arguments.endpoint)
         Console(soft_wrap=True, highlight=False).print(f"{SOURCES[name].repository} is in {target}", markup=False)

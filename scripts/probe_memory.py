@@ -34,6 +34,7 @@ from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from arl2.toyworld.world import STANDARD_HIDDEN_FRAMES
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import InferenceConfig, load_config
+from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
@@ -134,7 +135,7 @@ def main() -> int:
         "models": models,
         "leak": leak_by_block(probe.latents_BFCHW, probe.scenes),
         "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "torch": torch.__version__,
     }
     with atomic_path(arguments.json) as temporary:

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from arl2.verification.golden import CaseResult, Precision
 from arl2.verification.run import verify_folder
 from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.environment import device_name
 from wan.attention import require_backend
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
@@ -69,7 +69,7 @@ def main() -> int:
         console.print(line(result), style=None if result.passed else "red", markup=False)
         results.append(result)
     failed = sum(not result.passed for result in results)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = device_name(device)
     console.print(
         f"{len(results) - failed} of {len(results)} cases passed on {device} ({name}), {arguments.dtype}, "
         f"backend {precision.backend}, torch {torch.__version__}"

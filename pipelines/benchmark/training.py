@@ -29,9 +29,9 @@ from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
-from pipelines.benchmark.environment import device_name, environment
 from pipelines.benchmark.measure import out_of_memory, release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
+from pipelines.environment import device_name, environment
 from pipelines.random_model import random_transformer
 from pipelines.training import let_train, precision_of
 from wan.checkpoint import atomic_path

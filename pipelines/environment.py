@@ -1,8 +1,9 @@
-"""Where and with what a measurement was made."""
+"""Where and with what something was made or measured."""
 
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 
 from arl2 import __version__
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "flash-linear-attention")
+PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -26,9 +27,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "nvidia_smi": nvidia_smi(device) if on_gpu else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-        "versions": {package: package_version(package) for package in PACKAGES}
-        | {"arl2": __version__, "python": platform.python_version()},
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"),
+        "versions": versions(PACKAGES),
+        "commit": git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -43,6 +43,17 @@ def nvidia_smi(device: torch.device) -> dict[str, str] | None:
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     line = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader")
     return None if line is None else dict(zip(SMI_FIELDS, line.split(", "), strict=False))
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of some packages, PyTorch with its build, this code and Python."""
+    ours = {"torch": torch.__version__, "arl2": __version__, "python": platform.python_version()}
+    return {package: package_version(package) for package in packages} | ours
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a mark if files differ from it; None outside of a repository."""
+    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
 
 
 def package_version(name: str) -> str | None:
