@@ -10,10 +10,13 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 `write_fla` flash-linear-attention's kernel on CUDA.
 """
 
+from collections import deque
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from packaging.version import Version
@@ -94,36 +97,60 @@ def write_recurrent(
     return state
 
 
+class SolvedChunks(NamedTuple):
+    """What chunks of tokens do to a state, whatever it is: the rank-one updates of the tokens are u - w·S.
+
+    Attributes:
+        k: keys, [B, H, N, C, K].
+        u, w: [B, H, N, C, V] and [B, H, N, C, K].
+        decay: G, the log decay accumulated since the start of the chunk, [B, H, N, C, 1].
+    """
+
+    k: Tensor
+    u: Tensor
+    w: Tensor
+    decay: Tensor
+
+    def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
+        """The state after each chunk, in order: S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j - w_j·S)ᵀ."""
+        last = self.decay[..., -1:, :]
+        kept = ((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
+        state, total = state_BHKV, last.exp()
+        for n in range(self.k.shape[2]):
+            state = total[:, :, n] * state + kept[:, :, n] @ (self.u[:, :, n] - self.w[:, :, n] @ state)
+            yield state
+
+
+def solve_chunks(k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_BNCH: Tensor) -> SolvedChunks:
+    """The part of a write that does not depend on the state, for all chunks at once.
+
+    The rank-one updates of a chunk's tokens solve a unit lower triangular system,
+    (I + A)·(u - w·S) = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i. All exponents are ≤ 0, so
+    nothing overflows.
+    """
+    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k_BNCHK, v_BNCHV))
+    decay, beta = (x.permute(0, 3, 1, 2)[..., None] for x in (log_decay_BNCH.cumsum(dim=2), beta_BNCH))
+    between = (decay - decay.mT).tril(-1).exp()
+    system = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device) + (beta * between * (k @ k.mT)).tril(-1)
+    right = torch.cat([beta * v, beta * decay.exp() * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    return SolvedChunks(k, u, w, decay)
+
+
 def write_chunked(
     state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """Chunk by chunk, the tokens of a chunk at once.
-
-    With G the decay accumulated since the start of a chunk, the rank-one updates u of its tokens solve a unit lower
-    triangular system, (I + A)·u = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i, and
-    S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·u_jᵀ. All exponents are ≤ 0, so nothing overflows. The part of
-    the solution that does not depend on S is computed for all chunks at once.
-    """
-    batch, tokens, heads, _ = k_BLHK.shape
-    padding = -tokens % chunk
+    """Chunk by chunk, the tokens of a chunk at once; see `solve_chunks` and `SolvedChunks.states`."""
+    padding = -k_BLHK.shape[1] % chunk
     # A padded token has k = 0, β = 0 and g = 0: it changes nothing.
-    k, v, log_decay, beta = (
+    chunks = (
         F.pad(x.to(state_BHKV.dtype), (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk))
         for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     )
-    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k, v))  # [B, H, N chunks, chunk, K or V]
-    decay, beta = (x.permute(0, 3, 1, 2)[..., None] for x in (log_decay.cumsum(dim=2), beta))  # [B, H, N, chunk, 1]
-    between = (decay - decay.transpose(-1, -2)).tril(-1).exp()
-    system = torch.eye(chunk, dtype=k.dtype, device=k.device) + (beta * between * (k @ k.transpose(-1, -2))).tril(-1)
-    right = torch.cat([beta * v, beta * decay.exp() * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    updates, corrections = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    last = decay[..., -1:, :]
-    kept = ((last - decay).exp() * k).transpose(-1, -2)  # [B, H, N, K, chunk]
-    state, total = state_BHKV, last.exp()
-    for n in range(k.shape[2]):
-        state = total[:, :, n] * state + kept[:, :, n] @ (updates[:, :, n] - corrections[:, :, n] @ state)
-    return state.reshape(batch, heads, *state_BHKV.shape[2:])
+    newest = deque((state_BHKV,), maxlen=1)
+    newest.extend(solve_chunks(*chunks).states(state_BHKV))
+    return newest[0]
 
 
 def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from arl2.toyworld.train_teacher import compile_blocks
 from arl2.toyworld.world import HEIGHT, NUM_FRAMES, WIDTH
 from pipelines.config import load_config
 from pipelines.environment import device_name, git_commit
-from pipelines.training import new_accelerator, new_objective, new_trainer
+from pipelines.training import new_accelerator, new_objective, new_trainer, write_model_folder
 from pipelines.training_config import (
     GatesConfig,
     Stage1Config,
@@ -53,9 +53,9 @@ from pipelines.training_config import (
     check_training,
     read_layers,
 )
-from wan.checkpoint import as_state_dict, atomic_folder, atomic_path, read_weights
+from wan.checkpoint import as_state_dict, atomic_path, read_weights
 from wan.errors import InputError
-from wan.formats import WEIGHT_FILES, read_transformer, transformer_config
+from wan.formats import read_transformer, transformer_config
 from wan.text import load_text_encoder
 from wan.vae import load_vae, spatial_stride
 
@@ -426,12 +426,7 @@ class Study:
         size = sum(value.numel() * value.element_size() for value in state.values())
         if size > EXPORT_LIMIT:
             raise InputError(f"{row.name} takes {size} bytes, more than the {EXPORT_LIMIT} that may be shipped")
-        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-        with atomic_folder(folder) as temporary:
-            temporary.mkdir(parents=True)
-            page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
-            (temporary / "config.json").write_text(page + "\n")
-            save_file(state, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
+        write_model_folder(model, state, folder)
         return folder
 
 

@@ -211,17 +211,26 @@ def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerat
     state = gathered_state(model, accelerator.is_main_process)
     if not accelerator.is_main_process:
         return
-    # Not `save_config`: a sharded model's class has another name.
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2) + "\n"
     averaged = None if ema is None else state | {name: value.cpu() for name, value in ema.items()}
     for name, weights in (("export", state), ("export_ema", averaged)):
         if weights is not None:
-            with atomic_folder(folder / name) as temporary, writing(folder / name):
-                temporary.mkdir(parents=True)
-                (temporary / "config.json").write_text(page)
-                save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
+            write_model_folder(model, weights, folder / name)
     log.info("the trained model is in %s: give it to inference.py as --checkpoint_path", folder / "export")
+
+
+def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) -> None:
+    """Write a model's config beside some weights of it, as `checkpoint_path` takes them; atomic.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    # Not `save_config`: a sharded model's class has another name.
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    with atomic_folder(folder) as temporary, writing(folder):
+        temporary.mkdir(parents=True)
+        page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
+        (temporary / "config.json").write_text(page + "\n")
+        save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
 class Watcher:
