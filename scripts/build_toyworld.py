@@ -5,9 +5,11 @@
 
 1. first_vae  a small AutoencoderKLWan
 2. vae        the same, trained further on the edges of objects
-3. teacher    a causal transformer, teacher-forced flow matching, full memory
-4. few_step   the 4-step generator, regression on the teacher's trajectories
-5. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
+3. text       a small UMT5
+4. first_teacher  a causal transformer, teacher-forced flow matching, full memory
+5. teacher    the same, trained further with many first blocks, in which prompts are obeyed
+6. few_step   the 4-step generator, regression on the teacher's trajectories
+7. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
 A killed step goes on from where it was at most 500 steps before. Each leaves its weights and a JSON with its quality,
 settings, seconds, card and versions in the work folder.
@@ -29,23 +31,35 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.latents import LatentVideos, encode_world, load_latent_videos, save_latent_videos, toy_text_encoder
+from arl2.toyworld.latents import (
+    LatentVideos,
+    encode_world,
+    load_latent_videos,
+    save_latent_videos,
+    toy_text_encoder,
+    world_tokenizer,
+)
 from arl2.toyworld.progress import Progress
 from arl2.toyworld.train_teacher import (
     FEW_STEP,
-    TEACHER,
+    PROMPTED,
     TransformerTraining,
     distil_few_step,
+    new_transformer,
     train_teacher,
     validation_loss,
 )
+from arl2.toyworld.train_teacher import FIRST as FIRST_TEACHER
+from arl2.toyworld.train_text import TextTraining, text_quality, train_text
 from arl2.toyworld.train_vae import FIRST, SHARPENING, VAETraining, train_vae
 from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_folder, atomic_path
+from wan.config import wan_size
 from wan.errors import InputError
+from wan.text import TextEncoder, load_text_encoder
 from wan.vae import load_vae
 
 log = logging.getLogger(__name__)
@@ -55,7 +69,9 @@ TIMESTEP_SHIFT = 5.0
 TRAINING_VIDEOS, VALIDATION_VIDEOS = 24576, 512
 VALIDATION_SEED = -5_000_000
 Result = dict[str, Any]
-Settings = TypeVar("Settings", VAETraining, TransformerTraining)
+Settings = TypeVar("Settings", VAETraining, TextTraining, TransformerTraining)
+TEXT = TextTraining()
+SIZES = ("batch", "openings", "captions")
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,8 @@ class Build:
 
     def settings(self, default: Settings) -> Settings:
         """A step's settings, with the steps and the batch that this build takes."""
-        changed = replace(default, batch=self.videos(default.batch))
+        capped: dict[str, Any] = {name: self.videos(value) for name, value in asdict(default).items() if name in SIZES}
+        changed = replace(default, **capped)
         return changed if self.steps is None else replace(changed, steps=self.steps)
 
 
@@ -149,8 +166,7 @@ def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
     videos = build.videos(videos)
     file = build.work / f"latents_{videos}_from_{first_seed}.safetensors"
     if not file.is_file():
-        vae, encoder = load_vae(vae_folder(build), device=build.device), toy_text_encoder()
-        encoder.model.to(build.device)
+        vae, encoder = load_vae(vae_folder(build), device=build.device), trained_text_encoder(build)
         save_latent_videos(encode_world(vae, encoder, videos, first_seed), file)
     return load_latent_videos(file, build.device)
 
@@ -161,19 +177,48 @@ def load_transformer(build: Build, name: str) -> HybridWanModel:
     return model.to(build.device)
 
 
-def build_teacher(build: Build) -> Result:
-    """Train the multi-step teacher."""
-    settings = build.settings(TEACHER)
+def build_text(build: Build) -> Result:
+    """Train the text encoder."""
+    settings = build.settings(TEXT)
+    encoder = toy_text_encoder(settings.seed)
+    encoder.model.to(build.device)
+    reader = train_text(encoder, settings, report_since(time.perf_counter()))
+    quality = text_quality(encoder, reader)
+    with atomic_folder(build.work / "text") as temporary:
+        encoder.model.save_pretrained(temporary / "text_encoder")
+        world_tokenizer().save_pretrained(temporary / "tokenizer")
+    return {"settings": asdict(settings), "quality": quality}
+
+
+def trained_text_encoder(build: Build) -> TextEncoder:
+    """The text encoder of an earlier step."""
+    return load_text_encoder(built(build, "text"), text_len=wan_size("toy")["text_len"], device=build.device)
+
+
+def train_and_measure_teacher(build: Build, name: str, settings: TransformerTraining, start: HybridWanModel) -> Result:
+    """Train a multi-step transformer and keep it under a name."""
     started = time.perf_counter()
     data = world_data(build, TRAINING_VIDEOS)
     encoding = time.perf_counter() - started
-    kept = Progress(build.work / "teacher.partial")
-    model = train_teacher(settings, data, report_since(time.perf_counter()), kept)
-    save_model(model, build.work / "teacher")
+    kept = Progress(build.work / f"{name}.partial")
+    model = train_teacher(start, settings, data, report_since(time.perf_counter()), kept)
+    save_model(model, build.work / name)
     kept.finish()
     held_out = world_data(build, VALIDATION_VIDEOS, VALIDATION_SEED)
     quality = {"validation_loss": validation_loss(model, held_out, settings.shift)}
     return {"settings": asdict(settings), "encoding_seconds": encoding, "quality": quality}
+
+
+def build_first_teacher(build: Build) -> Result:
+    """Train the multi-step transformer."""
+    settings = build.settings(FIRST_TEACHER)
+    return train_and_measure_teacher(build, "first_teacher", settings, new_transformer(settings.seed))
+
+
+def build_teacher(build: Build) -> Result:
+    """Train it further on first blocks."""
+    start = load_transformer(build, "first_teacher")
+    return train_and_measure_teacher(build, "teacher", build.settings(PROMPTED), start)
 
 
 def build_few_step(build: Build) -> Result:
@@ -195,11 +240,11 @@ def build_few_step(build: Build) -> Result:
 
 def build_bundle(build: Build) -> Result:
     """Put the parts together as they ship."""
-    work, encoder = build.work, toy_text_encoder()
+    work, encoder = build.work, trained_text_encoder(build)
     pipeline = CausalVideoPipeline(
         load_transformer(build, "few_step").cpu().half(),
         torch.nn.Module.half(load_vae(vae_folder(build)).model),
-        encoder.model.half(),
+        encoder.model.cpu().half(),
         encoder.tokenizer,
         denoising_steps=FEW_STEPS,
         timestep_shift=TIMESTEP_SHIFT,
@@ -213,6 +258,8 @@ VAE_STEPS = ("first_vae", "vae")
 STEPS: dict[str, Callable[[Build], Result]] = {
     "first_vae": build_first_vae,
     "vae": build_vae,
+    "text": build_text,
+    "first_teacher": build_first_teacher,
     "teacher": build_teacher,
     "few_step": build_few_step,
     "bundle": build_bundle,

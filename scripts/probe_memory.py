@@ -129,7 +129,8 @@ def main() -> int:
     models: dict[str, dict[str, Any]] = {}
     for name, contender in contenders(pipeline, config, arguments.multi_step, arguments.also).items():
         models[name] = probe_model(contender, vae, probe)
-        log.info("%s: %.3f", name, models[name]["accuracy"])
+        right, obeyed = (models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"])
+        log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
     models |= ceilings(vae, probe)
     result = {
         "models": models,

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import torch
 
+from arl2.toyworld.reader import read_generated
 from arl2.toyworld.vae_quality import vae_quality
+from arl2.toyworld.world import COLOURS, SHAPES
+from pipelines.text_to_video import CausalVideoPipeline
 from wan.vae import load_vae
 
 BUNDLE = Path(__file__).parent.parent / "models" / "toyworld"
@@ -21,3 +24,20 @@ def test_the_vae_keeps_what_the_probe_reads() -> None:
     quality = vae_quality(load_vae(BUNDLE / "vae"), torch.device("cpu"), videos=2, batch=2)
     assert quality["psnr"] > 30 and quality["psnr_objects"] > 24
     assert quality["both"] == quality["both_truth"] == 1.0
+
+
+PROMPTS = (
+    "a red ring rolls behind the wall and comes out again",
+    "a green cross slides behind the wall and appears again",
+)
+
+
+def test_two_blocks_show_what_the_prompt_names_and_the_same_again() -> None:
+    pipe = CausalVideoPipeline.from_pretrained(BUNDLE)
+    for prompt in PROMPTS:
+        seeds = (torch.Generator().manual_seed(3) for _ in range(2))
+        first, again = (pipe(prompt, 21, 64, 96, generator=seed, output_type="pt").frames for seed in seeds)
+        assert first.shape == (1, 21, 3, 64, 96) and torch.equal(first, again)
+        reading = read_generated(2 * first - 1, torch.tensor([False]))
+        colour, shape = list(COLOURS)[reading.colour[0, 0, 0]], SHAPES[reading.shape[0, 0, 0]]
+        assert prompt.startswith(f"a {colour} {shape} ")

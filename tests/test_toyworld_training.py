@@ -1,4 +1,4 @@
-"""Training parts of the toy world: the optimiser, and a few steps of the VAE."""
+"""Training the parts of the toy world: the optimiser, and a few steps of every model."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, remember_block
-from arl2.toyworld.captions import caption_scenes
+from arl2.toyworld.captions import caption_scenes, names_answer
 from arl2.toyworld.latents import LatentVideos, embed_captions, toy_text_encoder
 from arl2.toyworld.muon import Muon, MuonWithAdam, orthogonalised
 from arl2.toyworld.progress import Progress
 from arl2.toyworld.train_teacher import (
     TransformerTraining,
+    batches,
     distil_few_step,
+    flow_after_clean,
     solver_levels,
     teacher_loss,
     train,
     trajectories,
 )
+from arl2.toyworld.train_text import FACTS, TextTraining, facts_of, text_quality, train_text
 from arl2.toyworld.train_vae import VAETraining, draw_clips, error_weight, object_mask, train_vae
-from arl2.toyworld.world import sample_scenes
+from arl2.toyworld.world import COLOURS, SHAPES, WALLS, sample_scenes
 from wan.model import PassOutput
 
 
@@ -158,6 +161,28 @@ def test_the_teachers_loss_is_the_loss_of_the_block_loop() -> None:
         assert abs(teacher_loss(model, clean, text, noise, sigma).item() - expected) < 1e-5
 
 
+def test_openings_are_first_blocks_and_every_block_counts_alike() -> None:
+    data, generator = tiny_data(), torch.Generator().manual_seed(0)
+    settings = TransformerTraining(batch=3, openings=2)
+    (videos, of_videos), (openings, of_openings) = batches(settings, data, generator)
+    assert videos[0].shape[:2] == (3, 6) and openings[0].shape[:2] == (2, 3) and len(openings[1]) == 2
+    assert any(torch.equal(openings[0][0], video) for video in data.latents_NFCHW[:, :3].float())
+    assert (of_videos, of_openings) == (6 / 8, 2 / 8)
+    assert [weight for _, weight in batches(TransformerTraining(batch=3), data, generator)] == [1]
+
+
+def test_an_opening_has_nothing_before_it() -> None:
+    """Its loss is that of the first block of a whole video."""
+    model, clean = tiny_model(), torch.randn(BATCH, 6, TINY["in_dim"], 4, 6, dtype=torch.float64)
+    noise, text = torch.randn_like(clean), torch.randn(BATCH, 5, TINY["text_dim"], dtype=torch.float64)
+    levels = torch.rand(BATCH, 6, dtype=torch.float64)
+    with torch.no_grad():
+        whole = flow_after_clean(model, noise, levels, text, clean)
+        alone = flow_after_clean(model, noise[:, :3], levels[:, :3], text, clean[:, :3])
+    torch.testing.assert_close(alone, whole[:, :3])
+    assert not torch.equal(alone, whole[:, 3:])
+
+
 def test_training_lowers_the_loss_on_one_batch() -> None:
     torch.manual_seed(0)
     model = tiny_model(dtype=torch.float32)
@@ -209,6 +234,40 @@ def test_a_generator_learns_from_a_teacher_that_stays_as_it_is() -> None:
     student = distil_few_step(settings, teacher, tiny_data(), sampler, lambda _, loss: losses.append(loss), 4)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert losses[-1] < losses[0] and not torch.equal(student.head.head.weight, teacher.head.head.weight)
+
+
+def test_facts_are_what_captions_say() -> None:
+    scenes = sample_scenes(torch.arange(64), mix={"binding": 0.5, "occlusion": 0.5})
+    captions = caption_scenes(scenes)
+    facts = dict(zip(FACTS, facts_of(scenes, captions).T.tolist(), strict=True))
+    assert facts["kind"] == scenes.kind.tolist()
+    for row, caption in enumerate(captions):
+        said = {
+            "upper colour": COLOURS,
+            "lower colour": COLOURS,
+            "upper shape": SHAPES,
+            "lower shape": SHAPES,
+            "wall": WALLS,
+        }
+        words = [[*options, None][facts[name][row]] for name, options in said.items()]
+        upper, lower = f"{words[0]} {words[2]}", f"{words[1]} {words[3]}"
+        assert (words[0] is None) == (not names_answer(caption)) and (words[0] is None) == (words[2] is None)
+        assert (words[1] is not None) == (" above and " in caption) == (words[3] is not None)
+        assert words[0] is None or upper in caption
+        assert words[1] is None or caption.index(f"{upper} above and") < caption.index(f"{lower} below")
+        assert f"the {words[4]} wall" in caption if words[4] else "the wall" in caption
+
+
+def test_the_text_encoder_learns_what_captions_say() -> None:
+    encoder, losses = toy_text_encoder(), list[float]()
+    untrained = toy_text_encoder().encode(["a red ring moves"])
+    settings = TextTraining(steps=30, batch=32, captions=64)
+    reader = train_text(encoder, settings, lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.6 * losses[0]
+    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+    assert not torch.equal(encoder.encode(["a red ring moves"]), untrained)
+    quality = text_quality(encoder, reader, captions=16)
+    assert set(quality) == {*FACTS, "least"} and quality["least"] == min(quality[name] for name in FACTS)
 
 
 def test_captions_embed_alike_wherever_they_stand() -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     UMT5Config,
@@ -80,9 +81,18 @@ class TextEncoder:
         Raises:
             InputError: there is no tokenizer.
         """
+        tokens = self.tokens(prompts)
+        return self.encode_ids(tokens["input_ids"], tokens["attention_mask"])
+
+    def tokens(self, prompts: Sequence[str]) -> BatchEncoding:
+        """`input_ids` and `attention_mask` of some prompts, [B, text_len] each.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
         if self.tokenizer is None:
             raise InputError("this text encoder has no tokenizer: load it from a folder that has one")
-        tokens = self.tokenizer(
+        return self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
             truncation=True,
@@ -90,7 +100,6 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return self.encode_ids(tokens["input_ids"], tokens["attention_mask"])
 
     @torch.no_grad()
     def encode_ids(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

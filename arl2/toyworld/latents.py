@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from arl2.toyworld.captions import VOCABULARY, caption_scenes
 from arl2.toyworld.render import as_pixels, render
@@ -20,16 +20,17 @@ from wan.vae import WanVAE
 from wan.vae_whole_clip import encode_clip
 
 
-def toy_text_encoder(seed: int = 0) -> TextEncoder:
-    """A small UMT5 with random weights, and a tokenizer of the world's vocabulary.
+def world_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the world's vocabulary."""
+    return word_tokenizer(VOCABULARY)
 
-    It stays random: over a closed vocabulary of a hundred words, random features tell all captions apart, and the
-    transformer's own text embedding, which is trained, reads them.
-    """
+
+def toy_text_encoder(seed: int = 0) -> TextEncoder:
+    """A small UMT5 with random weights, for `arl2.toyworld.train_text`, and the world's tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UMT5EncoderModel(umt5_config(TOY_TEXT)).eval().requires_grad_(False)
-    return TextEncoder(model, word_tokenizer(VOCABULARY), WAN_SIZES["toy"]["text_len"])
+    return TextEncoder(model, world_tokenizer(), WAN_SIZES["toy"]["text_len"])
 
 
 def embed_captions(encoder: TextEncoder, captions: Sequence[str], batch: int = 1024) -> Tensor:
@@ -63,10 +64,10 @@ class LatentVideos:
     def __len__(self) -> int:
         return self.latents_NFCHW.shape[0]
 
-    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """Some videos at random: latents in float32, and text."""
+    def batch(self, generator: torch.Generator, size: int, frames: int | None = None) -> tuple[Tensor, Tensor]:
+        """Some videos at random, or the first `frames` latent frames of them: latents in float32, and text."""
         rows = torch.randint(len(self), (size,), generator=generator).to(self.latents_NFCHW.device)
-        return self.latents_NFCHW[rows].float(), self.text_NTD[rows].float()
+        return self.latents_NFCHW[rows, :frames].float(), self.text_NTD[rows].float()
 
 
 def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int = 0, batch: int = 32) -> LatentVideos:

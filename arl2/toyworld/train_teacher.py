@@ -5,7 +5,7 @@ regression on the teacher's trajectories, from the teacher's weights (as CausVid
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,6 +33,8 @@ class TransformerTraining:
 
     Attributes:
         steps, batch: of videos.
+        openings: further videos of each batch, of which only the first block is trained on. There alone a prompt is
+            obeyed; what comes later is known from the blocks before.
         muon_lr, adam_lr: at the start; both fall to zero along a cosine after a short rise.
         shift: of the noise levels that the teacher sees.
         seed: of weights, batches and noise.
@@ -44,10 +46,12 @@ class TransformerTraining:
     adam_lr: float = 2e-3
     shift: float = 3.0
     seed: int = 0
+    openings: int = 0
 
 
-TEACHER = TransformerTraining()
-FEW_STEP = TransformerTraining(steps=600, muon_lr=0.005, adam_lr=5e-4, seed=1)
+FIRST = TransformerTraining()
+PROMPTED = TransformerTraining(steps=2000, batch=32, muon_lr=0.015, adam_lr=2e-3, seed=2, openings=448)
+FEW_STEP = TransformerTraining(steps=400, muon_lr=0.005, adam_lr=5e-4, seed=1, openings=192)
 
 
 def per_frame(values_BN: Tensor) -> Tensor:
@@ -55,12 +59,18 @@ def per_frame(values_BN: Tensor) -> Tensor:
     return values_BN.repeat_interleave(FRAMES_PER_BLOCK, dim=1)
 
 
+def flow_after_clean(model: HybridWanModel, x_t: Tensor, sigma_BF: Tensor, text: Tensor, clean: Tensor) -> Tensor:
+    """The flow of every block after the clean blocks before it, in float32; a single block has none before it."""
+    remembered = clean if clean.shape[1] > FRAMES_PER_BLOCK else None
+    times = sigma_BF * NUM_TRAIN_TIMESTEPS
+    return teacher_forced_flow(model, x_t, times, text, FRAMES_PER_BLOCK, remembered).float()
+
+
 def teacher_loss(model: HybridWanModel, clean: Tensor, text: Tensor, noise: Tensor, sigma_BN: Tensor) -> Tensor:
     """Mean squared error of the flow; block n of every video at noise level `sigma_BN[:, n]`, after clean blocks."""
     sigma = per_frame(sigma_BN)
-    noisy = add_noise(clean, noise, sigma)
-    flow = teacher_forced_flow(model, noisy, sigma * NUM_TRAIN_TIMESTEPS, text, FRAMES_PER_BLOCK, clean)
-    return (flow.float() - (noise - clean)).square().mean()
+    flow = flow_after_clean(model, add_noise(clean, noise, sigma), sigma, text, clean)
+    return (flow - (noise - clean)).square().mean()
 
 
 def compile_blocks(model: HybridWanModel) -> None:
@@ -91,10 +101,12 @@ def train(
     for step in range(progress.resume(model, optimizer), settings.steps):
         torch.manual_seed(step_seed(settings.seed, step))
         generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
-        latents, text = data.batch(generator, settings.batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(latents, text, generator)
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for (latents, text), weight in batches(settings, data, generator):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                part = weight * loss_of(latents, text, generator)
+            part.backward()
+            loss += part.detach()
         optimizer.step(step)
         if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
             report(step + 1, loss.item())
@@ -102,19 +114,39 @@ def train(
     return model.eval()
 
 
+def batches(
+    settings: TransformerTraining, data: LatentVideos, generator: torch.Generator
+) -> Iterator[tuple[tuple[Tensor, Tensor], float]]:
+    """A step's whole videos, then its openings, and their weights: every block counts alike."""
+    videos = data.batch(generator, settings.batch)
+    whole, openings = settings.batch * _blocks(videos[0])[1], settings.openings
+    yield videos, whole / (whole + openings)
+    if openings:
+        yield data.batch(generator, openings, FRAMES_PER_BLOCK), openings / (whole + openings)
+
+
 def _blocks(latents: Tensor) -> tuple[int, int]:
     """Videos and blocks of a batch."""
     return latents.shape[0], latents.shape[1] // FRAMES_PER_BLOCK
 
 
-def train_teacher(
-    settings: TransformerTraining, data: LatentVideos, report: Report, progress: Progress = Progress()
-) -> HybridWanModel:
-    """Train the softmax transformer from scratch on full memory."""
-    device = data.latents_NFCHW.device
-    torch.manual_seed(settings.seed)
+def new_transformer(seed: int) -> HybridWanModel:
+    """A softmax transformer with random weights."""
+    torch.manual_seed(seed)
     model = HybridWanModel(**wan_size("toy"))
     model.init_weights()
+    return model
+
+
+def train_teacher(
+    model: HybridWanModel,
+    settings: TransformerTraining,
+    data: LatentVideos,
+    report: Report,
+    progress: Progress = Progress(),
+) -> HybridWanModel:
+    """Train a softmax transformer on full memory, in place."""
+    device = data.latents_NFCHW.device
     model.to(device)
 
     def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,9 +186,8 @@ def trajectories(
     visited, x_t = [], noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         visited.append(x_t)
-        times = torch.full(clean.shape[:2], sigma * NUM_TRAIN_TIMESTEPS, device=clean.device)
-        flow = teacher_forced_flow(teacher, x_t, times, text, FRAMES_PER_BLOCK, clean)
-        x_t = x_t + (following - sigma) * flow.float()
+        levels = torch.full(clean.shape[:2], sigma, device=clean.device)
+        x_t = x_t + (following - sigma) * flow_after_clean(teacher, x_t, levels, text, clean)
     return torch.stack(visited), x_t
 
 
@@ -191,7 +222,7 @@ def distil_few_step(
         picked = torch.stack([visited[place] for place in places])
         x_t = picked.gather(0, frames[None, :, :, None, None, None].expand_as(picked[:1]))[0]
         sigma = levels[frames]
-        flow = teacher_forced_flow(student, x_t, sigma * NUM_TRAIN_TIMESTEPS, text, FRAMES_PER_BLOCK, latents)
+        flow = flow_after_clean(student, x_t, sigma, text, latents)
         return (flow_to_x0(flow, x_t, sigma) - target).square().mean()
 
     return train(student, settings, data, loss_of, report)
