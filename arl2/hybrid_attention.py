@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.gated_delta import WriteBackend, gated_delta_write
-from arl2.lora import merged_weight, new_lora_pair
+from arl2.lora import new_lora_pair
 from wan.attention import attention
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
@@ -99,7 +99,7 @@ class HybridAttention(SelfAttention):
 
     Attributes:
         enabled: without it the layer is the softmax layer that it replaced, memory included.
-        lora_enabled: without it the adapters, merged or not, add nothing.
+        lora_enabled: without it the adapters add nothing.
         write_backend: who computes the write.
     """
 
@@ -122,12 +122,6 @@ class HybridAttention(SelfAttention):
         self.lora_q_A, self.lora_q_B = new_lora_pair(self.q, lora_rank)
         self.lora_k_A, self.lora_k_B = new_lora_pair(self.k, lora_rank)
         self.lora_v_A, self.lora_v_B = new_lora_pair(self.v, lora_rank)
-        # Projections with their adapters folded in; not stored, since the softmax branch needs the plain ones too.
-        self.merged_q: Tensor | None
-        self.merged_k: Tensor | None
-        self.merged_v: Tensor | None
-        for name in ("merged_q", "merged_k", "merged_v"):
-            self.register_buffer(name, None, persistent=False)
         self.init_hybrid_weights()
 
     @torch.no_grad()
@@ -220,14 +214,14 @@ class HybridAttention(SelfAttention):
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k̂, v̂, log decay and write strength of every token."""
-        k = self.norm_k(self._adapted(k_BLD, x_BLD, self.k, self.merged_k, self.lora_k_A, self.lora_k_B))
-        v = self._adapted(v_BLD, x_BLD, self.v, self.merged_v, self.lora_v_A, self.lora_v_B)
+        k = self.norm_k(self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B))
+        v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
         k_hat, v_hat = l2_norm(rotate(self.mapped(k, self.phi_k), rotary)), self.mapped(v, self.phi_v)
         return k_hat, v_hat, self.log_decay(x_BLD), self.beta(x_BLD)
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
-        q = self.norm_q(self._adapted(q_BLD, x_BLD, self.q, self.merged_q, self.lora_q_A, self.lora_q_B))
+        q = self.norm_q(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B))
         return l2_norm(rotate(self.mapped(q, self.phi_q), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
@@ -255,32 +249,13 @@ class HybridAttention(SelfAttention):
         self,
         projected_BLD: Tensor,
         x_BLD: Tensor,
-        linear: nn.Linear,
-        merged: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
         """A projection with its adapter, if there is one."""
         if a is None or b is None or not self.lora_enabled:
             return projected_BLD
-        if merged is not None:
-            return F.linear(x_BLD, merged, linear.bias)
         return projected_BLD + self.lora_scale * (x_BLD @ a @ b)
-
-    def merge_lora(self) -> None:
-        """Fold the adapters into copies of the projections, for inference: a product instead of two and a sum.
-
-        The copies do not follow later changes of the weights, and are not saved; `unmerge_lora` drops them.
-        """
-        if self.lora_q_A is None:
-            return
-        self.merged_q = merged_weight(self.q, self.lora_q_A, self.lora_q_B, self.lora_scale)
-        self.merged_k = merged_weight(self.k, self.lora_k_A, self.lora_k_B, self.lora_scale)
-        self.merged_v = merged_weight(self.v, self.lora_v_A, self.lora_v_B, self.lora_scale)
-
-    def unmerge_lora(self) -> None:
-        """Compute with the adapters themselves again."""
-        self.merged_q = self.merged_k = self.merged_v = None
 
     def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
         """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""

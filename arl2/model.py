@@ -178,11 +178,6 @@ class HybridWanModel(CausalWanModel):
             names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
         return names
 
-    def merge_state_lora(self) -> None:
-        """Fold the adapters of the state branch into copies of its projections; see `HybridAttention.merge_lora`."""
-        for attention in self.hybrid_attentions().values():
-            attention.merge_lora()
-
     def merge_ffn_lora(self) -> None:
         """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
         for block in self.layers():

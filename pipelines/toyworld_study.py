@@ -303,7 +303,6 @@ class Study:
     def compile(self, *models: HybridWanModel) -> None:
         """Compile the blocks of some models, if that is wanted."""
         if self.settings.compile:
-            torch._dynamo.config.recompile_limit = 64  # teacher and student, first and later layers, of several rows
             for model in models:
                 compile_blocks(model)
 

@@ -233,8 +233,10 @@ def build_few_step(build: Build) -> Result:
         losses.append(loss)
         report(step, loss)
 
-    student = distil_few_step(settings, teacher, data, few_step_sampler(), keep)
+    kept = Progress(build.work / "few_step.partial", every=100)
+    student = distil_few_step(settings, teacher, data, few_step_sampler(), keep, kept)
     save_model(student, build.work / "few_step")
+    kept.finish()
     return {"settings": asdict(settings), "quality": {"trajectory_loss": losses[-1], "losses": losses}}
 
 

@@ -157,33 +157,11 @@ def test_merging_feed_forward_adapters_keeps_the_output() -> None:
     assert "blocks.0.ffn.0.weight" in model.state_dict()
 
 
-def test_merging_adapters_of_the_state_branch_keeps_the_output_and_the_file() -> None:
-    model, video = tiny_model(HYBRID), tiny_video()
-    names = model.state_dict().keys()
-    with torch.no_grad():
-        before = block_by_block(model, video, video.clean, None)
-        model.merge_state_lora()
-        assert model.blocks[0].self_attn.merged_q is not None
-        after = block_by_block(model, video, video.clean, None)
-        with model.as_teacher():
-            teacher = block_by_block(model, video, video.clean, None)
-        model.blocks[0].self_attn.unmerge_lora()
-        unmerged = block_by_block(model, video, video.clean, None)
-        with model.as_teacher():
-            assert torch.equal(block_by_block(model, video, video.clean, None), teacher)
-    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(unmerged, before, rtol=1e-10, atol=1e-11)
-    assert model.state_dict().keys() == names
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_without_adapters_the_model_is_the_one_that_never_had_any(merged: bool) -> None:
+def test_without_adapters_the_model_is_the_one_that_never_had_any() -> None:
     model, video = tiny_model(HYBRID), tiny_video()
     plain = tiny_model(HybridSettings(HYBRID.layers))
     state = {name.replace(".linear.", "."): value for name, value in model.state_dict().items()}
     plain.load_state_dict({name: value for name, value in state.items() if "lora" not in name})
-    if merged:
-        model.merge_state_lora()
     with torch.no_grad():
         expected, adapted = (block_by_block(m, video, video.clean, None) for m in (plain, model))
         with model.without_lora():

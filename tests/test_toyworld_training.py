@@ -231,7 +231,9 @@ def test_a_generator_learns_from_a_teacher_that_stays_as_it_is() -> None:
     losses: list[float] = []
     sampler = FewStepSampler.from_steps([1000, 500], 5.0)
     settings = TransformerTraining(steps=30, batch=4, muon_lr=0.01, adam_lr=1e-3)
-    student = distil_few_step(settings, teacher, tiny_data(), sampler, lambda _, loss: losses.append(loss), 4)
+    student = distil_few_step(
+        settings, teacher, tiny_data(), sampler, lambda _, loss: losses.append(loss), solver_steps=4
+    )
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert losses[-1] < losses[0] and not torch.equal(student.head.head.weight, teacher.head.head.weight)
 

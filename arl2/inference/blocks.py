@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arl2.compiling import allow_variants
 from arl2.gated_delta import WriteBackend, gated_delta_write
 from arl2.hybrid_attention import HybridAttention, StateView, l2_norm
 from arl2.inference.linear import FusedLinear, inference_linear
@@ -22,8 +23,6 @@ from wan.model import Block, gated, modulate
 from wan.rope import Rotary, rotate
 
 Function = Callable[..., Any]
-MOST_VARIANTS = 64
-"""Compilations of one function in a process, one for every size, type and device that it meets."""
 
 
 def uncompiled(function: Function) -> Function:
@@ -34,7 +33,7 @@ def uncompiled(function: Function) -> Function:
 @cache
 def compiled(function: Function) -> Function:
     """The function compiled; one compilation serves all calls with tensors of the same sizes."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    allow_variants()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

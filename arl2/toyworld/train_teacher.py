@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from arl2.compiling import allow_variants
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos
@@ -75,6 +76,7 @@ def teacher_loss(model: HybridWanModel, clean: Tensor, text: Tensor, noise: Tens
 
 def compile_blocks(model: HybridWanModel) -> None:
     """Compile the blocks, which are alike, so that it takes seconds: their many small operations become few."""
+    allow_variants()
     for block in model.layers():
         block.compile(dynamic=False)
 
@@ -197,6 +199,7 @@ def distil_few_step(
     data: LatentVideos,
     sampler: FewStepSampler,
     report: Report,
+    progress: Progress = Progress(),
     solver_steps: int = 8,
 ) -> HybridWanModel:
     """Train a generator that goes from each of the sampler's noise levels to the end of the teacher's flow at once.
@@ -205,6 +208,7 @@ def distil_few_step(
         settings: see `TransformerTraining`; its shift is not used.
         teacher: the multi-step model; not changed.
         sampler: the steps of the generator.
+        report, progress: as in `train`.
         solver_steps: Euler steps of the teacher, at the sampler's levels and between them; a multiple of theirs.
     """
     device = data.latents_NFCHW.device
@@ -225,7 +229,7 @@ def distil_few_step(
         flow = flow_after_clean(student, x_t, sigma, text, latents)
         return (flow_to_x0(flow, x_t, sigma) - target).square().mean()
 
-    return train(student, settings, data, loss_of, report)
+    return train(student, settings, data, loss_of, report, progress)
 
 
 def solver_levels(sampler: FewStepSampler, solver_steps: int) -> tuple[list[float], list[int]]:

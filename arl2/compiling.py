@@ -1,0 +1,12 @@
+"""What torch.compile needs to be told in this project."""
+
+import torch
+
+MOST_VARIANTS = 64
+"""Compilations of one function in a process, one for every size, type, device and way of computing gradients that it
+meets; beyond them torch silently computes uncompiled, and its own limit is 8."""
+
+
+def allow_variants() -> None:
+    """Let one function be compiled for many kinds of arguments."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
