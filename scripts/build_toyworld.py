@@ -243,8 +243,10 @@ def build_few_step(build: Build) -> Result:
 def build_bundle(build: Build) -> Result:
     """Put the parts together as they ship."""
     work, encoder = build.work, trained_text_encoder(build)
+    transformer = load_transformer(build, "few_step").cpu().half()
+    transformer.register_to_config(_name_or_path="")  # the folder it was loaded from concerns nobody
     pipeline = CausalVideoPipeline(
-        load_transformer(build, "few_step").cpu().half(),
+        transformer,
         torch.nn.Module.half(load_vae(vae_folder(build)).model),
         encoder.model.cpu().half(),
         encoder.tokenizer,

@@ -79,6 +79,18 @@ def contenders(
     return rows
 
 
+def chosen(rows: dict[str, Contender], only: Sequence[str] | None) -> dict[str, Contender]:
+    """The rows called `only`, or all.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    unknown = set(only or ()) - rows.keys()
+    if unknown:
+        raise InputError(f"--only {min(unknown)}: no such row; there are {', '.join(rows)}")
+    return {name: row for name, row in rows.items() if only is None or name in only}
+
+
 def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     """Accuracies after re-emergence, with intervals and chance."""
     table = Table(
@@ -113,6 +125,7 @@ def main() -> int:
     parser.add_argument("--hidden_frames", type=int, default=STANDARD_HIDDEN_FRAMES, help="at the least")
     parser.add_argument("--multi_step", type=Path, help="folder of the multi-step model")
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--device", help="cuda or cpu")
     arguments = parser.parse_args()
@@ -123,11 +136,12 @@ def main() -> int:
     pipeline = CausalVideoPipeline.from_pretrained(
         config.model_folder, checkpoint_path=config.checkpoint_path, hybrid=config.hybrid.settings(), device=device
     )
+    rows = chosen(contenders(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
     probe = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
     models: dict[str, dict[str, Any]] = {}
-    for name, contender in contenders(pipeline, config, arguments.multi_step, arguments.also).items():
+    for name, contender in rows.items():
         models[name] = probe_model(contender, vae, probe)
         right, obeyed = (models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"])
         log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)

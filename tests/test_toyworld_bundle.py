@@ -1,5 +1,6 @@
 """What ships of the toy world: weights that are what the documents say they are."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ MOST_BYTES = 20e6
 def test_it_is_small_and_holds_nothing_that_is_unpickled() -> None:
     files = [file for file in BUNDLE.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".safetensors", ".json"}
-    assert 7e6 < sum(file.stat().st_size for file in files) <= MOST_BYTES
+    configs = [json.loads(file.read_text()) for file in files if file.name == "config.json"]
+    assert len(configs) == 3 and not any(config.get("_name_or_path") for config in configs)
+    assert 16e6 < sum(file.stat().st_size for file in files) <= MOST_BYTES
 
 
 def test_the_vae_keeps_what_the_probe_reads() -> None:

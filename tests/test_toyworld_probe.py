@@ -81,7 +81,9 @@ def test_a_leak_is_found_and_its_absence_too() -> None:
     assert telling[3]["videos"] == 200
 
 
-def test_the_script_writes_what_it_promises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_script_writes_what_it_promises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipeline = random_pipeline("toy", vae_config=TOY_VAE | {"dim": 4})
     pipeline.save_pretrained(tmp_path / "model")
     config = tmp_path / "config.yaml"
@@ -96,6 +98,13 @@ def test_the_script_writes_what_it_promises(monkeypatch: pytest.MonkeyPatch, tmp
     for row in models.values():
         assert 0 <= row["accuracy"] <= 1 and 0 < row["chance"] < 0.05
     assert models["ground_truth"]["accuracy"] == 1.0
+    monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags), "--only", "local_only"])
+    assert import_module("probe_memory").main() == 0
+    alone = json.loads(page.read_text())["models"]
+    assert "teacher" not in alone and alone["local_only"] == models["local_only"]
+    monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags), "--only", "nobody"])
+    assert import_module("probe_memory").main() == 2
+    assert "--only nobody: no such row; there are teacher" in capsys.readouterr().err
 
 
 def test_the_world_does_not_change_unnoticed() -> None:

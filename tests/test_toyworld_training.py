@@ -21,6 +21,7 @@ from arl2.toyworld.train_teacher import (
     distil_few_step,
     flow_after_clean,
     solver_levels,
+    taught,
     teacher_loss,
     train,
     trajectories,
@@ -102,9 +103,9 @@ def test_errors_beside_an_object_weigh_as_much_as_within() -> None:
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     data = tiny_data()
 
-    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(latents.shape, generator=generator)
-        return teacher_loss(model, latents, text, noise, torch.rand(2, 2, generator=generator))
+    def loss_of(batch: LatentVideos, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(batch.latents_NFCHW.shape, generator=generator)
+        return teacher_loss(model, batch.latents_NFCHW, batch.text_NTD, noise, torch.rand(2, 2, generator=generator))
 
     settings, results = TransformerTraining(steps=4, batch=2), []
     for stop in (None, 3):
@@ -141,7 +142,7 @@ BATCH, BLOCKS = 2, 2
 def tiny_data() -> LatentVideos:
     """Random latents and text of the sizes that the tiny model takes."""
     latents = torch.randn(8, 6, TINY["in_dim"], 4, 6).half()
-    return LatentVideos(latents, torch.randn(8, 5, TINY["text_dim"]).half())
+    return LatentVideos(latents, *torch.randn(2, 8, 5, TINY["text_dim"]).half())
 
 
 def test_the_teachers_loss_is_the_loss_of_the_block_loop() -> None:
@@ -165,8 +166,10 @@ def test_openings_are_first_blocks_and_every_block_counts_alike() -> None:
     data, generator = tiny_data(), torch.Generator().manual_seed(0)
     settings = TransformerTraining(batch=3, openings=2)
     (videos, of_videos), (openings, of_openings) = batches(settings, data, generator)
-    assert videos[0].shape[:2] == (3, 6) and openings[0].shape[:2] == (2, 3) and len(openings[1]) == 2
-    assert any(torch.equal(openings[0][0], video) for video in data.latents_NFCHW[:, :3].float())
+    assert videos.latents_NFCHW.shape[:2] == (3, 6) and openings.latents_NFCHW.shape[:2] == (2, 3)
+    row = [torch.equal(openings.latents_NFCHW[0], video) for video in data.latents_NFCHW[:, :3].float()].index(True)
+    assert torch.equal(openings.text_NTD[0], data.text_NTD[row].float())
+    assert torch.equal(openings.untold_NTD[0], data.untold_NTD[row].float())
     assert (of_videos, of_openings) == (6 / 8, 2 / 8)
     assert [weight for _, weight in batches(TransformerTraining(batch=3), data, generator)] == [1]
 
@@ -222,7 +225,32 @@ def trajectories_of(flow: torch.Tensor, noise: torch.Tensor, sigmas: list[float]
         def forward(self, latents: torch.Tensor, *arguments: object, **options: object) -> PassOutput:
             return PassOutput(torch.cat([flow] * (latents.shape[1] // flow.shape[1]), dim=1), None)
 
-    return trajectories(Constant(**TINY), torch.zeros_like(flow), torch.zeros(1, 5, 12), noise, sigmas)
+    batch = LatentVideos(torch.zeros_like(flow), *torch.zeros(2, 1, 5, 12))
+    return trajectories(Constant(**TINY), batch, noise, sigmas)
+
+
+def test_guidance_goes_beyond_the_caption() -> None:
+    model, data = tiny_model(dtype=torch.float32), tiny_data()
+    batch, noise = data.batch(torch.Generator().manual_seed(0), 2, 3), torch.randn(2, 3, TINY["in_dim"], 4, 6)
+    levels, ends = torch.ones(2, 3), {}
+    with torch.no_grad():
+        told, untold = (
+            flow_after_clean(model, noise, levels, text, batch.latents_NFCHW)
+            for text in (batch.text_NTD, batch.untold_NTD)
+        )
+    for guidance in (0.0, 1.0, 2.5):
+        ends[guidance] = trajectories(model, batch, noise, [1.0], guidance)[1]
+    torch.testing.assert_close(ends[0.0], noise - untold)
+    torch.testing.assert_close(ends[1.0], noise - told)
+    torch.testing.assert_close(ends[2.5], noise - untold - 2.5 * (told - untold))
+    assert not torch.allclose(ends[0.0], ends[1.0])
+
+
+def test_first_blocks_are_taught_by_openings_where_there_are_any() -> None:
+    video, opening = torch.randn(2, 6, 1, 1, 1), torch.randn(2, 3, 1, 1, 1)
+    with_openings, without = TransformerTraining(openings=2), TransformerTraining()
+    assert torch.equal(taught(video, with_openings), video[:, 3:]) and torch.equal(taught(video, without), video)
+    assert torch.equal(taught(opening, with_openings), opening)
 
 
 def test_a_generator_learns_from_a_teacher_that_stays_as_it_is() -> None:
@@ -230,7 +258,7 @@ def test_a_generator_learns_from_a_teacher_that_stays_as_it_is() -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     losses: list[float] = []
     sampler = FewStepSampler.from_steps([1000, 500], 5.0)
-    settings = TransformerTraining(steps=30, batch=4, muon_lr=0.01, adam_lr=1e-3)
+    settings = TransformerTraining(steps=30, batch=4, muon_lr=0.01, adam_lr=1e-3, openings=4, guidance=2.0)
     student = distil_few_step(
         settings, teacher, tiny_data(), sampler, lambda _, loss: losses.append(loss), solver_steps=4
     )

@@ -207,7 +207,8 @@ class ResidentLatents:
     """All samples of one file in a device's memory: a batch costs no reading and no copying.
 
     Args:
-        file: safetensors with "latents" [N, F, C, h, w] and "text" [N, T, D], in half precision for example.
+        file: safetensors with "latents" [N, F, C, h, w] and "text" [N, T, D], in half precision for example; what else
+            it holds is left alone.
         device: where they stay.
 
     Raises:
@@ -216,7 +217,7 @@ class ResidentLatents:
 
     def __init__(self, file: Path, device: torch.device) -> None:
         stored = as_state_dict(read_weights(file), file)
-        if stored.keys() != {"latents", "text"} or stored["latents"].ndim != 5 or stored["text"].ndim != 3:
+        if not stored.keys() >= {"latents", "text"} or stored["latents"].ndim != 5 or stored["text"].ndim != 3:
             raise InputError(f"{file} holds {sorted(stored)}: expected latents [N, F, C, h, w] and text [N, T, D]")
         if len(stored["latents"]) != len(stored["text"]) or not len(stored["text"]):
             raise InputError(f"{file} holds {len(stored['latents'])} latents and {len(stored['text'])} texts")

@@ -51,23 +51,26 @@ def encode_pixels(vae: WanVAE, pixels_BTCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentVideos:
-    """A training set on one device.
+    """A training set on one device, or a batch of it.
 
     Attributes:
-        latents_NFCHW: normalised latents in half precision.
+        latents_NFCHW: normalised latents, in half precision in a training set and in float32 in a batch.
         text_NTD: embeddings of the captions.
+        untold_NTD: of what the captions would be if they named nothing, for guidance.
     """
 
     latents_NFCHW: Tensor
     text_NTD: Tensor
+    untold_NTD: Tensor
 
     def __len__(self) -> int:
         return self.latents_NFCHW.shape[0]
 
-    def batch(self, generator: torch.Generator, size: int, frames: int | None = None) -> tuple[Tensor, Tensor]:
-        """Some videos at random, or the first `frames` latent frames of them: latents in float32, and text."""
+    def batch(self, generator: torch.Generator, size: int, frames: int | None = None) -> "LatentVideos":
+        """Some videos at random, or the first `frames` latent frames of them."""
         rows = torch.randint(len(self), (size,), generator=generator).to(self.latents_NFCHW.device)
-        return self.latents_NFCHW[rows, :frames].float(), self.text_NTD[rows].float()
+        latents = self.latents_NFCHW[rows, :frames]
+        return LatentVideos(latents.float(), self.text_NTD[rows].float(), self.untold_NTD[rows].float())
 
 
 def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int = 0, batch: int = 32) -> LatentVideos:
@@ -75,23 +78,27 @@ def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int
 
     On a GPU the VAE computes in bfloat16, as in its own training: training sets take minutes otherwise.
     """
-    latents, captions = [], []
+    latents = []
+    captions: list[str] = []
+    untold: list[str] = []
     for first in range(first_seed, first_seed + videos, batch):
         seeds = torch.arange(first, min(first + batch, first_seed + videos), device=vae.device)
         scenes = sample_scenes(seeds)
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
             latents.append(encode_pixels(vae, as_pixels(render(scenes))).half())
         captions += caption_scenes(scenes)
-    return LatentVideos(torch.cat(latents), embed_captions(encoder, captions).to(vae.device).half())
+        untold += caption_scenes(scenes, informative=False)
+    text, silent = (embed_captions(encoder, said).to(vae.device).half() for said in (captions, untold))
+    return LatentVideos(torch.cat(latents), text, silent)
 
 
 def save_latent_videos(data: LatentVideos, file: Path) -> None:
     """Keep a training set."""
     with atomic_path(file) as temporary:
-        save_file({"latents": data.latents_NFCHW, "text": data.text_NTD}, temporary)
+        save_file({"latents": data.latents_NFCHW, "text": data.text_NTD, "untold": data.untold_NTD}, temporary)
 
 
 def load_latent_videos(file: Path, device: torch.device) -> LatentVideos:
     """Read a training set that `save_latent_videos` kept."""
     stored = load_file(file, device=str(device))
-    return LatentVideos(stored["latents"], stored["text"])
+    return LatentVideos(stored["latents"], stored["text"], stored["untold"])

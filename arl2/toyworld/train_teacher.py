@@ -38,6 +38,7 @@ class TransformerTraining:
             obeyed; what comes later is known from the blocks before.
         muon_lr, adam_lr: at the start; both fall to zero along a cosine after a short rise.
         shift: of the noise levels that the teacher sees.
+        guidance: of the teacher in openings, for the few-step generator.
         seed: of weights, batches and noise.
     """
 
@@ -48,11 +49,12 @@ class TransformerTraining:
     shift: float = 3.0
     seed: int = 0
     openings: int = 0
+    guidance: float = 1.0
 
 
 FIRST = TransformerTraining()
 PROMPTED = TransformerTraining(steps=2000, batch=32, muon_lr=0.015, adam_lr=2e-3, seed=2, openings=448)
-FEW_STEP = TransformerTraining(steps=400, muon_lr=0.005, adam_lr=5e-4, seed=1, openings=192)
+FEW_STEP = TransformerTraining(steps=500, batch=48, muon_lr=0.005, adam_lr=5e-4, seed=1, openings=256, guidance=2.0)
 
 
 def per_frame(values_BN: Tensor) -> Tensor:
@@ -85,14 +87,14 @@ def train(
     model: HybridWanModel,
     settings: TransformerTraining,
     data: LatentVideos,
-    loss_of: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    loss_of: Callable[[LatentVideos, torch.Generator], Tensor],
     report: Report,
     progress: Progress = Progress(),
 ) -> HybridWanModel:
     """Take `settings.steps` steps on batches of the data; on a GPU in bfloat16, with compiled blocks.
 
     Args:
-        loss_of: latents, text and a CPU generator for noise to the loss.
+        loss_of: a batch and a CPU generator for noise to the loss.
         report: told the step and the loss, every hundredth step.
         progress: where a killed run goes on.
     """
@@ -104,9 +106,9 @@ def train(
         torch.manual_seed(step_seed(settings.seed, step))
         generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
         loss = torch.zeros((), device=device)
-        for (latents, text), weight in batches(settings, data, generator):
+        for batch, weight in batches(settings, data, generator):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                part = weight * loss_of(latents, text, generator)
+                part = weight * loss_of(batch, generator)
             part.backward()
             loss += part.detach()
         optimizer.step(step)
@@ -118,18 +120,18 @@ def train(
 
 def batches(
     settings: TransformerTraining, data: LatentVideos, generator: torch.Generator
-) -> Iterator[tuple[tuple[Tensor, Tensor], float]]:
+) -> Iterator[tuple[LatentVideos, float]]:
     """A step's whole videos, then its openings, and their weights: every block counts alike."""
     videos = data.batch(generator, settings.batch)
-    whole, openings = settings.batch * _blocks(videos[0])[1], settings.openings
+    whole, openings = settings.batch * _blocks(videos)[1], settings.openings
     yield videos, whole / (whole + openings)
     if openings:
         yield data.batch(generator, openings, FRAMES_PER_BLOCK), openings / (whole + openings)
 
 
-def _blocks(latents: Tensor) -> tuple[int, int]:
+def _blocks(batch: LatentVideos) -> tuple[int, int]:
     """Videos and blocks of a batch."""
-    return latents.shape[0], latents.shape[1] // FRAMES_PER_BLOCK
+    return len(batch), batch.latents_NFCHW.shape[1] // FRAMES_PER_BLOCK
 
 
 def new_transformer(seed: int) -> HybridWanModel:
@@ -151,9 +153,10 @@ def train_teacher(
     device = data.latents_NFCHW.device
     model.to(device)
 
-    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-        sigma = shift_sigma(torch.rand(_blocks(latents), generator=generator), settings.shift).to(device)
-        return teacher_loss(model, latents, text, torch.randn_like(latents), sigma)
+    def loss_of(batch: LatentVideos, generator: torch.Generator) -> Tensor:
+        sigma = shift_sigma(torch.rand(_blocks(batch), generator=generator), settings.shift).to(device)
+        clean = batch.latents_NFCHW
+        return teacher_loss(model, clean, batch.text_NTD, torch.randn_like(clean), sigma)
 
     return train(model, settings, data, loss_of, report, progress)
 
@@ -166,31 +169,43 @@ def validation_loss(
     device, losses = data.latents_NFCHW.device, []
     generator = torch.Generator().manual_seed(0)
     for _ in range(batches):
-        latents, text = data.batch(generator, min(batch, len(data)))
-        sigma = shift_sigma(torch.rand(_blocks(latents), generator=generator), shift).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        losses.append(teacher_loss(model, latents, text, noise, sigma).item())
+        videos = data.batch(generator, min(batch, len(data)))
+        sigma = shift_sigma(torch.rand(_blocks(videos), generator=generator), shift).to(device)
+        noise = torch.randn(videos.latents_NFCHW.shape, generator=generator).to(device)
+        losses.append(teacher_loss(model, videos.latents_NFCHW, videos.text_NTD, noise, sigma).item())
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
 def trajectories(
-    teacher: HybridWanModel, clean: Tensor, text: Tensor, noise: Tensor, sigmas: list[float]
+    teacher: HybridWanModel, batch: LatentVideos, noise: Tensor, sigmas: list[float], guidance: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Follow the teacher's flow from noise to data in every block at once, each after clean blocks.
 
     Args:
         sigmas: noise levels from 1 downwards; 0 follows.
+        guidance: how far to go from the flow of the untold caption to that of the caption, and beyond it
+            (Ho and Salimans, 2022); 1 is the caption's.
 
     Returns:
         where the flow was at each level, [S, B, F, C, h, w], and where it ended.
     """
-    visited, x_t = [], noise
+    visited, x_t, clean = [], noise, batch.latents_NFCHW
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         visited.append(x_t)
         levels = torch.full(clean.shape[:2], sigma, device=clean.device)
-        x_t = x_t + (following - sigma) * flow_after_clean(teacher, x_t, levels, text, clean)
+        flow = flow_after_clean(teacher, x_t, levels, batch.text_NTD, clean)
+        if guidance != 1:
+            untold = flow_after_clean(teacher, x_t, levels, batch.untold_NTD, clean)
+            flow = untold + guidance * (flow - untold)
+        x_t = x_t + (following - sigma) * flow
     return torch.stack(visited), x_t
+
+
+def taught(error_BFCHW: Tensor, settings: TransformerTraining) -> Tensor:
+    """What a batch teaches the few-step generator; first blocks are left to openings where there are any."""
+    whole = error_BFCHW.shape[1] > FRAMES_PER_BLOCK
+    return error_BFCHW[:, FRAMES_PER_BLOCK:] if whole and settings.openings else error_BFCHW
 
 
 def distil_few_step(
@@ -203,6 +218,8 @@ def distil_few_step(
     solver_steps: int = 8,
 ) -> HybridWanModel:
     """Train a generator that goes from each of the sampler's noise levels to the end of the teacher's flow at once.
+
+    With openings, they alone teach first blocks, with guidance; whole videos teach the others.
 
     Args:
         settings: see `TransformerTraining`; its shift is not used.
@@ -219,15 +236,17 @@ def distil_few_step(
     sigmas, places = solver_levels(sampler, solver_steps)
     levels = torch.tensor(sampler.sigmas, device=device)
 
-    def loss_of(latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-        visited, target = trajectories(teacher, latents, text, torch.randn_like(latents), sigmas)
-        step = torch.randint(len(places), _blocks(latents), generator=generator).to(device)
+    def loss_of(batch: LatentVideos, generator: torch.Generator) -> Tensor:
+        clean = batch.latents_NFCHW
+        guidance = settings.guidance if clean.shape[1] == FRAMES_PER_BLOCK else 1.0
+        visited, target = trajectories(teacher, batch, torch.randn_like(clean), sigmas, guidance)
+        step = torch.randint(len(places), _blocks(batch), generator=generator).to(device)
         frames = per_frame(step)
         picked = torch.stack([visited[place] for place in places])
         x_t = picked.gather(0, frames[None, :, :, None, None, None].expand_as(picked[:1]))[0]
         sigma = levels[frames]
-        flow = flow_after_clean(student, x_t, sigma, text, latents)
-        return (flow_to_x0(flow, x_t, sigma) - target).square().mean()
+        flow = flow_after_clean(student, x_t, sigma, batch.text_NTD, clean)
+        return taught(flow_to_x0(flow, x_t, sigma) - target, settings).square().mean()
 
     return train(student, settings, data, loss_of, report, progress)
 
