@@ -143,7 +143,7 @@ def main() -> int:
     models: dict[str, dict[str, Any]] = {}
     for name, contender in rows.items():
         models[name] = probe_model(contender, vae, probe)
-        right, obeyed = (models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"])
+        right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
         log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
     models |= ceilings(vae, probe)
     result = {

@@ -17,6 +17,11 @@ def step_seed(seed: int, step: int) -> int:
     return seed * _SEED_STRIDE + step
 
 
+def is_reported(step: int, steps: int) -> bool:
+    """Whether a run of `steps` reports step `step`, from 0: the first, every hundredth and the last."""
+    return step == 0 or step % 100 == 99 or step + 1 == steps
+
+
 @dataclass(frozen=True)
 class Progress:
     """Writes weights and the optimiser's state to a file every so often.
@@ -38,11 +43,11 @@ class Progress:
         optimizer.load_state_dict(saved["optimizer"])
         return int(saved["steps"])
 
-    def save(self, steps: int, module: nn.Module, optimizer: MuonWithAdam) -> None:
-        """Write, if it is time."""
-        if self.file is not None and steps % self.every == 0:
+    def save(self, done: int, steps: int, module: nn.Module, optimizer: MuonWithAdam) -> None:
+        """Write, if it is time; not after the last step, so that a resumed run has one to take and to report."""
+        if self.file is not None and done % self.every == 0 and done < steps:
             with atomic_path(self.file) as temporary:
-                content = {"steps": steps, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                content = {"steps": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(content, temporary)
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos
 from arl2.toyworld.muon import MuonWithAdam
-from arl2.toyworld.progress import Progress, step_seed
+from arl2.toyworld.progress import Progress, is_reported, step_seed
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
 from wan.config import wan_size
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise, flow_to_x0, shift_sigma
@@ -112,9 +112,9 @@ def train(
             part.backward()
             loss += part.detach()
         optimizer.step(step)
-        if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
+        if is_reported(step, settings.steps):
             report(step + 1, loss.item())
-        progress.save(step + 1, model, optimizer)
+        progress.save(step + 1, settings.steps, model, optimizer)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arl2.toyworld.captions import caption_scenes, names_answer
-from arl2.toyworld.progress import step_seed
+from arl2.toyworld.progress import is_reported, step_seed
 from arl2.toyworld.world import COLOURS, KINDS, SHAPES, WALLS, Scenes, sample_scenes
 from wan.text import TextEncoder
 
@@ -123,7 +123,7 @@ def train_text(encoder: TextEncoder, settings: TextTraining, report: Callable[[i
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
+        if is_reported(step, settings.steps):
             report(step + 1, loss.item())
     encoder.model.requires_grad_(False).eval()
     return reader

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arl2.toyworld.muon import MuonWithAdam
-from arl2.toyworld.progress import Progress, step_seed
+from arl2.toyworld.progress import Progress, is_reported, step_seed
 from arl2.toyworld.render import as_pixels, coverage, render, wall_columns
 from arl2.toyworld.sizes import TOY_VAE
 from arl2.toyworld.world import NUM_FRAMES, Scenes, sample_scenes
@@ -139,9 +139,9 @@ def train_vae(
             loss, squared = vae_loss(model, pixels, mask, settings, kl_weight)
         loss.backward()
         optimizer.step(step)
-        if step == 0 or step % 100 == 99 or step + 1 == settings.steps:
+        if is_reported(step, settings.steps):
             report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
-        progress.save(step + 1, model, optimizer)
+        progress.save(step + 1, settings.steps, model, optimizer)
     return normalise_latents(WanVAE(model), device, normalising_videos)
 
 
