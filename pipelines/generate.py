@@ -4,7 +4,9 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pipelines.prompts import PromptJob, share
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.timing import PhaseTimer
 from pipelines.video import VideoWriter, to_uint8
-from wan.checkpoint import atomic_path
+from wan.checkpoint import atomic_path, fingerprint_of
 from wan.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -62,9 +64,13 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
 
     Returns:
         how many videos failed.
+
+    Raises:
+        InputError: a finished video was made with other settings or weights.
     """
     mine = share(run.jobs, rank, world_size)
-    todo = [job for job in mine if not video_path(run, job).exists()]
+    made_with = settings_of(run) | {"weights": fingerprint_of(pipeline.transformer.state_dict())}
+    todo = [job for job in mine if not is_finished(run, job, made_with)]
     if len(todo) < len(mine):
         log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
     if todo and pipeline.flow_model is not pipeline.transformer:
@@ -76,7 +82,7 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
         for job in todo:
             blocks = progress.add_task(job.name[:40], total=generated_blocks(run))
             try:
-                generate_one(run, pipeline, job, lambda task=blocks: progress.advance(task))
+                generate_one(run, pipeline, job, made_with, partial(progress.advance, blocks))
             except NonFiniteBlockError as error:
                 failed += 1
                 log.error("%s: %s; going on with the next video", job.name, error)
@@ -88,6 +94,38 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
 def video_path(run: InferenceRun, job: PromptJob) -> Path:
     """Where a job's video goes."""
     return run.output_folder / f"{job.name}.mp4"
+
+
+def metrics_path(run: InferenceRun, job: PromptJob) -> Path:
+    """Where the page of measurements of a job goes."""
+    return run.metrics_folder / f"{job.name}.json"
+
+
+def settings_of(run: InferenceRun) -> dict[str, Any]:
+    """Everything but prompt, seed and weights that a video depends on, as JSON gives it back."""
+    settings = asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value}
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def is_finished(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> bool:
+    """Whether a job's video is there.
+
+    Raises:
+        InputError: it is another: its page of measurements tells of other settings or weights.
+    """
+    if not video_path(run, job).exists():
+        return False
+    page = metrics_path(run, job)
+    if page.is_file():
+        before = json.loads(page.read_text()).get("settings", {})
+        other = [name for name, value in made_with.items() if before.get(name) != value]
+        if other:
+            raise InputError(
+                f"{video_path(run, job)} was made with {other[0]} {before.get(other[0])}, not {made_with[other[0]]}: "
+                "give another --output_folder, or delete it"
+            )
+    return True
 
 
 def generated_blocks(run: InferenceRun) -> int:
@@ -141,7 +179,13 @@ class Measurement:
         }
 
 
-def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJob, on_block: Any) -> None:
+def generate_one(
+    run: InferenceRun,
+    pipeline: CausalVideoPipeline,
+    job: PromptJob,
+    made_with: dict[str, Any],
+    on_block: Callable[[], None],
+) -> None:
     """Generate, write and measure one video. Nothing is left under its name unless it is whole.
 
     Raises:
@@ -173,18 +217,18 @@ def generate_one(run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJo
         # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
         warm_up = {"warm_up_seconds": pipeline.warm_up_seconds}
-        metrics = measured.report(timer.seconds(), total) | warm_up | provenance(run, job)
-        with atomic_path(run.metrics_folder / f"{job.name}.json") as temporary:
+        metrics = measured.report(timer.seconds(), total) | warm_up | provenance(run, job, made_with)
+        with atomic_path(metrics_path(run, job)) as temporary:
             temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
 
 
-def provenance(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
-    """What made a video: prompt, settings, device, versions, and the memory it took."""
+def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:
+    """What made a video: prompt, settings, weights, device, versions, and the memory it took."""
     on_gpu = run.device.type == "cuda"
     return {
         "prompt": job.prompt,
         "seed": job.seed,
-        "settings": asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value},
+        "settings": made_with,
         "device": device_name(run.device),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
         "versions": versions(MEASURED_PACKAGES),

@@ -1,7 +1,6 @@
 """From a checked config to a finished run: model, processes, samples, plots, export."""
 
 import gc
-import hashlib
 import json
 import logging
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -35,7 +34,7 @@ from pipelines.plots import plot_layers, plot_losses
 from pipelines.text_to_video import SeededNoise
 from pipelines.training_config import GatesConfig, TrainingConfig, check_training, init_from, settings_that_matter
 from pipelines.video import VideoWriter, to_uint8
-from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, read_weights, some
+from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, fingerprint_of, read_weights, some
 from wan.errors import CheckpointError
 from wan.formats import WEIGHT_FILES, read_transformer, transformer_config
 from wan.vae import WanVAE, load_vae
@@ -102,7 +101,8 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     start_from(config, model)
     global_batch = config.batch * config.accumulation * accelerator.num_processes
     fingerprint = settings_that_matter(config, global_batch)
-    fingerprint |= {"teacher": fingerprint_of(model, trainables), "data_samples": data.fingerprint()}
+    frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
+    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
     if config.shard:
         shard_trunk(model, trainables.values())
     batches = Batches(
@@ -177,15 +177,6 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     if missing:
         raise CheckpointError(f"{file} lacks {some(missing)}: name layers that stage 1 trained")
     fill(wanted, {name: state[name] for name in wanted}, file)
-
-
-def fingerprint_of(model: nn.Module, trainables: Mapping[str, Tensor]) -> str:
-    """A hash of the frozen weights: of a few values of each."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name not in trainables:
-            digest.update(f"{name} {tuple(value.shape)} {value.flatten()[:8].tolist()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def write_run_page(

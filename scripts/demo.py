@@ -28,6 +28,8 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
     flags = ["--config_path", CONFIG, "--output_folder", OUTPUT_FOLDER, "--data_path", PROMPTS, "--device", "cpu"]
+    for former in OUTPUT_FOLDER.glob("*.mp4"):
+        former.unlink()  # a demo shows what the code does now
     run = plan_run(inference_parser().parse_args(list(map(str, flags))))
     failed = generate(run, load_pipeline(run))
     if failed:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import inference
 from arl2.model import HybridSettings
@@ -80,6 +81,21 @@ def test_videos_are_written_measured_and_not_made_twice(
     assert {video: video.stat().st_mtime_ns != before[video] for video in videos} == dict(
         zip(videos, (False, True, False), strict=True)
     )
+
+
+def test_videos_of_other_settings_or_weights_are_not_taken_for_finished(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, config = shutil.copytree(folder, tmp_path / "model"), tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=own))
+    assert run(monkeypatch, config, "--prompt", "x") == 0
+    assert run(monkeypatch, config, "--prompt", "x", "--memory", "window") == 2
+    assert "was made with memory" in capsys.readouterr().err
+    weights = own / "transformer" / "diffusion_pytorch_model.safetensors"
+    changed = {name: value + 0.01 for name, value in load_file(weights).items()}
+    save_file(changed, weights)
+    assert run(monkeypatch, config, "--prompt", "x") == 2
+    assert "was made with weights" in capsys.readouterr().err
 
 
 def test_ranks_make_the_same_videos_as_one_process(

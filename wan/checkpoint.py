@@ -4,6 +4,7 @@ Checkpoints are untrusted input: only safetensors, or ``torch.load(weights_only=
 strict: every name in the file and every parameter of the model is accounted for, or nothing loads.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -137,6 +138,14 @@ def some(names: Iterable[str], most: int = 3) -> str:
     ordered = sorted(names)
     rest = len(ordered) - most
     return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
+    """A hash of weights: of names, shapes, and a few values of each."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.flatten()[:8].tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
