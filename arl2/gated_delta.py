@@ -10,18 +10,19 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 `write_fla` flash-linear-attention's kernel on CUDA.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
 
@@ -97,6 +98,28 @@ def write_recurrent(
     return state
 
 
+class UnitLowerInverse(torch.autograd.Function):
+    """(I + A)⁻¹ for strictly lower triangular A [..., C, C]; what is on and above the diagonal is not looked at.
+
+    The gradient is that of an inverse, -XᵀGXᵀ: two products, where that of a triangular solve is another solve.
+    """
+
+    @staticmethod
+    def forward(lower: Tensor) -> Tensor:
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, one, upper=False, unitriangular=True)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        context.save_for_backward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        (inverse,) = context.saved_tensors
+        return -(inverse.mT @ gradient @ inverse.mT).tril(-1)
+
+
 class SolvedChunks(NamedTuple):
     """What chunks of tokens do to a state, whatever it is: the rank-one updates of the tokens are u - w·S.
 
@@ -111,14 +134,44 @@ class SolvedChunks(NamedTuple):
     w: Tensor
     decay: Tensor
 
-    def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
-        """The state after each chunk, in order: S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j - w_j·S)ᵀ."""
+    def transitions(self) -> "Transitions":
+        """S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j - w_j·S)ᵀ of every chunk, written as M·S + N."""
         last = self.decay[..., -1:, :]
         kept = ((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
-        state, total = state_BHKV, last.exp()
-        for n in range(self.k.shape[2]):
-            state = total[:, :, n] * state + kept[:, :, n] @ (self.u[:, :, n] - self.w[:, :, n] @ state)
+        one = torch.eye(self.k.shape[-1], dtype=self.k.dtype, device=self.k.device)
+        return Transitions(last.exp() * one - kept @ self.w, kept @ self.u)
+
+
+class Transitions(NamedTuple):
+    """What N stretches of tokens do to a state, one after the other: S ← M·S + N. No M makes anything longer.
+
+    Attributes:
+        factor: M, [B, H, N, K, K].
+        added: N, [B, H, N, K, V].
+    """
+
+    factor: Tensor
+    added: Tensor
+
+    def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
+        """The state after each stretch, in order."""
+        state = state_BHKV
+        for n in range(self.factor.shape[2]):
+            state = self.factor[:, :, n] @ state + self.added[:, :, n]
             yield state
+
+    def composed(self) -> "Transitions":
+        """All stretches as one, neighbour with neighbour: log2(N) rounds of large products, not N small ones."""
+        factor, added = self
+        while factor.shape[2] > 1:
+            pairs = factor.shape[2] // 2
+            (first, second), (first_added, second_added) = (
+                x[:, :, : 2 * pairs].unflatten(2, (pairs, 2)).unbind(3) for x in (factor, added)
+            )
+            rest = slice(2 * pairs, None)
+            added = torch.cat([second @ first_added + second_added, added[:, :, rest]], dim=2)
+            factor = torch.cat([second @ first, factor[:, :, rest]], dim=2)
+        return Transitions(factor, added)
 
 
 def solve_chunks(k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_BNCH: Tensor) -> SolvedChunks:
@@ -131,26 +184,57 @@ def solve_chunks(k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_
     k, v = (x.permute(0, 3, 1, 2, 4) for x in (k_BNCHK, v_BNCHV))
     decay, beta = (x.permute(0, 3, 1, 2)[..., None] for x in (log_decay_BNCH.cumsum(dim=2), beta_BNCH))
     between = (decay - decay.mT).tril(-1).exp()
-    system = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device) + (beta * between * (k @ k.mT)).tril(-1)
-    right = torch.cat([beta * v, beta * decay.exp() * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    inverse = UnitLowerInverse.apply((beta * between * (k @ k.mT)).tril(-1))
+    u, w = inverse @ (beta * v), inverse @ (beta * decay.exp() * k)
     return SolvedChunks(k, u, w, decay)
+
+
+def block_transition(
+    k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *, chunk: int = CHUNK
+) -> Transitions:
+    """What L tokens do to a state, as one transition; the tokens of a chunk at once, and then the chunks."""
+    chunks = max(1, round(k_BLHK.shape[1] / chunk))
+    size = -(-k_BLHK.shape[1] // chunks)
+    padding = chunks * size - k_BLHK.shape[1]
+    # A padded token has k = 0, β = 0 and g = 0: it changes nothing.
+    tokens = (
+        F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (chunks, size))
+        for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    )
+    return solve_chunks(*tokens).transitions().composed()
+
+
+def states_between(
+    state_BHKV: Tensor, k_BNLHK: Tensor, v_BNLHV: Tensor, log_decay_BNLH: Tensor, beta_BNLH: Tensor
+) -> Tensor:
+    """The states before, between and after N blocks that are written one after the other, [B, N + 1, H, K, V].
+
+    All blocks at once but for one product each: for many short blocks. In the precision of the state.
+    """
+    batch = k_BNLHK.shape[:2]
+    tokens = (x.to(state_BHKV.dtype).flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
+    blocks = Transitions(*(x.squeeze(2).unflatten(0, batch).transpose(1, 2) for x in block_transition(*tokens)))
+    return torch.stack([state_BHKV, *blocks.states(state_BHKV)], dim=1)
 
 
 def write_chunked(
     state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """Chunk by chunk, the tokens of a chunk at once; see `solve_chunks` and `SolvedChunks.states`."""
-    padding = -k_BLHK.shape[1] % chunk
-    # A padded token has k = 0, β = 0 and g = 0: it changes nothing.
-    chunks = (
-        F.pad(x.to(state_BHKV.dtype), (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk))
-        for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
-    )
-    newest = deque((state_BHKV,), maxlen=1)
-    newest.extend(solve_chunks(*chunks).states(state_BHKV))
-    return newest[0]
+    """By products of matrices only, in plain torch; see `block_transition`.
+
+    What a backward pass needs of the chunks is computed again there: at 1.3B it would be 200 MB a layer and block.
+    """
+
+    def transition(*tokens: Tensor) -> Transitions:
+        return block_transition(*(x.to(state_BHKV.dtype) for x in tokens), chunk=chunk)
+
+    tokens = (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    if torch.is_grad_enabled() and k_BLHK.shape[1] > 2 * chunk:
+        block = checkpoint(transition, *tokens, use_reentrant=False, preserve_rng_state=False)
+    else:
+        block = transition(*tokens)
+    (state,) = block.states(state_BHKV)
+    return state
 
 
 def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:

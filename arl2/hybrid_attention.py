@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arl2.gated_delta import WriteBackend, gated_delta_write
+from arl2.gated_delta import WriteBackend, gated_delta_write, states_between
 from arl2.lora import new_lora_pair
 from wan.attention import attention
 from wan.memory import LayerMemory, MemorySpec
@@ -190,12 +190,10 @@ class HybridAttention(SelfAttention):
         """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
         inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
         shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
-        states = [torch.zeros(shape, device=x_BLD.device, dtype=inputs[2].dtype)]
-        blocks = [x.split(layout.tokens_per_block, dim=1) for x in inputs]
-        for tokens in list(zip(*blocks, strict=True))[:-1]:
-            k, v, g, b = tokens
-            states.append(self._written(states[-1], (k, v, g, b)))
-        return torch.stack(states, dim=1)
+        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs[2].dtype)
+        blocks = (x.unflatten(1, (layout.num_blocks, -1))[:, :-1] for x in inputs)
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return states_between(empty, *blocks)
 
     def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
         """D^-½·qᵀS for every token, [B, L, H, value dim], in the dtype of the queries."""
@@ -203,9 +201,7 @@ class HybridAttention(SelfAttention):
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        return self._written(state_BHKV, self._write_inputs(x_BLD, k_BLD, v_BLD, rotary))
-
-    def _written(self, state_BHKV: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
             return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)

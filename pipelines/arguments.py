@@ -58,9 +58,9 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that override a `SpeedConfig`."""
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
-    add("--compile", action=switch, help="compile the transformer's blocks")
-    add("--cuda-graphs", action=switch, help="record passes as CUDA graphs")
-    add("--fast-vae", action=switch, help="decode with the fast form of the VAE")
+    add("--compile", action=switch, help="compile the transformer's blocks; on a GPU by default")
+    add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
+    add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
 
 
@@ -105,6 +105,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     """
     config = apply_flags(load_config(InferenceConfig, arguments.config_path), arguments)
     device = choose_device(arguments.device)
+    config = replace(config, speed=config.speed.on(device))
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     check_config(config, arguments.i2v)
     prompts, images = read_requests(arguments)

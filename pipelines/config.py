@@ -1,11 +1,13 @@
 """Settings of an inference run: a typed YAML file, in which an unknown key is an error."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,19 +56,23 @@ class MemoryConfig:
 class SpeedConfig:
     """How the same numbers are computed; see `pipelines.text_to_video.CausalVideoPipeline.accelerate`.
 
-    Everything is off by default until it has been run on a GPU.
-
     Attributes:
-        compile: compile the transformer's blocks.
-        cuda_graphs: record passes as CUDA graphs.
+        compile: compile the transformer's blocks; null for where it pays, which is on a GPU with Triton.
+        cuda_graphs: record passes as CUDA graphs; null for on a GPU.
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
     """
 
-    compile: bool = False
-    cuda_graphs: bool = False
-    fast_vae: bool = False
+    compile: bool | None = None
+    cuda_graphs: bool | None = None
+    fast_vae: bool = True
     fp8: bool = False
+
+    def on(self, device: torch.device) -> Self:
+        """With every switch that was left open thrown as it pays on a device."""
+        gpu = device.type == "cuda"
+        compile = gpu and find_spec("triton") is not None if self.compile is None else self.compile
+        return replace(self, compile=compile, cuda_graphs=gpu if self.cuda_graphs is None else self.cuda_graphs)
 
 
 @dataclass

@@ -189,12 +189,13 @@ class CausalVideoPipeline(DiffusionPipeline):
         Feed-forward adapters are merged for good. Call it when everything is on its device.
 
         Args:
-            speed: what to switch on; if nothing, the plain transformer computes.
+            speed: what to switch on; if nothing of the transformer, the plain one computes.
 
         Raises:
             InputError: the device cannot.
         """
         device, config = self.transformer.device, self.transformer.config
+        speed = speed.on(device)
         if speed.cuda_graphs and device.type != "cuda":
             raise InputError("cuda_graphs needs a GPU: leave it off")
         if speed.fp8:
@@ -204,7 +205,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         if not (speed.compile or speed.cuda_graphs or speed.fp8):
             return
         self.transformer.merge_ffn_lora()
-        fast = InferenceModel(self.transformer, speed.compile, speed.fp8)
+        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8)
         self._fast, self._pool = GraphedModel(fast, device) if speed.cuda_graphs else fast, MemoryPool(self.transformer)
 
     @torch.no_grad()

@@ -261,10 +261,20 @@ def test_what_a_device_lacks_is_an_error() -> None:
 def test_flags_override_the_config() -> None:
     parser = argparse.ArgumentParser()
     add_speed_flags(parser)
-    flags = parser.parse_args(["--no-compile", "--fp8", "--fast-vae"])
-    assert apply_speed_flags(SpeedConfig(compile=True), flags) == SpeedConfig(fp8=True, fast_vae=True)
+    flags = parser.parse_args(["--no-compile", "--fp8", "--no-fast-vae"])
+    assert apply_speed_flags(SpeedConfig(compile=True), flags) == SpeedConfig(compile=False, fast_vae=False, fp8=True)
     usual = SpeedConfig(compile=True, cuda_graphs=False, fp8=True)
     assert apply_speed_flags(usual, parser.parse_args([])) == usual
+
+
+def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert SpeedConfig().on(cpu) == SpeedConfig(compile=False, cuda_graphs=False)
+    monkeypatch.setattr("pipelines.config.find_spec", lambda name: object())
+    assert SpeedConfig().on(gpu) == SpeedConfig(compile=True, cuda_graphs=True)
+    assert SpeedConfig(compile=False, cuda_graphs=False).on(gpu) == SpeedConfig(compile=False, cuda_graphs=False)
+    monkeypatch.setattr("pipelines.config.find_spec", lambda name: None)
+    assert SpeedConfig().on(gpu).compile is False
 
 
 def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arl2.gated_delta import WriteBackend, fla_installed, gated_delta_write, write_chunked, write_fla, write_recurrent
+from arl2.gated_delta import (
+    UnitLowerInverse,
+    WriteBackend,
+    fla_installed,
+    gated_delta_write,
+    states_between,
+    write_chunked,
+    write_fla,
+    write_recurrent,
+)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -38,11 +47,12 @@ def test_the_chunk_size_does_not_matter(chunk: int) -> None:
     )
 
 
-def test_chunked_gradients_equal_recurrent_ones() -> None:
+@pytest.mark.parametrize("tokens", [70, 200])  # two chunks, and so many that the backward pass computes them again
+def test_chunked_gradients_equal_recurrent_ones(tokens: int) -> None:
     gradients = []
     for writer in (write_recurrent, write_chunked):
         torch.manual_seed(1)
-        arguments = tuple(x.requires_grad_() for x in inputs(70))
+        arguments = tuple(x.requires_grad_() for x in inputs(tokens))
         weight = torch.randn_like(arguments[0])
         (writer(*arguments) * weight).sum().backward()
         gradients.append([x.grad for x in arguments])
@@ -70,6 +80,23 @@ def test_writing_in_two_parts_equals_writing_at_once() -> None:
     state, *tokens = inputs(90)
     first, second = [x[:, :41] for x in tokens], [x[:, 41:] for x in tokens]
     torch.testing.assert_close(write_chunked(write_chunked(state, *first), *second), write_chunked(state, *tokens))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 5])
+def test_states_between_blocks_are_those_of_writing_block_after_block(blocks: int) -> None:
+    state, *tokens = inputs(15 * blocks)
+    cut = [x.unflatten(1, (blocks, 15)) for x in tokens]
+    expected = [state]
+    for block in range(blocks):
+        expected.append(write_recurrent(expected[-1], *(x[:, block] for x in cut)))
+    torch.testing.assert_close(states_between(state, *cut), torch.stack(expected, 1), rtol=1e-10, atol=1e-12)
+
+
+def test_the_inverse_looks_below_the_diagonal_only_and_has_its_gradient() -> None:
+    lower = torch.randn(2, 5, 5, dtype=torch.float64)
+    full = torch.eye(5, dtype=torch.float64) + lower.tril(-1)
+    torch.testing.assert_close(UnitLowerInverse.apply(lower) @ full, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
+    assert torch.autograd.gradcheck(UnitLowerInverse.apply, lower.requires_grad_())
 
 
 def test_the_given_state_is_not_changed() -> None:

@@ -5,13 +5,12 @@ together. A segment is one chunk here (a block of the toy world has 72 tokens), 
 state is computed for all segments in one go. Symbols as in `arl2.gated_delta.solve_chunks`.
 """
 
-from itertools import islice
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from arl2.gated_delta import solve_chunks
+from arl2.gated_delta import solve_chunks, states_between
 
 
 class Written(NamedTuple):
@@ -41,8 +40,7 @@ def states_before(state_BHKV: Tensor, segments: Written, ends: bool = False) -> 
         ends: also the state after the last, as an (N + 1)th.
     """
     with torch.autocast(state_BHKV.device.type, enabled=False):
-        after = islice(solve_chunks(*segments).states(state_BHKV), segments.k.shape[1] - 1 + ends)
-        return torch.stack([state_BHKV, *after], dim=1)
+        return states_between(state_BHKV, *(segments if ends else (x[:, :-1] for x in segments)))
 
 
 def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: Written) -> Tensor:
