@@ -121,7 +121,7 @@ def train(
 def batches(
     settings: TransformerTraining, data: LatentVideos, generator: torch.Generator
 ) -> Iterator[tuple[LatentVideos, float]]:
-    """A step's whole videos, then its openings, and their weights: every block counts alike."""
+    """A step's whole videos, then its openings, each weighted by its number of blocks."""
     videos = data.batch(generator, settings.batch)
     whole, openings = settings.batch * _blocks(videos)[1], settings.openings
     yield videos, whole / (whole + openings)
