@@ -6,14 +6,18 @@
     work/study/runs/<row>/                 the trainer's folder; its checkpoints go once the weights are kept
 
 Rows of another seed than 0 have `.seed<n>` behind their names. Stage 1 is that of seed 0 for all.
+
+Several processes may work on one folder, on one GPU or many: each takes the next row that no other has taken.
 """
 
+import fcntl
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -145,13 +149,23 @@ class Study:
         with atomic_path(self.path("results", name, ".json")) as temporary:
             temporary.write_text(page + "\n")
 
+    @contextmanager
+    def claimed(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Keep other processes off a row; see `locked`."""
+        with locked(self.path("locks", name), wait) as free:
+            yield free
+
     # What all rows share.
 
     def make_data(self) -> Path:
         """The file of training videos, made if there is none."""
-        settings, found = self.settings, sorted(self.settings.work.glob("latents_*_from_0.safetensors"))
-        if found:
-            return max(found, key=lambda path: path.stat().st_size)
+        settings = self.settings
+        with locked(settings.work / "data.lock", wait=True):
+            found = sorted(settings.work.glob("latents_*_from_0.safetensors"))
+            return max(found, key=lambda path: path.stat().st_size) if found else self._encode()
+
+    def _encode(self) -> Path:
+        settings = self.settings
         started = time.perf_counter()
         vae = load_vae(settings.model, device=settings.device)
         encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
@@ -239,9 +253,12 @@ class Study:
             save_file(kept, temporary)
 
     def stage1(self) -> None:
-        """Train all layers by stage 1."""
-        if self.result("stage1") is not None:
-            return
+        """Train all layers by stage 1, or wait until another process has."""
+        with self.claimed("stage1", wait=True):
+            if self.result("stage1") is None:
+                self._stage1()
+
+    def _stage1(self) -> None:
         config = self.config(Stage1Config, "stage1")
         config.data = [str(self.data_file)]
         check_training(config, self.data)
@@ -342,6 +359,9 @@ class Study:
         others = {Kind.STAGE1: "stage1", Kind.RAW: f"{row.of}.raw", Kind.AGAIN: row.of}
         name = others.get(row.kind, row.name)
         file = self.path("weights", name, ".safetensors")
+        if row.of:
+            with self.claimed(row.of, wait=True):
+                pass  # another process may be training it
         if not file.is_file():
             raise InputError(f"no {file}: run the part that trains {name} first")
         targets = dict(model.named_parameters()) if row.kind is Kind.WINDOW else stage2_parameters(model)
@@ -371,14 +391,18 @@ class Study:
         return result
 
     def run_row(self, row: Row) -> None:
-        """Train and examine a row that has no result."""
-        if self.result(row.name) is None:
-            self.examine(row, self.train_row(row) if row.trains else None)
+        """Train and examine a row that has no result, unless another process is at it."""
+        with self.claimed(row.name) as free:
+            if not free:
+                log.info("%s: another process is at it", row.name)
+            elif self.result(row.name) is None:
+                self.examine(row, self.train_row(row) if row.trains else None)
 
     def run_ceilings(self) -> None:
         """The probe on the videos themselves."""
-        if self.result("ceilings") is None:
-            self.keep("ceilings", {"ceilings": self.exam.ceilings()})
+        with self.claimed("ceilings") as free:
+            if free and self.result("ceilings") is None:
+                self.keep("ceilings", {"ceilings": self.exam.ceilings()})
 
     # Choosing layers.
 
@@ -427,6 +451,27 @@ class Study:
             raise InputError(f"{row.name} takes {size} bytes, more than the {EXPORT_LIMIT} that may be shipped")
         write_model_folder(model, state, folder)
         return folder
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a file's lock, which ends with the process however that ends.
+
+    Args:
+        path: of an empty file that stays.
+        wait: until it is free.
+
+    Yields:
+        whether it is held; always, after waiting.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def without_infinities(value: Any) -> Any:

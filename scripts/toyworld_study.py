@@ -7,7 +7,8 @@
 
 Parts: data, stage1, ratios, window, ablations, settings, selection, table, export; docs/results/distillation.md says
 what each measures. Every row is a JSON in WORK/study/results and is skipped when it is there; a run that is killed, or
-that stops when --budget_seconds are over, goes on at the same step. Of an exam (about half a minute on an H100) nothing
+that stops when --budget_seconds are over, goes on at the same step. The same command may run several times at once, on
+one GPU or many (CUDA_VISIBLE_DEVICES): each takes the next free row; small models leave most of a GPU idle. Of an exam (about half a minute on an H100) nothing
 is kept in the middle: leave that much between the budget and a hard limit.
 """
 
@@ -98,12 +99,13 @@ def run_rows(study: Study, rows: list[Row], only: list[str]) -> None:
 
 def kept_scores(study: Study, name: str, score: Callable[[], tuple[dict[int, float], Result | None]]) -> Selection:
     """The scores of a method of selection, computed once, and written as scripts/select_layers.py does."""
-    page = study.result(f"scores_{name}")
-    if page is None:
-        scores, training = score()
-        study.keep(f"scores_{name}", {"scores": scores, "training": training})
-    else:
-        scores = {int(layer): value for layer, value in page["scores"].items()}
+    with study.claimed(f"scores_{name}", wait=True):
+        page = study.result(f"scores_{name}")
+        if page is None:
+            scores, training = score()
+            study.keep(f"scores_{name}", {"scores": scores, "training": training})
+        else:
+            scores = {int(layer): value for layer, value in page["scores"].items()}
     selection = Selection(name, scores)
     selection.write(study.path("results", name, ".layers.yaml"))
     return selection
