@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from arl2.model import (
@@ -25,16 +26,19 @@ from arl2.model import (
     check_layers,
     keep_gates_in_float32,
 )
-from wan.checkpoint import StateDict, atomic_path, load_strict, some
+from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights, some
 from wan.errors import CheckpointError, InputError
-from wan.formats import TransformerWeights
+from wan.formats import TransformerWeights, read_transformer
 
 log = logging.getLogger(__name__)
+
+ALPHA = "lora_alpha"
 
 _HYBRID_PART = re.compile(
     r"^blocks\.(\d+)\.self_attn\.(a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])"
 )
 _FFN_LORA_PART = re.compile(r"^blocks\.(\d+)\.ffn\.\d+\.lora_A$")
+_FFN_ADAPTER = re.compile(r"^blocks\.\d+\.ffn\.\d+\.lora_[AB]$")
 _PLAIN_FFN = re.compile(r"^(blocks\.\d+\.ffn\.\d+)\.(weight|bias)$")
 
 
@@ -91,6 +95,60 @@ def resolve_settings(found: HybridSettings, wanted: HybridSettings, source: str)
     return replace(wanted, layers=layers, lora_rank=rank, ffn_lora=ffn_lora)
 
 
+def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = False) -> TransformerWeights:
+    """Transformer weights: a folder's own, a whole checkpoint's, or the folder's with hybrid weights put on them.
+
+    Args:
+        folder: of the model.
+        checkpoint: weights of any format that `wan.formats.read_transformer` reads; or a .safetensors file that holds
+            nothing but what the softmax model does not have, see `save_hybrid_weights`.
+        use_ema: see `read_transformer`.
+
+    Raises:
+        CheckpointError: missing, damaged, or hybrid weights for a model that has some already.
+    """
+    if checkpoint is None or not _holds_hybrid_alone(Path(checkpoint)):
+        return read_transformer(checkpoint or folder, use_ema)
+    base, path = read_transformer(folder, use_ema), Path(checkpoint)
+    if found_settings(base.state).layers:
+        raise CheckpointError(
+            f"{path} holds hybrid weights alone, but {folder} is hybrid already: give its softmax model"
+        )
+    with safe_open(path, "pt") as file:
+        alpha = (file.metadata() or {}).get(ALPHA)
+    config = base.config if alpha is None else base.config | {ALPHA: float(alpha)}
+    state = base.state | as_state_dict(read_weights(path), path)
+    return replace(base, state=state, config=config, source=f"{path} on {base.source}")
+
+
+def _holds_hybrid_alone(path: Path) -> bool:
+    """Whether a file has no other names; told by its header."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {path}: it is damaged or no safetensors file") from error
+    return bool(names) and all(_HYBRID_PART.match(name) or _FFN_ADAPTER.match(name) for name in names)
+
+
+def save_hybrid_weights(model: HybridWanModel, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write what the softmax model does not have, about 2 % of the whole, under official names; atomic.
+
+    Args:
+        model: hybrid.
+        path: of a .safetensors file, which `read_generator` puts on the weights that `model` was made from.
+        dtype: of what is written, but A_log and dt_bias; None for what it has.
+    """
+    state = {
+        name: value.to(value.dtype if dtype is None or name.endswith(("A_log", "dt_bias")) else dtype).contiguous()
+        for name, value in ((name, model.get_parameter(name).detach()) for name in model.hybrid_parameter_names())
+    }
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", ALPHA: str(model.hybrid.lora_alpha)})
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What happened to weights on their way into a model.
@@ -132,14 +190,14 @@ def build_hybrid(
         CheckpointError, InputError: names or shapes do not fit, or the wishes contradict the weights.
     """
     config = config | weights.config
-    stored = {key: config.pop(key) for key in ("hybrid_layers", "lora_rank", "lora_alpha", "ffn_lora") if key in config}
+    stored = {key: config.pop(key) for key in ("hybrid_layers", "lora_rank", ALPHA, "ffn_lora") if key in config}
     found = found_settings(weights.state)
-    if found.lora_rank is not None and "lora_alpha" in stored:
-        if wanted.lora_alpha not in (DEFAULT_LORA_ALPHA, stored["lora_alpha"]):
+    if found.lora_rank is not None and ALPHA in stored:
+        if wanted.lora_alpha not in (DEFAULT_LORA_ALPHA, stored[ALPHA]):
             raise InputError(
-                f"{weights.source} has adapters of alpha {stored['lora_alpha']}, --lora_alpha says {wanted.lora_alpha}"
+                f"{weights.source} has adapters of alpha {stored[ALPHA]}, --lora_alpha says {wanted.lora_alpha}"
             )
-        wanted = replace(wanted, lora_alpha=stored["lora_alpha"])
+        wanted = replace(wanted, lora_alpha=stored[ALPHA])
     wanted = replace(wanted, layers=check_layers(wanted.layers, config["num_layers"]))
     settings = resolve_settings(found, wanted, weights.source)
     with torch.device("meta"):

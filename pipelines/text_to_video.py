@@ -16,7 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.graphs import GraphedModel
 from arl2.inference.linear import require_fp8
 from arl2.inference.memory import MemoryPool
@@ -26,7 +26,7 @@ from arl2.rollout import FewStepSampler, num_blocks, predict_flow, remember_bloc
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
 from wan.attention import AttentionBackend
 from wan.errors import InputError
-from wan.formats import read_config, read_transformer, transformer_config
+from wan.formats import read_config, transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.text import TextEncoder, load_text_encoder
@@ -159,7 +159,7 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: the folder; never asks a hub.
-            checkpoint_path: transformer weights of any supported format; those of the folder without it.
+            checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
             torch_dtype, device: of all parts.
@@ -170,7 +170,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             CheckpointError, InputError: something is missing, damaged or does not fit.
         """
         folder = Path(pretrained_model_name_or_path)
-        weights = read_transformer(checkpoint_path or folder, use_ema)
+        weights = read_generator(folder, checkpoint_path, use_ema)
         transformer, _ = build_hybrid(
             weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )

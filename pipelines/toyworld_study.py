@@ -27,12 +27,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, save_hybrid_weights
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.gates import LayerGates
 from arl2.distillation.objective import Objective
 from arl2.distillation.stage1 import stage1_parameters
-from arl2.distillation.stage2 import Context, stage2_parameters
+from arl2.distillation.stage2 import stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
 from arl2.distillation.training_state import fill
 from arl2.evaluation.contender import Contender
@@ -44,11 +44,10 @@ from arl2.toyworld.latents import encode_world, save_latent_videos
 from arl2.toyworld.leak import STRIDE
 from arl2.toyworld.study import PARTS, Kind, Row
 from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
-from arl2.toyworld.train_teacher import compile_blocks
 from arl2.toyworld.world import HEIGHT, NUM_FRAMES, WIDTH
 from pipelines.config import load_config
 from pipelines.environment import device_name, git_commit
-from pipelines.training import new_accelerator, new_objective, new_trainer, write_model_folder
+from pipelines.training import new_accelerator, new_objective, new_trainer
 from pipelines.training_config import (
     GatesConfig,
     Stage1Config,
@@ -67,8 +66,6 @@ log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "toyworld"
 KEPT_IN_FLOAT32 = ("A_log", "dt_bias")
-EXPORT_LIMIT = 12_000_000
-"""Bytes that a shipped hybrid may take."""
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -92,7 +89,6 @@ class StudySettings:
         stage1_steps: of stage 1.
         overrides: further settings of every training, `key=value`.
         layers_file: of scripts/select_layers.py, in the place of stage 1's errors.
-        compile: let plain hybrids and softmax models train with compiled blocks: less launching, half a minute once.
         deadline: when to stop, on the clock of `time.monotonic`.
     """
 
@@ -106,7 +102,6 @@ class StudySettings:
     stage1_steps: int | None = None
     overrides: tuple[str, ...] = ()
     layers_file: Path | None = None
-    compile: bool = False
     deadline: float = math.inf
 
     @property
@@ -306,22 +301,13 @@ class Study:
         model = install(self.build(self.hybrid_of(row, config), self.training_dtype), row.variant)
         if row.kind is Kind.WINDOW:
             teacher = self.build(HybridSettings(), self.training_dtype)
-            self.compile(model, teacher)
             window = self.contender(row, model)
             assert window.window_frames is not None
             return WindowStudent(model, teacher, config.objective_settings(), window.window_frames, window.sink_frames)
         if row.variant is Variant.NOISY_WRITES:
             config.levels.per_block = len(config.denoising_steps)
             return NoisyWriteStage2(model, config.objective_settings())
-        if row.variant is Variant.PLAIN and config.context is Context.DATA:
-            self.compile(model)
         return new_objective(config, model)
-
-    def compile(self, *models: HybridWanModel) -> None:
-        """Compile the blocks of some models, if that is wanted."""
-        if self.settings.compile:
-            for model in models:
-                compile_blocks(model)
 
     def train_row(self, row: Row) -> Result:
         """Train a row if its weights are not there; returns figures of the training."""
@@ -434,23 +420,16 @@ class Study:
     # Shipping.
 
     def export(self, row: Row) -> Path:
-        """Write a row's model whole and in half precision, as `checkpoint_path` takes it.
+        """Write what a row has more than the generator, in half precision, as `checkpoint_path` takes it.
 
         Raises:
-            InputError: a row of another layer than the product's, or more bytes than may be shipped.
+            InputError: a row of another layer than the product's.
         """
         if row.variant is not Variant.PLAIN or row.window.frames(0) is not None:
             raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
-        model, folder = self.model_of(row), self.path("export", row.name)
-        state = {
-            key: value.to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else torch.float16).cpu().contiguous()
-            for key, value in model.state_dict().items()
-        }
-        size = sum(value.numel() * value.element_size() for value in state.values())
-        if size > EXPORT_LIMIT:
-            raise InputError(f"{row.name} takes {size} bytes, more than the {EXPORT_LIMIT} that may be shipped")
-        write_model_folder(model, state, folder)
-        return folder
+        file = self.path("export", row.name, ".safetensors")
+        save_hybrid_weights(self.model_of(row), file, torch.float16)
+        return file
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Generate videos of the toy world from prompts on the CPU, with a contact sheet, and say where they are.
 
 make demo
+
+Every prompt is made twice from the same noise: by the softmax model, which keeps all keys and values, and by the hybrid
+that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
 import logging
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pipelines.arguments import inference_parser, plan_run
 from pipelines.cli import exit_on_input_error
@@ -19,27 +23,42 @@ from wan.checkpoint import atomic_path
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")
+MODELS = {"softmax": None, "hybrid_75": Path("models/toyworld/hybrid_75.safetensors")}
+"""Names of the models' folders, and what is put on the generator's weights."""
+
+
+def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
+    """The prompts' videos by one model, as inference.py makes them; empty if one failed."""
+    folder = OUTPUT_FOLDER / name
+    flags = ["--config_path", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
+    flags += [] if checkpoint is None else ["--checkpoint_path", checkpoint]
+    for former in folder.glob("*.mp4"):
+        former.unlink()  # a demo shows what the code does now
+    run = plan_run(inference_parser().parse_args(list(map(str, flags))))
+    failed = generate(run, load_pipeline(run))
+    return {} if failed else {job.prompt: video_path(run, job) for job in run.jobs}
+
+
+def frames_of(path: Path) -> Tensor:
+    """A video's frames, [T, 3, H, W] in bytes."""
+    return torch.from_numpy(read_video(path)).permute(0, 3, 1, 2)
 
 
 @exit_on_input_error
 def main() -> int:
-    """Do what inference.py does, and draw the sheet."""
+    """Do what inference.py does, with both models, and draw the sheet."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    flags = ["--config_path", CONFIG, "--output_folder", OUTPUT_FOLDER, "--data_path", PROMPTS, "--device", "cpu"]
-    for former in OUTPUT_FOLDER.glob("*.mp4"):
-        former.unlink()  # a demo shows what the code does now
-    run = plan_run(inference_parser().parse_args(list(map(str, flags))))
-    failed = generate(run, load_pipeline(run))
-    if failed:
+    videos = {name: videos_of(name, checkpoint) for name, checkpoint in MODELS.items()}
+    if not all(videos.values()):
         return 1
-    videos = {job.prompt: video_path(run, job) for job in run.jobs}
-    samples = [(torch.from_numpy(read_video(path)).permute(0, 3, 1, 2), prompt) for prompt, path in videos.items()]
+    prompts = next(iter(videos.values()))
+    rows = [(frames_of(videos[name][prompt]), f"{name}: {prompt}") for prompt in prompts for name in videos]
     sheet = OUTPUT_FOLDER / "contact_sheet.png"
     with atomic_path(sheet) as temporary:
-        contact_sheet(samples).save(temporary, format="png")
-    for path in (*videos.values(), sheet):
+        contact_sheet(rows).save(temporary, format="png")
+    for path in (*(path for paths in videos.values() for path in paths.values()), sheet):
         console.print(f"wrote {path.resolve()}", markup=False)
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0

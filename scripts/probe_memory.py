@@ -2,7 +2,7 @@
 
     python scripts/probe_memory.py --config configs/toyworld/inference.yaml --videos 256 --seed 0 --json probe.json
 
-    python scripts/probe_memory.py --config … --also hybrid_75=models/toyworld/hybrid_75 --json probe.json
+    python scripts/probe_memory.py --config … --also hybrid_75=models/toyworld/hybrid_75.safetensors --json probe.json
 
 Rows: the softmax model with full memory (teacher); the same with every block blind to the others (local_only); the same
 cut to a window and a sink at sampling time (window_sink); with --multi_step, the model before few-step training; and
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, read_generator
 from arl2.evaluation.contender import Contender
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
@@ -38,7 +38,7 @@ from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.checkpoint import atomic_path
 from wan.errors import InputError
-from wan.formats import read_transformer, transformer_config
+from wan.formats import transformer_config
 from wan.text import TextEncoder
 from wan.vae import WanVAE
 
@@ -71,10 +71,9 @@ def contenders(
     for name, _, path in (one.partition("=") for one in also):
         if not name or not path or name in rows:
             raise InputError(f"--also {name}={path}: give NAME=WEIGHTS, with a name that no other row has")
-        sizes = transformer_config(Path(config.model_folder))
-        built = build_hybrid(
-            read_transformer(path), sizes, HybridSettings(), dtype=torch.float32, device=pipeline.device
-        )
+        folder = Path(config.model_folder)
+        weights, sizes = read_generator(folder, path), transformer_config(folder)
+        built = build_hybrid(weights, sizes, HybridSettings(), dtype=torch.float32, device=pipeline.device)
         rows[name] = Contender(built[0], sampler)
     return rows
 

@@ -7,9 +7,9 @@
 
 Parts: data, stage1, ratios, window, ablations, settings, selection, table, export; docs/results/distillation.md says
 what each measures. Every row is a JSON in WORK/study/results and is skipped when it is there; a run that is killed, or
-that stops when --budget_seconds are over, goes on at the same step. The same command may run several times at once, on
-one GPU or many (CUDA_VISIBLE_DEVICES): each takes the next free row; small models leave most of a GPU idle. Of an exam (about half a minute on an H100) nothing
-is kept in the middle: leave that much between the budget and a hard limit.
+that stops when --budget_seconds are over, goes on at the same step. Of an exam (about half a minute on an H100) nothing
+is kept in the middle: leave that much between the budget and a hard limit. The same command may run several times at
+once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no other has.
 """
 
 import argparse
@@ -50,7 +50,6 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of stage 2")
     add("--budget_seconds", type=float, help="stop cleanly after them")
     add("--device", help="cuda or cpu")
-    add("--compile", action="store_true", help="compile the blocks of plain hybrids and softmax models for training")
     add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as batch=2")
     return parser.parse_args()
 
@@ -76,7 +75,6 @@ def settings_from(arguments: argparse.Namespace) -> StudySettings:
         stage1_steps=arguments.stage1_steps,
         overrides=tuple(arguments.set),
         layers_file=arguments.layers_file,
-        compile=arguments.compile,
     )
     if arguments.budget_seconds is None:
         return settings

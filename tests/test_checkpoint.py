@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import HYBRID, TINY, new_memory, tiny_model
 
-from arl2.checkpoint import build_hybrid, found_settings, save_generator
+from arl2.checkpoint import build_hybrid, found_settings, read_generator, save_generator, save_hybrid_weights
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from wan.checkpoint import StateDict, atomic_path
 from wan.errors import CheckpointError, InputError
@@ -250,3 +250,45 @@ def test_atomic_path_leaves_a_whole_file_or_none(tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("whole")
     assert path.read_text() == "whole" and len(list(path.parent.iterdir())) == 1
+
+
+def test_hybrid_weights_alone_go_on_their_base(softmax: StateDict, hybrid: StateDict, tmp_path: Path) -> None:
+    base = HybridWanModel(**TINY)
+    base.load_state_dict(softmax)
+    base.save_pretrained(tmp_path / "base")
+    whole = build(TransformerWeights(hybrid, "x"), HYBRID)
+    save_hybrid_weights(whole, tmp_path / "h.safetensors")
+    weights = read_generator(tmp_path / "base", tmp_path / "h.safetensors")
+    model, report = build_hybrid(weights, dict(TINY), HybridSettings(), dtype=F32, device=CPU)
+    assert report.settings == HYBRID and not report.untrained
+    for name, value in model.state_dict().items():
+        plain = name.replace(".linear.", ".")
+        expected = softmax[plain] if plain in softmax else hybrid[name]
+        assert torch.equal(value, expected), name
+    assert same(read_generator(tmp_path / "base", None).state, softmax)
+    save_generator(whole, tmp_path / "whole.safetensors")
+    assert same(read_generator(tmp_path / "base", tmp_path / "whole.safetensors").state, hybrid)
+
+
+def test_hybrid_weights_alone_in_half_precision_keep_their_gates(tmp_path: Path) -> None:
+    model = tiny_model(HYBRID, F32)
+    save_hybrid_weights(model, tmp_path / "h.safetensors", torch.float16)
+    state = load_file(tmp_path / "h.safetensors")
+    assert state.keys() == set(model.hybrid_parameter_names())
+    assert {value.dtype for name, value in state.items() if name.endswith(("A_log", "dt_bias"))} == {F32}
+    assert {value.dtype for name, value in state.items() if not name.endswith(("A_log", "dt_bias"))} == {torch.float16}
+
+
+def test_hybrid_weights_that_cannot_go_on_a_base(tmp_path: Path) -> None:
+    model = tiny_model(HYBRID, F32)
+    model.save_pretrained(tmp_path / "hybrid")
+    save_hybrid_weights(model, tmp_path / "h.safetensors")
+    with pytest.raises(CheckpointError, match="hybrid already"):
+        read_generator(tmp_path / "hybrid", tmp_path / "h.safetensors")
+    HybridWanModel(**(TINY | {"dim": 48})).save_pretrained(tmp_path / "wide")
+    weights = read_generator(tmp_path / "wide", tmp_path / "h.safetensors")
+    with pytest.raises(CheckpointError, match="shape"):
+        build_hybrid(weights, TINY | {"dim": 48}, HybridSettings(), dtype=F32, device=CPU)
+    (tmp_path / "h.safetensors").write_bytes((tmp_path / "h.safetensors").read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_generator(tmp_path / "wide", tmp_path / "h.safetensors")

@@ -1,7 +1,6 @@
-"""Gradients of both stages where they are trained: a GPU in bfloat16, compiled or not, against a CPU in float32.
+"""Gradients of both stages where they are trained: a GPU in bfloat16 against a CPU in float32.
 
-On shapes of the toy world, since kernels are chosen by shape. A first training of stage 2 on a GPU diverged because its
-gradient was a thousand times too large, and no check had compared the two.
+On shapes of the toy world, since kernels are chosen by shape.
 """
 
 from dataclasses import replace
@@ -16,7 +15,6 @@ from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.model import HybridWanModel
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
-from arl2.toyworld.train_teacher import compile_blocks
 from wan.attention import AttentionBackend
 from wan.config import wan_size
 
@@ -70,16 +68,11 @@ def loss_and_gradients(objective: Objective, dtype: torch.dtype) -> tuple[float,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.FLASH])
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("stage", "path"), [(1, Path.PARALLEL), (2, Path.LOOP), (2, Path.PARALLEL)])
-def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, path: Path, compiled: bool, backend: AttentionBackend) -> None:
-    if compiled and path is Path.LOOP:
-        pytest.skip("every block of the loop would be compiled anew")
+def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, path: Path, backend: AttentionBackend) -> None:
     exact_loss, exact = loss_and_gradients(objective_of(stage, path, torch.float32, CPU), torch.float32)
     objective = objective_of(stage, path, torch.bfloat16, torch.device("cuda"))
     objective.model.use_attention_backend(backend)
-    if compiled:
-        compile_blocks(objective.model)
     loss, rounded = loss_and_gradients(objective, torch.bfloat16)
     assert loss == pytest.approx(exact_loss, rel=0.02)
     assert rounded.keys() == exact.keys()

@@ -64,7 +64,7 @@ def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
 
 
-def test_the_demo_makes_a_video(
+def test_the_demo_makes_a_video_with_both_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demo = import_module("demo")
@@ -75,5 +75,6 @@ def test_the_demo_makes_a_video(
     assert demo.main() == 0
     printed = capsys.readouterr().out
     written = [Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
-    assert [path.suffix for path in written] == [".mp4", ".png"]
-    assert Image.open(written[1]).size == (9 * (2 * 96 + 8) + 8, 30 + 2 * 64 + 30 + 8)
+    assert [path.parent.name for path in written] == [*demo.MODELS, "demo"]
+    assert [path.suffix for path in written] == [".mp4", ".mp4", ".png"]
+    assert Image.open(written[2]).size == (9 * (2 * 96 + 8) + 8, 2 * (30 + 2 * 64 + 30) + 8)

@@ -23,6 +23,16 @@ def test_it_is_small_and_holds_nothing_that_is_unpickled() -> None:
     assert 16e6 < sum(file.stat().st_size for file in files) <= MOST_BYTES
 
 
+def test_the_hybrid_comes_out_from_behind_the_wall_with_what_went_in() -> None:
+    hybrid = BUNDLE / "hybrid_75.safetensors"
+    pipe = CausalVideoPipeline.from_pretrained(BUNDLE, checkpoint_path=hybrid)
+    assert len(pipe.transformer.hybrid.layers) == 6 and pipe.transformer.hybrid.lora_rank == 16
+    prompt = "a shape slides behind the brown wall and comes out on the other side"
+    video = pipe(prompt, 81, 64, 96, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    reading = read_generated(2 * video - 1, torch.tensor([False]))
+    assert bool(reading.same_object()["both"][0, 0])
+
+
 def test_the_vae_keeps_what_the_probe_reads() -> None:
     quality = vae_quality(load_vae(BUNDLE / "vae"), torch.device("cpu"), videos=2, batch=2)
     assert quality["psnr"] > 30 and quality["psnr_objects"] > 24

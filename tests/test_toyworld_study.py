@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, read_generator
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.evaluation.contender import Contender
@@ -33,7 +34,6 @@ from pipelines.study_table import kept_share, read_results, shown
 from pipelines.text_to_video import CausalVideoPipeline
 from wan.config import wan_size
 from wan.errors import InputError
-from wan.formats import read_transformer
 from wan.vae import WanVAE, new_vae
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -167,6 +167,10 @@ def test_the_chain_from_a_teacher_to_tables(
     study = tmp_path / "study"
     assert run("--part", "ratios", "--only", MAIN, "--budget_seconds", "0") == 0
     assert not (study / "results" / f"{MAIN}.json").exists() and (study / "runs" / MAIN / "checkpoints").is_dir()
+    with (study / "locks" / MAIN).open() as other:
+        flock(other, LOCK_EX)
+        assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
+        assert not (study / "results" / f"{MAIN}.json").exists(), "another process is at it"
     assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
     assert run("--part", "window", "--only", "window_sink") == 0
     assert run("--part", "table", "export") == 0
@@ -179,13 +183,13 @@ def test_the_chain_from_a_teacher_to_tables(
     assert read_results(study / "results").keys() == {"stage1", "teacher", MAIN, "window_sink"}
     assert f"| {MAIN} |" in (study / "tables.md").read_text() and (study / "accuracies.png").is_file()
     assert not (study / "runs" / MAIN / "checkpoints").exists(), "only the weights stay"
-    exported = read_transformer(study / "export" / MAIN)
+    exported = read_generator(model_folder, study / "export" / f"{MAIN}.safetensors")
     hybrid, report = build_hybrid(exported, {}, HybridSettings(), dtype=torch.float32, device=torch.device("cpu"))
     assert list(report.settings.layers) == page["row"]["layers"] and not report.untrained
     kept = load_file(study / "weights" / f"{MAIN}.safetensors")
     assert all(torch.equal(value.float(), dict(hybrid.named_parameters())[key]) for key, value in kept.items())
     pipeline = CausalVideoPipeline.from_pretrained(model_folder)
-    also = [f"{MAIN}={study / 'export' / MAIN}"]
+    also = [f"{MAIN}={study / 'export' / MAIN}.safetensors"]
     rows = probe_memory.contenders(pipeline, InferenceConfig(model_folder=str(model_folder)), None, also)
     assert list(rows) == ["teacher", "local_only", "window_sink", MAIN] and rows[MAIN].transformer.hybrid.layers
     with pytest.raises(InputError, match="NAME=WEIGHTS"):
