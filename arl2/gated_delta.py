@@ -13,7 +13,7 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
+FLA_WITH_KNOWN_PARTS = "0.6.0"
+"""The version of fla-core whose steps `write_fla` calls one by one; with any other it calls the public function."""
 
 
 class WriteBackend(StrEnum):
@@ -238,16 +240,54 @@ def write_chunked(
 
 
 def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
-    """flash-linear-attention's chunked kernel, forward and backward; its output, a causal read, is thrown away."""
+    """flash-linear-attention's chunked kernels, forward and backward.
+
+    Its public function computes an output too, a causal read, which is thrown away; where no gradient is wanted, and in
+    the version whose parts are known, only the parts before it run.
+    """
+    log_decay, beta = log_decay_BLH.float(), beta_BLH.float()
+    inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay, beta)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if not training and fla_parts_known():
+        return _write_by_fla_parts(*(x.contiguous() for x in inputs))
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # needs Triton and a GPU
 
     _, state = chunk_gated_delta_rule(
-        k_BLHK,
-        k_BLHK,
-        v_BLHV,
-        log_decay_BLH.float(),
-        beta_BLH.float(),
-        initial_state=state_BHKV,
-        output_final_state=True,
+        k_BLHK, k_BLHK, v_BLHV, log_decay, beta, initial_state=state_BHKV, output_final_state=True
     )
+    return state
+
+
+@cache
+def fla_parts_known() -> bool:
+    """Whether the parts of FLA's forward pass are those that `_write_by_fla_parts` was written for."""
+    try:
+        return version("fla-core") == FLA_WITH_KNOWN_PARTS
+    except PackageNotFoundError:
+        return False
+
+
+def _write_by_fla_parts(
+    state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor
+) -> Tensor:
+    """The state after the tokens: `SolvedChunks` of FLA, then the walk through the chunks that they are for."""
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
+    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
+    from fla.ops.utils import chunk_local_cumsum
+    from fla.ops.utils.constant import RCP_LN2
+
+    with torch.cuda.device_of(k_BLHK):
+        # Its kernels take decays as logarithms to base 2.
+        decay = chunk_local_cumsum(log_decay_BLH, chunk_size=CHUNK, scale=RCP_LN2)
+        w, u, _ = chunk_gated_delta_rule_fwd_intra(k=k_BLHK, v=v_BLHV, g=decay, beta=beta_BLH, chunk_size=CHUNK)
+        _, _, state = chunk_gated_delta_rule_fwd_h(
+            k=k_BLHK,
+            w=w,
+            u=u,
+            g=decay,
+            initial_state=state_BHKV,
+            output_final_state=True,
+            chunk_size=CHUNK,
+            save_new_value=False,
+        )
     return state

@@ -62,6 +62,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
     add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
+    add("--kernels", action=switch, help="Triton kernels of our own between products; a GPU in half precision")
 
 
 def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
@@ -72,6 +73,7 @@ def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
         cuda_graphs=speed.cuda_graphs if arguments.cuda_graphs is None else arguments.cuda_graphs,
         fast_vae=speed.fast_vae if arguments.fast_vae is None else arguments.fast_vae,
         fp8=speed.fp8 or arguments.fp8,
+        kernels=speed.kernels if arguments.kernels is None else arguments.kernels,
     )
 
 

@@ -61,12 +61,14 @@ class SpeedConfig:
         cuda_graphs: record passes as CUDA graphs; null for on a GPU.
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
+        kernels: what lies between products by Triton kernels of our own; off until they have been measured on a GPU.
     """
 
     compile: bool | None = None
     cuda_graphs: bool | None = None
     fast_vae: bool = True
     fp8: bool = False
+    kernels: bool = False
 
     def on(self, device: torch.device) -> Self:
         """With every switch that was left open thrown as it pays on a device."""

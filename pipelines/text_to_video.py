@@ -21,6 +21,7 @@ from arl2.inference.graphs import GraphedModel
 from arl2.inference.linear import require_fp8
 from arl2.inference.memory import MemoryPool
 from arl2.inference.model import InferenceModel
+from arl2.inference.steps import require_kernels
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
@@ -200,12 +201,14 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError("cuda_graphs needs a GPU: leave it off")
         if speed.fp8:
             require_fp8(device, config.dim, config.ffn_dim)
+        if speed.kernels:
+            require_kernels(device, self.transformer.dtype)
         self._fast = self._pool = None
         self.wan_vae.fast = speed.fast_vae
-        if not (speed.compile or speed.cuda_graphs or speed.fp8):
+        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
             return
         self.transformer.merge_ffn_lora()
-        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8)
+        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, speed.kernels)
         self._fast, self._pool = GraphedModel(fast, device) if speed.cuda_graphs else fast, MemoryPool(self.transformer)
 
     @torch.no_grad()

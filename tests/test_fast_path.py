@@ -252,6 +252,8 @@ def test_what_a_device_lacks_is_an_error() -> None:
         pipeline.accelerate(SpeedConfig(fp8=True))
     with pytest.raises(InputError, match="cuda_graphs"):
         pipeline.accelerate(SpeedConfig(cuda_graphs=True))
+    with pytest.raises(InputError, match="kernels need a GPU"):
+        pipeline.accelerate(SpeedConfig(kernels=True))
     with pytest.raises(InputError, match="compute capability"):
         require_fp8(torch.device("cpu"), 64)
     pipeline.accelerate(SpeedConfig())
@@ -364,13 +366,15 @@ def test_a_full_memory_is_never_recorded() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_the_whole_fast_path_in_half_precision(fp8: bool) -> None:
+def test_the_whole_fast_path_in_half_precision(fp8: bool, kernels: bool) -> None:
     exact = gpu_model(torch.float32, WriteBackend.RECURRENT)
     model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
     if fp8:
         require_fp8(GPU, SIZES["dim"], SIZES["ffn_dim"])
-    fast, pool = GraphedModel(InferenceModel(model, compile=True, fp8=fp8), GPU), MemoryPool(model)
+    fast = GraphedModel(InferenceModel(model, compile=True, fp8=fp8, kernels=kernels), GPU)
+    pool = MemoryPool(model)
     text, memory = gpu_text(model), gpu_memory(pool, torch.bfloat16)
     found = gpu_blocks(fast, memory, text, 6)
     expected = gpu_blocks(exact, gpu_memory(exact, torch.float32), gpu_text(exact), 6)
@@ -382,10 +386,10 @@ def test_the_whole_fast_path_in_half_precision(fp8: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile_blocks", [False, True])
-def test_within_a_block_nothing_waits_and_nothing_is_compiled(compile_blocks: bool) -> None:
+@pytest.mark.parametrize(("compile_blocks", "kernels"), [(False, False), (True, False), (True, True)])
+def test_within_a_block_nothing_waits_and_nothing_is_compiled(compile_blocks: bool, kernels: bool) -> None:
     model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
-    fast, text = GraphedModel(InferenceModel(model, compile=compile_blocks), GPU), gpu_text(model)
+    fast, text = GraphedModel(InferenceModel(model, compile=compile_blocks, kernels=kernels), GPU), gpu_text(model)
     memory = gpu_memory(model, torch.bfloat16)
     gpu_blocks(fast, memory, text, 4)
     torch.cuda.synchronize()

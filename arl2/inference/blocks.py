@@ -5,7 +5,7 @@ once and serve all blocks; views of memory, attention and writes to states stay 
 from block to block of a video reaches the compiler.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from arl2.compiling import allow_variants
 from arl2.gated_delta import WriteBackend, gated_delta_write
-from arl2.hybrid_attention import HybridAttention, StateView, l2_norm
+from arl2.hybrid_attention import HybridAttention, StateView
 from arl2.inference.linear import FusedLinear, inference_linear
+from arl2.inference.steps import Recall, Steps, Stream
 from arl2.lora import merged_weight
 from wan.attention import attention
 from wan.memory import KVUpdate
-from wan.model import Block, gated, modulate
-from wan.rope import Rotary, rotate
+from wan.model import Block, CausalWanModel
+from wan.rope import Rotary
 
 Function = Callable[..., Any]
 
@@ -42,13 +43,15 @@ class FastBlock(nn.Module):
 
     Args:
         block: whose parameters it shares.
-        fp8: see `arl2.inference.linear.FP8Linear`.
+        steps: what it computes between products; its products are in FP8 if these say so.
         stage: what makes the functions between attentions fast: `compiled` or `uncompiled`.
     """
 
-    def __init__(self, block: Block, fp8: bool, stage: Callable[[Function], Function]) -> None:
+    def __init__(self, block: Block, steps: Steps, stage: Callable[[Function], Function]) -> None:
         super().__init__()
+        fp8 = steps.fp8
         self.block = block
+        self.steps = steps
         self.stage = stage
         self.attention = block.self_attn
         self.projections = FusedLinear(self.parts(), fp8)
@@ -64,45 +67,47 @@ class FastBlock(nn.Module):
 
     def forward(
         self,
-        x_BLD: Tensor,
+        stream: Stream,
         time_BF6D: Tensor,
         rotary: Rotary,
         view: Any,
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-    ) -> tuple[Tensor, Any]:
-        """See `wan.model.Block.forward`."""
-        q, k, v = self.stage(softmax_tokens)(self, x_BLD, time_BF6D, rotary, attend)
+        room: "Write | None" = None,
+    ) -> tuple[Stream, Any]:
+        """See `wan.model.Block.forward`; only a hybrid block needs `room`."""
+        x, q, k, v = self.stage(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
         update = KVUpdate(k, v) if remember else None
         if not attend:
-            return x_BLD, update
+            return stream, update
         keys, values, mask = view.with_block(k, v)
         mixed = attention(q, keys, values, mask_LM=mask, backend=self.attention.backend)
-        return self.rest(x_BLD, mixed, None, time_BF6D, text_kv), update
+        return self.rest(x, mixed, None, time_BF6D, text_kv), update
 
     def rest(
         self,
         x_BLD: Tensor,
         mixed_BLHD: Tensor,
-        recalled_BLHD: Tensor | None,
+        recall: Recall | None,
         time_BF6D: Tensor,
         text_kv: tuple[Tensor, Tensor],
-    ) -> Tensor:
+    ) -> Stream:
         """What follows self-attention."""
-        x, q = self.stage(after_attention)(self, x_BLD, mixed_BLHD, recalled_BLHD, time_BF6D)
+        x, q = self.stage(after_attention)(self, x_BLD, mixed_BLHD, recall, time_BF6D)
         crossed = attention(q, *text_kv, backend=self.block.cross_attn.backend)
-        return self.stage(after_cross_attention)(self, x, crossed, time_BF6D)
+        x, added = self.stage(after_cross_attention)(self, x, crossed, time_BF6D)
+        return Stream(x, added, self.block.modulation)
 
 
 class FastHybridBlock(FastBlock):
     """A block with hybrid attention. Its adapters, and φ_v, are folded into the projections as they are now."""
 
-    def __init__(self, block: Block, fp8: bool, stage: Callable[[Function], Function]) -> None:
+    def __init__(self, block: Block, steps: Steps, stage: Callable[[Function], Function]) -> None:
         attention = block.self_attn
         assert isinstance(attention, HybridAttention)
         self.adapted = attention.lora_q_A is not None and attention.lora_enabled
-        super().__init__(block, fp8, stage)
+        super().__init__(block, steps, stage)
         self.hybrid = attention
 
     def parts(self) -> dict[str, nn.Linear]:
@@ -146,56 +151,78 @@ class FastHybridBlock(FastBlock):
 
     def forward(
         self,
-        x_BLD: Tensor,
+        stream: Stream,
         time_BF6D: Tensor,
         rotary: Rotary,
         view: StateView,
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-    ) -> tuple[Tensor, Any]:
-        """See `wan.model.Block.forward`; the update is a `Write` that is still to be done."""
-        state = view.state_BHKV
-        read, written = self.stage(hybrid_tokens)(self, x_BLD, time_BF6D, rotary, state, attend, remember)
-        update = None if written is None else Write(state, *written)
-        if read is None:
-            return x_BLD, update
-        mixed = attention(read.q, read.k, read.v, backend=self.hybrid.backend)
-        return self.rest(x_BLD, mixed, read.recalled, time_BF6D, text_kv), update
-
-
-class Reading(NamedTuple):
-    """Of a hybrid layer's tokens: q, k, v of the softmax in the block, and the gated read of the state."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    recalled: Tensor
+        room: "Write | None" = None,
+    ) -> tuple[Stream, Any]:
+        """See `wan.model.Block.forward`; what to remember goes to `room` instead of becoming an update."""
+        assert remember == (room is not None)
+        reading = self.stage(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, room)
+        if reading is None:
+            return stream, None
+        x, q, k, v, query, inverse_rms, gate = reading
+        mixed = attention(q, k, v, backend=self.hybrid.backend)
+        recall = Recall(view.state_BHKV, query, inverse_rms, gate, rotary)
+        return self.rest(x, mixed, recall, time_BF6D, text_kv), None
 
 
 class Write(NamedTuple):
-    """A write to a state: the arguments of `arl2.gated_delta.gated_delta_write`."""
+    """What is written to a state: the arguments of `arl2.gated_delta.gated_delta_write` but the state."""
 
-    state_BHKV: Tensor
     k_BLHK: Tensor
     v_BLHV: Tensor
     log_decay_BLH: Tensor
     beta_BLH: Tensor
 
 
-def written_states(writes: Sequence[Write], backend: WriteBackend) -> list[Tensor]:
-    """The states after writes of several layers, done as one of a larger batch.
+class PendingWrites:
+    """The writes of several layers, done as one of a larger batch; each layer puts its own where the kernel reads it.
 
     A write walks through its tokens chunk by chunk, which leaves most of a GPU idle; nothing in a pass waits for it.
+
+    Args:
+        layers: how many.
+        x_BLD: tokens like those of a layer.
+        heads: number of heads.
     """
-    state, k, v, log_decay, beta = (torch.cat(parts) for parts in zip(*writes, strict=True))
-    return list(gated_delta_write(state, k, v, log_decay, beta, backend=backend).chunk(len(writes)))
+
+    def __init__(self, layers: int, x_BLD: Tensor, heads: int) -> None:
+        wide = torch.promote_types(x_BLD.dtype, torch.float32)
+        batch, tokens, dim = x_BLD.shape
+        like_tokens = (layers, batch, tokens, heads)
+        # A tensor each: the compiler wants what it writes to apart.
+        k, v = (x_BLD.new_empty(*like_tokens, dim // heads) for _ in range(2))
+        log_decay, beta = (x_BLD.new_empty(like_tokens, dtype=wide) for _ in range(2))
+        self._all = Write(k, v, log_decay, beta)
+        self._states: list[Tensor] = []
+
+    def room(self, state_BHKV: Tensor) -> Write:
+        """Where the layer with this state puts what it writes; one after the other."""
+        place = len(self._states)
+        self._states.append(state_BHKV)
+        return Write(*(x[place] for x in self._all))
+
+    @property
+    def full(self) -> bool:
+        """Whether all layers have asked for room."""
+        return len(self._states) == len(self._all.k_BLHK)
+
+    def states(self, backend: WriteBackend) -> list[Tensor]:
+        """The states after the writes, in order of the layers."""
+        k, v, log_decay, beta = (x.flatten(0, 1) for x in self._all)
+        states = gated_delta_write(torch.cat(self._states), k, v, log_decay, beta, backend=backend)
+        return list(states.chunk(len(self._states)))
 
 
-def fast_block(block: Block, fp8: bool, stage: Callable[[Function], Function]) -> FastBlock:
+def fast_block(block: Block, steps: Steps, stage: Callable[[Function], Function]) -> FastBlock:
     """The counterpart of a block as it is switched now."""
     hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
-    return (FastHybridBlock if hybrid else FastBlock)(block, fp8, stage)
+    return (FastHybridBlock if hybrid else FastBlock)(block, steps, stage)
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -219,70 +246,69 @@ def mapped_linear(linear: nn.Linear, weight: Tensor, phi: nn.Conv1d) -> nn.Linea
     return like(linear, (maps_HOI @ heads).flatten(0, 1).to(weight.dtype), bias)
 
 
-def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale and gate of self-attention, then of the feed-forward, each [B, F, D]."""
-    return (block.modulation[:, None] + time_BF6D).unbind(dim=2)
-
-
 def softmax_tokens(
-    fast: FastBlock, x_BLD: Tensor, time_BF6D: Tensor, rotary: Rotary, attend: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """q (if wanted), k and v of a softmax layer, ready for attention, [B, L, H, D]."""
-    layer = fast.attention
-    shift, scale, *_ = block_modulation(fast.block, time_BF6D)
-    tokens = modulate(fast.block.norm1(x_BLD), shift, scale)
+    fast: FastBlock, stream: Stream, time_BF6D: Tensor, rotary: Rotary, attend: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The tokens, and q (if wanted), k and v of a softmax layer, ready for attention, [B, L, H, D]."""
+    layer, steps = fast.attention, fast.steps
+    x, tokens = steps.before_self_attention(fast.block, stream, time_BF6D)
     *q, k, v = fast.projections(tokens, ("q", "k", "v") if attend else ("k", "v"))
-    k, v = rotate(layer.heads(layer.norm_k(k)), rotary), layer.heads(v)
-    return (rotate(layer.heads(layer.norm_q(q[0])), rotary) if attend else None), k, v
+    normed = [(layer.norm_k, k), *((layer.norm_q, each) for each in q)]
+    (k, *q), _ = steps.normed_heads(normed, (), layer.num_heads, rotary)
+    return x, q[0] if attend else None, k, layer.heads(v)
 
 
 def hybrid_tokens(
-    fast: FastHybridBlock,
-    x_BLD: Tensor,
-    time_BF6D: Tensor,
-    rotary: Rotary,
-    state_BHKV: Tensor,
-    attend: bool,
-    remember: bool,
-) -> tuple[Reading | None, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
-    """What a hybrid layer attends with, and the k̂, v̂, log decay and write strength that it remembers."""
-    layer = fast.hybrid
-    shift, scale, *_ = block_modulation(fast.block, time_BF6D)
-    tokens = modulate(fast.block.norm1(x_BLD), shift, scale)
-    names = (fast.attending if attend else ()) + (fast.remembering if remember else ())
+    fast: FastHybridBlock, stream: Stream, time_BF6D: Tensor, rotary: Rotary, attend: bool, room: Write | None
+) -> tuple[Tensor | None, ...] | None:
+    """What a hybrid layer attends with: the tokens, their q, k and v, and of a `Recall` query, norm and gate.
+
+    Args:
+        attend: whether that is wanted.
+        room: where to put the k̂, v̂, log decay and write strength of the tokens, if they are wanted.
+    """
+    layer, steps = fast.hybrid, fast.steps
+    x, tokens = steps.before_self_attention(fast.block, stream, time_BF6D)
+    names = (fast.attending if attend else ()) + (() if room is None else fast.remembering)
     names = tuple(dict.fromkeys(names))
     out = dict(zip(names, fast.projections(tokens, names), strict=True))
-    read = written = None
-    if attend:
-        q = layer.norm_q(out["q"])
-        query = layer.norm_q(out["q_state"]) if fast.adapted else q
-        query = l2_norm(rotate(layer.mapped(query, layer.phi_q), rotary))
-        recalled = out["gate"].sigmoid()[..., None] * layer.read(state_BHKV, query)
-        k = rotate(layer.heads(layer.norm_k(out["k"])), rotary)
-        read = Reading(rotate(layer.heads(q), rotary), k, layer.heads(out["v"]), recalled)
-    if remember:
-        key = layer.norm_k(out["k_state"] if fast.adapted else out["k"])
-        key = l2_norm(rotate(layer.mapped(key, layer.phi_k), rotary))
-        decay, beta = layer.log_decay_of(out["decay"]), layer.beta_of(out["beta"])
-        # Contiguous, so that a write that waits does not hold on to all other projections.
-        written = (key, layer.heads(out["v_state"]).contiguous(), decay, beta)
-    return read, written
+    query, key = ("q_state", "k_state") if fast.adapted else ("q", "k")
+    normed = [(layer.norm_q, out["q"]), (layer.norm_k, out["k"])] if attend else []
+    asked = [(layer.norm_q, out[query])] if attend else []
+    written = [] if room is None else [(layer.norm_k, out[key])]
+    heads, inverse_rms = steps.normed_heads(normed, asked + written, layer.num_heads, rotary)
+    if room is not None:
+        steps.put_keys(layer, out[key], inverse_rms[-1], rotary, room.k_BLHK)
+        room.v_BLHV.copy_(layer.heads(out["v_state"]))
+        room.log_decay_BLH.copy_(layer.log_decay_of(out["decay"]))
+        room.beta_BLH.copy_(layer.beta_of(out["beta"]))
+    return (x, *heads, layer.heads(out["v"]), out[query], inverse_rms[0], out["gate"]) if attend else None
 
 
 def after_attention(
-    fast: FastBlock, x_BLD: Tensor, mixed_BLHD: Tensor, recalled_BLHD: Tensor | None, time_BF6D: Tensor
+    fast: FastBlock, x_BLD: Tensor, mixed_BLHD: Tensor, recall: Recall | None, time_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens after self-attention, and their queries to the text [B, L, H, D]."""
-    block = fast.block
-    _, _, gate, *_ = block_modulation(block, time_BF6D)
-    mixed = mixed_BLHD if recalled_BLHD is None else mixed_BLHD + recalled_BLHD
-    x = x_BLD + gated(fast.out(mixed.flatten(2)), gate)
-    return x, block.cross_attn.heads(block.cross_attn.norm_q(fast.cross_q(block.norm3(x))))
+    block, steps, cross = fast.block, fast.steps, fast.block.cross_attn
+    if recall is not None:
+        assert isinstance(fast, FastHybridBlock)
+        mixed_BLHD = steps.recalled(fast.hybrid, mixed_BLHD, recall)
+    mixed = fast.out(steps.operand(mixed_BLHD.flatten(2)))
+    x, tokens = steps.before_cross_attention(block, x_BLD, mixed, time_BF6D)
+    (q,), _ = steps.normed_heads([(cross.norm_q, fast.cross_q(tokens))], (), cross.num_heads)
+    return x, q
 
 
-def after_cross_attention(fast: FastBlock, x_BLD: Tensor, crossed_BLHD: Tensor, time_BF6D: Tensor) -> Tensor:
-    """The tokens that leave the block."""
-    block = fast.block
-    *_, shift, scale, gate = block_modulation(block, time_BF6D)
-    x = x_BLD + fast.cross_out(crossed_BLHD.flatten(2))
-    return x + gated(fast.ffn_out(block.ffn[1](fast.ffn_in(modulate(block.norm2(x), shift, scale)))), gate)
+def after_cross_attention(
+    fast: FastBlock, x_BLD: Tensor, crossed_BLHD: Tensor, time_BF6D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens after cross-attention, and what the feed-forward adds to them once it is gated."""
+    block, steps = fast.block, fast.steps
+    crossed = fast.cross_out(steps.operand(crossed_BLHD.flatten(2)))
+    x, tokens = steps.before_feed_forward(block, x_BLD, crossed, time_BF6D)
+    return x, fast.ffn_out(steps.hidden(fast.ffn_in, block.ffn[1], tokens))
+
+
+def flow(model: CausalWanModel, stream: Stream, time_BFD: Tensor, time_BF6D: Tensor, height: int, width: int) -> Tensor:
+    """See `wan.model.CausalWanModel.flow`."""
+    return model.flow(stream.total(time_BF6D), time_BFD, height, width)

@@ -1,6 +1,7 @@
 """Linear layers arranged for inference: several in one product, and products of eight-bit floats."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,20 @@ def require_fp8(device: torch.device, *sizes: int) -> None:
         raise InputError(f"fp8 needs sizes that are multiples of {ROW_MULTIPLE}, this model has {odd[0]}: leave it off")
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+class Rows(NamedTuple):
     """x as e4m3 with one scale a row: x ≈ values·scales, values [..., K], scales [..., 1] float32."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantized(x: Tensor) -> Rows:
+    """x as e4m3, each row scaled to use its whole range."""
     wide = x.float()
     scales = (wide.abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max).clamp(min=SMALLEST_SCALE)
     # A division by the rounded scale may end beyond the range, and e4m3 has no infinity to saturate to.
     limit = torch.finfo(FP8).max
-    return (wide / scales).clamp(-limit, limit).to(FP8), scales
+    return Rows((wide / scales).clamp(-limit, limit).to(FP8), scales)
 
 
 class RowsLinear(nn.Module):
@@ -68,19 +76,31 @@ class FP8Linear(nn.Module):
         super().__init__()
         self.values_NK, self.scales_N1 = quantized(weight_NK.detach())
         self.bias_N = None if bias_N is None else bias_N.detach()
+        self.dtype = weight_NK.dtype
 
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The output channels `rows` for any number of tokens, [..., rows] in the dtype of x."""
+    def forward(self, x: Tensor | Rows, rows: slice = slice(None)) -> Tensor:
+        """The output channels `rows` for any number of tokens, [..., rows] in the dtype of the weight."""
         values, scales = self.values_NK[rows], self.scales_N1[rows]
-        x_values, x_scales = quantized(x.flatten(0, -2))
-        if x.is_cuda:
+        bias = None if self.bias_N is None else self.bias_N[rows]
+        x = x if isinstance(x, Rows) else quantized(x)
+        x_values, x_scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
+        if x_values.is_cuda:
+            # With a scale a row, the product itself adds no float16.
+            fused = bias if self.dtype is torch.bfloat16 else None
             y = torch._scaled_mm(
-                x_values, values.T, scale_a=x_scales, scale_b=scales.T, out_dtype=x.dtype, use_fast_accum=True
+                x_values,
+                values.T,
+                scale_a=x_scales,
+                scale_b=scales.T,
+                bias=fused,
+                out_dtype=self.dtype,
+                use_fast_accum=True,
             )
+            bias = bias if fused is None else None
         else:
-            y = ((x_values.float() @ values.float().T) * x_scales * scales.T).to(x.dtype)
-        y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias_N is None else y + self.bias_N[rows]
+            y = ((x_values.float() @ values.float().T) * x_scales * scales.T).to(self.dtype)
+        y = y.unflatten(0, x.values.shape[:-1])
+        return y if bias is None else y + bias
 
 
 def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
@@ -120,7 +140,7 @@ class FusedLinear(nn.Module):
                         part.data = whole[place]
         self.product = (FP8Linear if fp8 else RowsLinear)(weight_NK, bias_N)
 
-    def forward(self, x: Tensor, names: tuple[str, ...]) -> list[Tensor]:
+    def forward(self, x: Tensor | Rows, names: tuple[str, ...]) -> list[Tensor]:
         """The outputs of some parts, [..., out_features] each; views of one tensor.
 
         Args:

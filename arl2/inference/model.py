@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from arl2.gated_delta import WriteBackend
-from arl2.inference.blocks import Write, compiled, fast_block, uncompiled, written_states
+from arl2.inference.blocks import FastHybridBlock, PendingWrites, compiled, fast_block, flow, uncompiled
+from arl2.inference.steps import Stream, new_steps
 from arl2.model import HybridWanModel
 from wan.model import CausalWanModel, PassOutput, TextKV
 
@@ -25,14 +26,16 @@ class InferenceModel:
         model: stays usable, and its file the same.
         compile: compile what lies between attentions; the first pass of every size takes long then.
         fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
+        kernels: compute what lies between products by kernels of our own, see `arl2.inference.steps.require_kernels`.
     """
 
-    def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False) -> None:
+    def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False, kernels: bool = False) -> None:
         self.model = model
         self._stage = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
-        self._blocks = [fast_block(block, fp8, self._stage).eval() for block in model.layers()]
+        steps = new_steps(fp8, kernels)
+        self._blocks = [fast_block(block, steps, self._stage).eval() for block in model.layers()]
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """See `wan.model.CausalWanModel.tokens_per_frame`."""
@@ -52,19 +55,25 @@ class InferenceModel:
         # Contiguous, since every pattern of strides would be compiled anew.
         inputs = (x.contiguous() for x in (latents_BFCHW, timesteps_BF, frames_F))
         x, rotary, time_BFD, time_BF6D = self._stage(CausalWanModel.embed)(self.model, *inputs)
-        updates: list[Any] = []
-        waiting: dict[int, Write] = {}
+        stream, updates = Stream(x, None, None), list[Any]()
+        waiting: list[int] = []
+        to_write = sum(isinstance(block, FastHybridBlock) for block in self._blocks) if remember else 0
         for layer, (block, view, kv) in enumerate(zip(self._blocks, views, text, strict=True)):
-            last = block is self._blocks[-1]
-            x, update = block(x, time_BF6D, rotary, view, kv, not (remember and last), remember)
+            room = None
+            if to_write and isinstance(block, FastHybridBlock):
+                if not waiting:
+                    writes = PendingWrites(min(to_write, WRITES_TOGETHER), x, block.hybrid.num_heads)
+                room = writes.room(view.state_BHKV)
+                waiting.append(layer)
+            attend = not (remember and block is self._blocks[-1])
+            stream, update = block(stream, time_BF6D, rotary, view, kv, attend, remember, room)
             updates.append(update)
-            if isinstance(update, Write):
-                waiting[layer] = update
-            if waiting and (last or len(waiting) == WRITES_TOGETHER):
-                states = written_states(list(waiting.values()), self._write_backend)
-                for place, state in zip(waiting, states, strict=True):
+            if waiting and writes.full:
+                to_write -= len(waiting)
+                for place, state in zip(waiting, writes.states(self._write_backend), strict=True):
                     updates[place] = state
                 waiting.clear()
         if remember:
             return PassOutput(None, updates)
-        return PassOutput(self._stage(CausalWanModel.flow)(self.model, x, time_BFD, *latents_BFCHW.shape[-2:]), None)
+        sizes = latents_BFCHW.shape[-2:]
+        return PassOutput(self._stage(flow)(self.model, stream, time_BFD, time_BF6D, *sizes), None)

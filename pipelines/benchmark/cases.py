@@ -28,7 +28,7 @@ class SpeedOptions(SpeedConfig):
     """How the same numbers are computed. Every switch of the fast path belongs here, and is thrown in `apply`.
 
     Attributes:
-        compile, cuda_graphs, fp8: see `pipelines.config.SpeedConfig`.
+        compile, cuda_graphs, fast_vae, fp8, kernels: see `pipelines.config.SpeedConfig`.
         attention_backend: see `wan.attention.AttentionBackend`.
         write_backend: who computes the writes to states.
     """
