@@ -6,6 +6,10 @@ MOST_VARIANTS = 64
 """Compilations of one function in a process, one for every size, type, device and way of computing gradients that it
 meets; beyond them torch silently computes uncompiled, and its own limit is 8."""
 
+FOR_GRADIENTS = {"triton.mix_order_reduction": False}
+"""Options of torch.compile for what is back-propagated through. With such reductions, on by default since torch 2.10,
+gradients of modulated norms were silently wrong (https://github.com/pytorch/pytorch/issues/193061)."""
+
 
 def allow_variants() -> None:
     """Let one function be compiled for many kinds of arguments."""

@@ -15,6 +15,7 @@ from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.model import HybridWanModel
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
+from arl2.toyworld.train_teacher import compile_blocks
 from wan.attention import AttentionBackend
 from wan.config import wan_size
 
@@ -42,16 +43,16 @@ def objective_of(stage: int, path: Path, dtype: torch.dtype, device: torch.devic
     return objective
 
 
-def loss_and_gradients(objective: Objective, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(objective: Objective, dtype: torch.dtype, videos: int = 2) -> tuple[float, dict[str, Tensor]]:
     """Of one batch, the same for all; under autocast where weights are rounded, as in the trainer."""
     device = objective.model.patch_embedding.weight.device
     generator = torch.Generator().manual_seed(1)
     size = wan_size("toy")
-    latents = torch.randn(2, BLOCKS * FRAMES_PER_BLOCK, CHANNELS, HEIGHT, WIDTH, generator=generator)
-    batch = VideoBatch(latents, torch.randn(2, 9, size["text_dim"], generator=generator))
+    latents = torch.randn(videos, BLOCKS * FRAMES_PER_BLOCK, CHANNELS, HEIGHT, WIDTH, generator=generator)
+    batch = VideoBatch(latents, torch.randn(videos, 9, size["text_dim"], generator=generator))
     noise = BatchNoise(
-        torch.rand(2, BLOCKS, 1, generator=generator),
-        torch.randn(2, BLOCKS, 1, FRAMES_PER_BLOCK, CHANNELS, HEIGHT, WIDTH, generator=generator),
+        torch.rand(videos, BLOCKS, 1, generator=generator),
+        torch.randn(videos, BLOCKS, 1, FRAMES_PER_BLOCK, CHANNELS, HEIGHT, WIDTH, generator=generator),
     )
     batch, noise = batch.to(device), noise.to(device)
     parts, total = objective.losses(replace(batch, text_BTD=batch.text_BTD.to(dtype)), noise), 0.0
@@ -80,3 +81,18 @@ def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, path: Path, backend: Atten
     for name, gradient in exact.items():
         # bfloat16 moves the whole gradient by about 5 % on a CPU; small parts of it may move more of themselves.
         assert (rounded[name] - gradient).norm() < 0.1 * gradient.norm() + 0.01 * length, name
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
+    """On as many tokens as training has: the compiler sums many rows in other ways than few."""
+    gpu, videos = torch.device("cuda"), 32
+    exact = loss_and_gradients(objective_of(2, Path.PARALLEL, torch.float32, gpu), torch.float32, videos)[1]
+    objective = objective_of(2, Path.PARALLEL, torch.bfloat16, gpu)
+    compile_blocks(objective.model)
+    rounded = loss_and_gradients(objective, torch.bfloat16, videos)[1]
+    error, length = (
+        torch.stack([x.norm() for x in values]).norm()
+        for values in ([rounded[name] - exact[name] for name in exact], exact.values())
+    )
+    assert error < 0.1 * length
