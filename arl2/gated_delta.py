@@ -10,9 +10,9 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 `write_fla` flash-linear-attention's kernel on CUDA.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -22,9 +22,10 @@ from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
+TF32_HALF, TF32_MASK = 1 << 12, -1 << 13
+"""Of a float32 as an integer: half of the last bit that TF32 has, and the bits that it has."""
 FLA_WITH_KNOWN_PARTS = "0.6.0"
 """The version of fla-core whose steps `write_fla` calls one by one; with any other it calls the public function."""
 
@@ -36,6 +37,11 @@ class WriteBackend(StrEnum):
     RECURRENT = "recurrent"
     CHUNKED = "chunked"
     FLA = "fla"
+    FLA_FORWARD = "fla_forward"
+
+
+Writer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""State, keys, values, log decays and write strengths to the new state."""
 
 
 def gated_delta_write(
@@ -52,24 +58,31 @@ def gated_delta_write(
         state_BHKV: state before, float32 or float64.
         k_BLHK, v_BLHV: L2-normalised keys, and values; computed in the precision of the state.
         log_decay_BLH, beta_BLH: log decay ≤ 0 and write strength of every token and head.
-        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys; with gradients only where its
-            backward is right), else `CHUNKED`.
+        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys), else `CHUNKED`. With gradients
+            and where FLA's own are not to be had, `FLA_FORWARD`: its kernel, and the gradient of `CHUNKED`.
 
     Returns:
         new state [B, H, K, V] in the dtype of `state_BHKV`.
     """
+    inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     if backend is WriteBackend.AUTO:
-        inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         half = k_BLHK.dtype in (torch.float16, torch.bfloat16)
-        kernel = k_BLHK.is_cuda and half and fla_installed() and (not training or fla_trains(k_BLHK.device))
-        backend = WriteBackend.FLA if kernel else WriteBackend.CHUNKED
-    writer = {
+        backend = WriteBackend.CHUNKED
+        if k_BLHK.is_cuda and half and fla_installed():
+            whole = not _learns(inputs) or fla_trains(k_BLHK.device)
+            backend = WriteBackend.FLA if whole else WriteBackend.FLA_FORWARD
+    writers: dict[WriteBackend, Writer] = {
         WriteBackend.RECURRENT: write_recurrent,
         WriteBackend.CHUNKED: write_chunked,
         WriteBackend.FLA: write_fla,
-    }[backend]
-    return writer(state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+        WriteBackend.FLA_FORWARD: partial(write_recomputed, forward=write_fla),
+    }
+    return writers[backend](*inputs)
+
+
+def _learns(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a gradient of these is wanted."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def fla_installed() -> bool:
@@ -100,6 +113,29 @@ def write_recurrent(
     return state
 
 
+def products_round(x: Tensor) -> bool:
+    """Whether products of such a tensor are in TF32."""
+    return x.is_cuda and x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+def rounded(x: Tensor) -> Tensor:
+    """A tensor that nobody else holds, rounded in place to what TF32 keeps, if products of it are in TF32.
+
+    Tensor cores of Hopper cut the last 13 bits off instead of rounding them. Every product is then too small by about
+    2⁻¹¹, and a state is what dozens of products in a row leave of it: with slow decay it would be wrong by several
+    percent. Rounded to the nearest, errors are of both signs; what is cut off afterwards is zero.
+    """
+    if not products_round(x):
+        return x
+    if x.is_cuda and find_spec("triton") is not None:
+        from arl2.training_kernels import round_to_tf32
+
+        round_to_tf32(x)
+    else:
+        x.detach().view(torch.int32).add_(TF32_HALF).bitwise_and_(TF32_MASK)
+    return x
+
+
 class UnitLowerInverse(torch.autograd.Function):
     """(I + A)⁻¹ for strictly lower triangular A [..., C, C]; what is on and above the diagonal is not looked at.
 
@@ -109,7 +145,7 @@ class UnitLowerInverse(torch.autograd.Function):
     @staticmethod
     def forward(lower: Tensor) -> Tensor:
         one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-        return torch.linalg.solve_triangular(lower, one, upper=False, unitriangular=True)
+        return rounded(torch.linalg.solve_triangular(lower, one, upper=False, unitriangular=True))
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -139,9 +175,9 @@ class SolvedChunks(NamedTuple):
     def transitions(self) -> "Transitions":
         """S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j - w_j·S)ᵀ of every chunk, written as M·S + N."""
         last = self.decay[..., -1:, :]
-        kept = ((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
+        kept = rounded((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
         one = torch.eye(self.k.shape[-1], dtype=self.k.dtype, device=self.k.device)
-        return Transitions(last.exp() * one - kept @ self.w, kept @ self.u)
+        return Transitions(rounded(last.exp() * one - kept @ self.w), rounded(kept @ self.u))
 
 
 class Transitions(NamedTuple):
@@ -170,40 +206,72 @@ class Transitions(NamedTuple):
             (first, second), (first_added, second_added) = (
                 x[:, :, : 2 * pairs].unflatten(2, (pairs, 2)).unbind(3) for x in (factor, added)
             )
-            rest = slice(2 * pairs, None)
-            added = torch.cat([second @ first_added + second_added, added[:, :, rest]], dim=2)
-            factor = torch.cat([second @ first, factor[:, :, rest]], dim=2)
+            whole = rounded(second @ first), rounded(second @ first_added + second_added)
+            if 2 * pairs < factor.shape[2]:
+                whole = tuple(torch.cat([x, rest[:, :, -1:]], dim=2) for x, rest in zip(whole, (factor, added), strict=True))
+            factor, added = whole
         return Transitions(factor, added)
 
 
-def solve_chunks(k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_BNCH: Tensor) -> SolvedChunks:
+def solve_chunks(
+    k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_BNCH: Tensor, dtype: torch.dtype | None = None
+) -> SolvedChunks:
     """The part of a write that does not depend on the state, for all chunks at once.
 
     The rank-one updates of a chunk's tokens solve a unit lower triangular system,
     (I + A)·(u - w·S) = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i. All exponents are ≤ 0, so
     nothing overflows.
+
+    Args:
+        k_BNCHK, v_BNCHV, log_decay_BNCH, beta_BNCH: N chunks of C tokens.
+        dtype: to compute in; None for that of the arguments.
     """
-    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k_BNCHK, v_BNCHV))
-    decay, beta = (x.permute(0, 3, 1, 2)[..., None] for x in (log_decay_BNCH.cumsum(dim=2), beta_BNCH))
+    # In the order that products of every head and chunk want, and in their type, in one copy.
+    k, v = (_contiguous(x.permute(0, 3, 1, 2, 4), dtype) for x in (k_BNCHK, v_BNCHV))
+    log_decay, beta = (_contiguous(x.permute(0, 3, 1, 2), dtype)[..., None] for x in (log_decay_BNCH, beta_BNCH))
+    decay = log_decay.cumsum(dim=3)
     between = (decay - decay.mT).tril(-1).exp()
-    inverse = UnitLowerInverse.apply((beta * between * (k @ k.mT)).tril(-1))
-    u, w = inverse @ (beta * v), inverse @ (beta * decay.exp() * k)
-    return SolvedChunks(k, u, w, decay)
+    inverse = UnitLowerInverse.apply(beta * between * (k @ k.mT))
+    u, w = inverse @ rounded(beta * v), inverse @ rounded(beta * decay.exp() * k)
+    return SolvedChunks(k, rounded(u), rounded(w), decay)
+
+
+def _contiguous(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.to(x.dtype if dtype is None else dtype, memory_format=torch.contiguous_format)
+
+
+def chunk_size(tokens: int, chunk: int) -> int:
+    """Tokens of a chunk, about `chunk`: what leaves the last chunk fullest, of those the most.
+
+    A size that is divided by eight where there is a choice: products of others are slower.
+    """
+    step = max(1, chunk // 8)
+    most = chunk + 2 * step
+    return tokens if tokens <= most else min(range(chunk - 2 * step, most + 1, step), key=lambda n: (-tokens % n, -n))
 
 
 def block_transition(
-    k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, *, chunk: int = CHUNK
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    *,
+    chunk: int = CHUNK,
+    dtype: torch.dtype | None = None,
 ) -> Transitions:
-    """What L tokens do to a state, as one transition; the tokens of a chunk at once, and then the chunks."""
-    chunks = max(1, round(k_BLHK.shape[1] / chunk))
-    size = -(-k_BLHK.shape[1] // chunks)
-    padding = chunks * size - k_BLHK.shape[1]
-    # A padded token has k = 0, β = 0 and g = 0: it changes nothing.
-    tokens = (
-        F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)).unflatten(1, (chunks, size))
-        for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
-    )
-    return solve_chunks(*tokens).transitions().composed()
+    """What L tokens do to a state, as one transition; the tokens of a chunk at once, and then the chunks.
+
+    Args:
+        k_BLHK, v_BLHV, log_decay_BLH, beta_BLH: see `gated_delta_write`.
+        chunk: about so many tokens make a chunk.
+        dtype: to compute in; None for that of the arguments.
+    """
+    size = chunk_size(k_BLHK.shape[1], chunk)
+    padding = -k_BLHK.shape[1] % size
+    tokens = (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    if padding:  # a padded token has k = 0, β = 0 and g = 0: it changes nothing
+        tokens = tuple(F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in tokens)
+    return solve_chunks(*(x.unflatten(1, (-1, size)) for x in tokens), dtype).transitions().composed()
 
 
 def states_between(
@@ -214,8 +282,9 @@ def states_between(
     All blocks at once but for one product each: for many short blocks. In the precision of the state.
     """
     batch = k_BNLHK.shape[:2]
-    tokens = (x.to(state_BHKV.dtype).flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
-    blocks = Transitions(*(x.squeeze(2).unflatten(0, batch).transpose(1, 2) for x in block_transition(*tokens)))
+    tokens = (x.flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
+    composed = block_transition(*tokens, dtype=state_BHKV.dtype)
+    blocks = Transitions(*(x.squeeze(2).unflatten(0, batch).transpose(1, 2) for x in composed))
     return torch.stack([state_BHKV, *blocks.states(state_BHKV)], dim=1)
 
 
@@ -224,19 +293,62 @@ def write_chunked(
 ) -> Tensor:
     """By products of matrices only, in plain torch; see `block_transition`.
 
-    What a backward pass needs of the chunks is computed again there: at 1.3B it would be 200 MB a layer and block.
+    What a backward pass needs of the chunks is computed again there: at 1.3B it would be 430 MB a layer and block.
     """
+    inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    writer = partial(_write_by_products, chunk=chunk)
+    if _learns(inputs) and k_BLHK.shape[1] > 2 * chunk:
+        return write_recomputed(*inputs, forward=writer)
+    return writer(*inputs)
 
-    def transition(*tokens: Tensor) -> Transitions:
-        return block_transition(*(x.to(state_BHKV.dtype) for x in tokens), chunk=chunk)
 
-    tokens = (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
-    if torch.is_grad_enabled() and k_BLHK.shape[1] > 2 * chunk:
-        block = checkpoint(transition, *tokens, use_reentrant=False, preserve_rng_state=False)
-    else:
-        block = transition(*tokens)
+def _write_by_products(
+    state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    block = block_transition(k_BLHK, v_BLHV, log_decay_BLH, beta_BLH, chunk=chunk, dtype=state_BHKV.dtype)
     (state,) = block.states(state_BHKV)
     return state
+
+
+def write_recomputed(
+    state_BHKV: Tensor,
+    k_BLHK: Tensor,
+    v_BLHV: Tensor,
+    log_decay_BLH: Tensor,
+    beta_BLH: Tensor,
+    forward: Writer,
+) -> Tensor:
+    """A write by one writer, which keeps nothing but its arguments, with the gradient of `write_chunked`.
+
+    Args:
+        state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH: see `gated_delta_write`.
+        forward: computes the value.
+    """
+    state: Tensor = RecomputedWrite.apply(forward, state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    return state
+
+
+class RecomputedWrite(torch.autograd.Function):
+    """See `write_recomputed`."""
+
+    @staticmethod
+    def forward(writer: Writer, *inputs: Tensor) -> Tensor:
+        return writer(*inputs)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        context.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = context.needs_input_grad[1:]
+        inputs = [x.detach().requires_grad_(learns) for x, learns in zip(context.saved_tensors, wanted, strict=True)]
+        # What runs in a backward pass has the autocast of who asked for it, not of the forward pass.
+        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+            state = _write_by_products(*inputs)
+        gradients = iter(torch.autograd.grad(state, [x for x in inputs if x.requires_grad], gradient))
+        return None, *(next(gradients) if learns else None for learns in wanted)
 
 
 def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
@@ -247,8 +359,7 @@ def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH:
     """
     log_decay, beta = log_decay_BLH.float(), beta_BLH.float()
     inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay, beta)
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if not training and fla_parts_known():
+    if not _learns(inputs) and fla_parts_known():
         return _write_by_fla_parts(*(x.contiguous() for x in inputs))
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # needs Triton and a GPU
 

@@ -22,7 +22,7 @@ from pipelines.environment import device_name, versions
 from pipelines.prompts import PromptJob, share
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.timing import PhaseTimer
-from pipelines.video import VideoWriter, to_uint8
+from pipelines.video import VideoWriter
 from wan.checkpoint import atomic_path, fingerprint_of
 from wan.errors import InputError
 
@@ -210,7 +210,7 @@ def generate_one(
             phase=timer.phase,
         )
         for block in stream:
-            frames = to_uint8(block.pixels_BTCHW[0]).cpu()
+            frames = block.frames_BTHWC.wait()[0]
             measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()

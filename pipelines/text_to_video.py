@@ -23,8 +23,10 @@ from arl2.inference.memory import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.inference.steps import require_kernels
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, num_blocks, predict_flow, remember_block, rollout
+from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
+from pipelines.streaming import Transfer, one_ahead
+from pipelines.video import to_uint8
 from wan.attention import AttentionBackend
 from wan.errors import InputError
 from wan.formats import read_config, transformer_config
@@ -59,11 +61,15 @@ class VideoBlock:
         index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
         pixels_BTCHW: decoded frames in [-1, 1].
         latents_BFCHW: the block's latents, normalised.
+        frames_BTHWC: the frames as bytes, on their way to the CPU.
+        finite: whether the latents are, likewise.
     """
 
     index: int
     pixels_BTCHW: Tensor
     latents_BFCHW: Tensor
+    frames_BTHWC: Transfer
+    finite: Transfer
 
 
 @dataclass
@@ -309,7 +315,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
 
         Yields:
-            blocks in order; the first brings the given frames too.
+            blocks in order; the first brings the given frames too. On a GPU the next block is computed meanwhile: take
+            `frames_BTHWC`, since any other copy to the CPU would wait for that too.
 
         Raises:
             InputError: sizes that do not fit.
@@ -327,8 +334,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
-        vae = self.wan_vae
-        context = None if image is None else vae.encode(image.to(device, vae.dtype))
+        context = None if image is None else self.wan_vae.encode(image.to(device, self.wan_vae.dtype))
         context_frames = 0 if context is None else context.shape[1]
         blocks, latent_frames = None, None
         if num_frames is not None:
@@ -336,24 +342,33 @@ class CausalVideoPipeline(DiffusionPipeline):
             blocks = num_blocks(latent_frames - context_frames, frames_per_block)
         state = self.new_memory(batch, height, width, latent_frames, memory or MemoryConfig())
         text = self.transformer.embed_text(prompt_embeds.to(device, self.transformer.dtype))
-        decoder = vae.decode_stream()
-        head = []
         if context is not None:
             for start in range(0, context_frames, frames_per_block):
                 remember_block(self.flow_model, context[:, start : start + frames_per_block], text, state, start)
-            head = [decoder.decode(context.to(vae.dtype))]
         noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
-        for block in rollout(
+        generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
-        ):
-            finite = torch.isfinite(block.latents_BFCHW).all()
+        )
+        decoded = self._decoded(generated, context, phase)
+        for block in one_ahead(decoded) if device.type == "cuda" else decoded:
+            if not block.finite.wait():
+                raise NonFiniteBlockError(block.index)
+            yield block
+
+    def _decoded(
+        self, generated: Iterator[GeneratedBlock], context_BFCHW: Tensor | None, phase: Phase
+    ) -> Iterator[VideoBlock]:
+        """Generated blocks with their frames, the first behind those of the context; waits for nothing."""
+        vae = self.wan_vae
+        decoder = vae.decode_stream()
+        head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
+        for block in generated:
+            finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
             with phase("vae"):
                 pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
             head = []
-            # Asked only now, because the answer waits for the GPU.
-            if not finite:
-                raise NonFiniteBlockError(block.index)
-            yield VideoBlock(block.index, pixels, block.latents_BFCHW)
+            frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+            yield VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
 
     @torch.no_grad()
     def __call__(

@@ -23,9 +23,10 @@ from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
 from pipelines.random_model import random_pipeline
+from pipelines.streaming import Transfer, one_ahead
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
 from pipelines.timing import PhaseTimer
-from pipelines.video import VideoWriter, to_uint8
+from pipelines.video import VideoWriter
 from wan.memory import Memory
 from wan.model import TextKV
 
@@ -146,10 +147,10 @@ def generate_video(stage: Stage, case: Case, frames: int, trace: Trace) -> None:
                 phase=timer.phase,
             )
             for block in stream:
-                pixels = to_uint8(block.pixels_BTCHW[0]).cpu()
+                frames_THWC = block.frames_BTHWC.wait()[0]
                 trace.block_arrived(config.frames_after(block.index + 1), stage.device)
                 begin = time.perf_counter()
-                writer.write(pixels)
+                writer.write(frames_THWC)
                 mp4 += time.perf_counter() - begin
         trace.total = time.perf_counter() - trace.start
     trace.take(timer)
@@ -179,9 +180,11 @@ def _roll(
     noise = _noise(stage)
     start_frame, context_noise = first_block * config.frames_per_block, pipeline.config.context_noise
     model, sampler = pipeline.flow_model, pipeline.sampler
-    for block in rollout(model, sampler, noise, text, memory, blocks, start_frame, context_noise, timer.phase):
-        # The check of `CausalVideoPipeline.stream`, which waits for the GPU: the same costs as there.
-        if not torch.isfinite(block.latents_BFCHW).all():
+    generated = rollout(model, sampler, noise, text, memory, blocks, start_frame, context_noise, timer.phase)
+    # The check of `CausalVideoPipeline.stream`: the same costs as there.
+    checked = ((block, Transfer(torch.isfinite(block.latents_BFCHW).all())) for block in generated)
+    for block, finite in one_ahead(checked) if stage.device.type == "cuda" else checked:
+        if not finite.wait():
             raise NonFiniteBlockError(first_block + block.index)
         trace.block_arrived(config.frames_after(first_block + block.index + 1), stage.device)
 

@@ -1,0 +1,48 @@
+"""Handing out what a GPU computes without making it wait for who takes it."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class Transfer:
+    """A tensor on its way to the CPU: asked for now, behind what was asked for before, and waited for later.
+
+    Args:
+        value: on any device; from a GPU it is copied to pinned memory.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._arrived = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(value.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The tensor on the CPU, as soon as it is there; work that was asked for later is not waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._value
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each handed out only when the one after it has been asked for; the first at once.
+
+    A GPU works on what it was asked for while the CPU goes on: so it has the next item to work on while the last one is
+    waited for, written and thought about. The first comes at once because somebody is waiting for it.
+    """
+    iterator = iter(items)
+    for first in iterator:
+        yield first
+        break
+    waiting: list[Item] = []
+    for item in iterator:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
