@@ -39,6 +39,11 @@ class MemoryConfig:
     window_frames: int = 9
     sink_frames: int = 3
 
+    @property
+    def window(self) -> tuple[int | None, int]:
+        """Frames of the window, None for everything, and of the sink."""
+        return (self.window_frames, self.sink_frames) if self.kind is MemoryKind.window else (None, 0)
+
     def check(self, frames_per_block: int) -> None:
         """Make sure that a block fits.
 

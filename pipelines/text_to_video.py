@@ -24,7 +24,7 @@ from arl2.inference.model import InferenceModel
 from arl2.inference.steps import require_kernels
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
-from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
+from pipelines.config import MemoryConfig, SpeedConfig, check_size
 from pipelines.streaming import Transfer, one_ahead
 from pipelines.video import to_uint8
 from wan.attention import AttentionBackend
@@ -275,16 +275,16 @@ class CausalVideoPipeline(DiffusionPipeline):
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
             memory: full or windowed.
         """
-        windowed = memory.kind is MemoryKind.window
         memory.check(self.config.frames_per_block)
+        window_frames, sink_frames = memory.window
         spec = MemorySpec(
             batch_size=batch_size,
             tokens_per_frame=self.transformer.tokens_per_frame(*self._latent_size(height, width)),
             device=self._execution_device,
             dtype=self.transformer.dtype,
             frames=latent_frames or self.config.frames_per_block,
-            window_frames=memory.window_frames if windowed else None,
-            sink_frames=memory.sink_frames if windowed else 0,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
         )
         return (self._pool or self.transformer).new_memory(spec)
 

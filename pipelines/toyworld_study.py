@@ -45,7 +45,7 @@ from arl2.toyworld.leak import STRIDE
 from arl2.toyworld.study import PARTS, Kind, Row
 from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.world import HEIGHT, NUM_FRAMES, WIDTH
-from pipelines.config import load_config
+from pipelines.config import MemoryConfig, MemoryKind, load_config
 from pipelines.environment import device_name, git_commit
 from pipelines.training import new_accelerator, new_objective, new_trainer
 from pipelines.training_config import (
@@ -299,11 +299,14 @@ class Study:
     def objective_of(self, row: Row, config: Stage2Config) -> Objective:
         """What a row's training minimises."""
         model = install(self.build(self.hybrid_of(row, config), self.training_dtype), row.variant)
+        contender = self.contender(row, model)
+        if row.kind is Kind.STAGE2 and contender.window_frames is not None:
+            config.memory = MemoryConfig(MemoryKind.window, contender.window_frames, contender.sink_frames)
         if row.kind is Kind.WINDOW:
             teacher = self.build(HybridSettings(), self.training_dtype)
-            window = self.contender(row, model)
-            assert window.window_frames is not None
-            return WindowStudent(model, teacher, config.objective_settings(), window.window_frames, window.sink_frames)
+            assert contender.window_frames is not None
+            settings = config.objective_settings()
+            return WindowStudent(model, teacher, settings, contender.window_frames, contender.sink_frames)
         if row.variant is Variant.NOISY_WRITES:
             config.levels.per_block = len(config.denoising_steps)
             return NoisyWriteStage2(model, config.objective_settings())

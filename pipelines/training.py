@@ -28,11 +28,18 @@ from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, rollout
 from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device
-from pipelines.config import load_config
+from pipelines.config import MemoryConfig, load_config
 from pipelines.environment import device_name, git_commit, versions
 from pipelines.plots import plot_layers, plot_losses
 from pipelines.text_to_video import SeededNoise
-from pipelines.training_config import GatesConfig, TrainingConfig, check_training, init_from, settings_that_matter
+from pipelines.training_config import (
+    GatesConfig,
+    Stage2Config,
+    TrainingConfig,
+    check_training,
+    init_from,
+    settings_that_matter,
+)
 from pipelines.video import VideoWriter, to_uint8
 from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, fingerprint_of, read_weights, some
 from wan.errors import CheckpointError
@@ -249,7 +256,8 @@ class Watcher:
     def _sample(self, model: HybridWanModel, path: Path) -> None:
         with model.as_teacher():
             teacher = self._rollout(model)
-        videos = [teacher, self._rollout(model)]
+        memory = self._config.memory if isinstance(self._config, Stage2Config) else MemoryConfig()
+        videos = [teacher, self._rollout(model, *memory.window)]
         if self._vae is None:
             return
         pixels = [self._vae.decode(latents.to(self._vae.dtype)).float() for latents in videos]
@@ -258,13 +266,13 @@ class Watcher:
         with VideoWriter(path, height, width, fps=self._config.sample_fps) as video:
             video.write(frames)
 
-    def _rollout(self, model: HybridWanModel) -> Tensor:
+    def _rollout(self, model: HybridWanModel, window_frames: int | None = None, sink_frames: int = 0) -> Tensor:
         """Latents of a video for the first prompt of the data, [1, F, C, h, w]."""
         config = self._config
         latents, text_TD = self._data[0]
         frames = config.sample_frames or latents.shape[0]
         text = model.embed_text(text_TD[None].to(self._device, model.patch_embedding.weight.dtype))
-        memory = model.memory_for(latents[None, :1].to(self._device))
+        memory = model.memory_for(latents[None, :1].to(self._device), window_frames, sink_frames)
         noise = SeededNoise([config.seed], (config.frames_per_block, *latents.shape[1:]), self._device)
         blocks = num_blocks(frames, config.frames_per_block)
         parts = rollout(model, config.sampler(), noise, text, memory, blocks)

@@ -20,7 +20,7 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.arguments import check_writable
 from pipelines.cli import choose_device, rank_and_world_size
-from pipelines.config import check_size
+from pipelines.config import MemoryConfig, check_size
 from wan.errors import InputError
 from wan.formats import transformer_config
 from wan.vae import spatial_stride
@@ -153,6 +153,7 @@ class Stage2Config(TrainingConfig):
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
         context, target, checkpointing: see `arl2.distillation.stage2.Stage2Settings`.
+        memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything.
     """
 
     run_folder: str = "runs/stage2"
@@ -168,6 +169,7 @@ class Stage2Config(TrainingConfig):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -190,6 +192,8 @@ class Stage2Config(TrainingConfig):
             context=self.context,
             target=self.target,
             checkpointing=self.checkpointing,
+            window_frames=self.memory.window[0],
+            sink_frames=self.memory.window[1],
         )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import TINY, tiny_model, tiny_video
+from tiny_models import HYBRID, TINY, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
@@ -208,6 +208,26 @@ def test_the_parallel_path_of_stage_two_equals_the_loop(target: Target, context:
     torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-4, atol=1e-8)
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-3, atol=1e-6)
     assert both[0][2] == pytest.approx(both[1][2], rel=1e-4)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(3, 0), (6, 0), (6, 3), (9, 3)])
+def test_a_student_that_sees_a_window(window: int, sink: int) -> None:
+    model, batch = tiny_model(HYBRID), videos()
+    trainable(model, stage2_parameters(model))
+    noise, losses = mixed_noise(batch), {}
+    for path in Path:
+        settings = Stage2Settings(3, path=path, window_frames=window, sink_frames=sink)
+        losses[path] = trained(Stage2(model, settings), batch, noise)
+    everything = trained(Stage2(model, Stage2Settings(3)), batch, noise)
+    torch.testing.assert_close(losses[Path.LOOP][0], losses[Path.PARALLEL][0], rtol=1e-4, atol=1e-8)
+    assert_same_gradients(losses[Path.LOOP][1], losses[Path.PARALLEL][1], rtol=1e-3, atol=1e-6)
+    # Videos have 9 frames: a window of as many leaves nothing out.
+    assert (losses[Path.LOOP][0] == everything[0]).item() == (window == 9)
+
+
+def test_a_window_must_hold_a_block() -> None:
+    with pytest.raises(InputError, match="window"):
+        Stage2Settings(3, window_frames=5, sink_frames=3)
 
 
 @pytest.mark.parametrize("blocks_per_graph", [None, 1])

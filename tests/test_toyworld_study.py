@@ -172,7 +172,7 @@ def test_the_chain_from_a_teacher_to_tables(
         assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
         assert not (study / "results" / f"{MAIN}.json").exists(), "another process is at it"
     assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
-    assert run("--part", "window", "--only", "window_sink") == 0
+    assert run("--part", "window", "--only", "window_sink", "hybrid_75_trained_window") == 0
     assert run("--part", "table", "export") == 0
 
     page = json.loads((study / "results" / f"{MAIN}.json").read_text())
@@ -180,7 +180,8 @@ def test_the_chain_from_a_teacher_to_tables(
     assert page["exam"]["continued"]["deviation"]["latent_mse"] > 0
     teacher = json.loads((study / "results" / "teacher.json").read_text())
     assert teacher["exam"]["generated"]["deviation"]["latent_mse"] == 0
-    assert read_results(study / "results").keys() == {"stage1", "teacher", MAIN, "window_sink"}
+    windows = {"window_sink", "hybrid_75_trained_window"}
+    assert read_results(study / "results").keys() == {"stage1", "teacher", MAIN, *windows}
     assert f"| {MAIN} |" in (study / "tables.md").read_text() and (study / "accuracies.png").is_file()
     assert not (study / "runs" / MAIN / "checkpoints").exists(), "only the weights stay"
     exported = read_generator(model_folder, study / "export" / f"{MAIN}.safetensors")

@@ -46,11 +46,28 @@ class Stage2Settings(ObjectiveSettings):
         context: see `Context`.
         target: see `Target`.
         checkpointing: recompute every transformer block in the backward pass instead of keeping its activations.
+        window_frames, sink_frames: what the student's softmax layers see, as in `wan.memory.MemorySpec`; the teacher's
+            see everything. A hybrid trained without a window forgets nearly all with one.
     """
 
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
+    window_frames: int | None = None
+    sink_frames: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window_frames is not None and self.window_frames - self.sink_frames < self.frames_per_block:
+            raise InputError(
+                f"a window of {self.window_frames} frames with a sink of {self.sink_frames} cannot hold a block of "
+                f"{self.frames_per_block}: widen it"
+            )
+
+    @property
+    def window(self) -> tuple[int | None, int]:
+        """Frames of the window and of the sink."""
+        return self.window_frames, self.sink_frames
 
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -111,7 +128,7 @@ class Stage2(Objective):
         settings, model = self.settings, self.model
         with frozen_teacher(model):
             text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-        memory = model.memory_for(batch.latents_BFCHW, differentiable=True)
+        memory = model.memory_for(batch.latents_BFCHW, *settings.window, differentiable=True)
         errors: list[Tensor] = []
         share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.places)
         for block in video_blocks(batch, settings.frames_per_block):
@@ -153,7 +170,8 @@ class Stage2(Objective):
         """The student's own video, for the path that needs all of it beforehand."""
         model, made = self.model, []
         with _nothing_cached(batch.latents_BFCHW.device.type):
-            text, memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
+            text = model.embed_text(batch.text_BTD)
+            memory = model.memory_for(batch.latents_BFCHW, *self.settings.window)
             for block in video_blocks(batch, self.settings.frames_per_block):
                 made.append(self._own_block(block, noise, text, memory))
                 if not block.last:
@@ -169,7 +187,7 @@ class Stage2(Objective):
         with frozen_teacher(self.model):
             text = self.model.embed_text(batch.text_BTD)
             wanted = teacher_forced_flow(self.model, noisy, times, text, size, clean)
-        flow = teacher_forced_flow(self.model, noisy, times, text, size, clean)
+        flow = teacher_forced_flow(self.model, noisy, times, text, size, clean, *self.settings.window)
         yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
 
     def _passes_error(self, flow_BFCHW: Tensor, wanted_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:

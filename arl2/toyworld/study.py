@@ -91,6 +91,8 @@ PARTS: dict[str, tuple[Row, ...]] = {
         Row("window_sink_cut", Kind.SOFTMAX, window=Window.EQUAL_WITH_SINK),
         Row("window", Kind.WINDOW, window=Window.EQUAL, settings=WINDOW_SETTINGS),
         Row("window_sink", Kind.WINDOW, window=Window.EQUAL_WITH_SINK, settings=WINDOW_SETTINGS),
+        Row("hybrid_75_trained_window", window=Window.EQUAL),
+        Row("hybrid_75_trained_window_sink", window=Window.EQUAL_WITH_SINK),
         Row("hybrid_75_own_block", Kind.AGAIN, of=MAIN, window=Window.OWN_BLOCK),
         Row("hybrid_75_window", Kind.AGAIN, of=MAIN, window=Window.EQUAL),
     ),

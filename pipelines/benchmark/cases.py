@@ -261,15 +261,15 @@ def empty_model(config: BenchmarkConfig, case: Case) -> HybridWanModel:
 
 def memory_bytes(config: BenchmarkConfig, case: Case, dtype: torch.dtype) -> int:
     """Bytes of the memory of all layers at the end of the video."""
-    model, windowed = empty_model(config, case), case.memory.kind is MemoryKind.window
+    model, (window_frames, sink_frames) = empty_model(config, case), case.memory.window
     spec = MemorySpec(
         batch_size=1,
         tokens_per_frame=model.tokens_per_frame(*config.latent_size),
         device=torch.device("meta"),
         dtype=dtype,
         frames=config.blocks(case.frames) * config.frames_per_block,
-        window_frames=case.memory.window_frames if windowed else None,
-        sink_frames=case.memory.sink_frames if windowed else 0,
+        window_frames=window_frames,
+        sink_frames=sink_frames,
     )
     return model.new_memory(spec).num_bytes
 
