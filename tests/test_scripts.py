@@ -64,6 +64,14 @@ def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
 
 
+def test_kernels_are_timed_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = import_module("benchmark_kernels")
+    assert call(monkeypatch, script, "--json", tmp_path / "x.json", "--device", "cpu") == 2
+    assert "kernels need a GPU" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
 def test_the_demo_makes_a_video_with_both_models(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
