@@ -62,6 +62,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
     add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
+    add("--tiny-vae", help="decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact")
     add("--kernels", action=switch, help="Triton kernels of our own between products; a GPU in half precision")
 
 
@@ -74,6 +75,7 @@ def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
         fast_vae=speed.fast_vae if arguments.fast_vae is None else arguments.fast_vae,
         fp8=speed.fp8 or arguments.fp8,
         kernels=speed.kernels if arguments.kernels is None else arguments.kernels,
+        tiny_vae=speed.tiny_vae if arguments.tiny_vae is None else arguments.tiny_vae,
     )
 
 
@@ -170,6 +172,9 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
+    tiny = config.speed.tiny_vae
+    if tiny is not None and not Path(tiny).is_file():
+        raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny-vae")
     folder = Path(config.model_folder)
     sizes = transformer_config(folder)
     check_layers(config.hybrid.layers, sizes["num_layers"])

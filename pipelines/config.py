@@ -66,6 +66,7 @@ class SpeedConfig:
         cuda_graphs: record passes as CUDA graphs; null for on a GPU.
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
+        tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
         kernels: what lies between products by Triton kernels of our own; off until they have been measured on a GPU.
     """
 
@@ -74,6 +75,7 @@ class SpeedConfig:
     fast_vae: bool = True
     fp8: bool = False
     kernels: bool = False
+    tiny_vae: str | None = None
 
     def on(self, device: torch.device) -> Self:
         """With every switch that was left open thrown as it pays on a device."""

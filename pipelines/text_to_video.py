@@ -34,6 +34,7 @@ from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.text import TextEncoder, load_text_encoder
 from wan.vae import WanVAE, load_vae
+from wan.vae_tiny import load_tiny_decoder
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         if speed.kernels:
             require_kernels(device, self.transformer.dtype)
         self._fast = self._pool = None
-        self.wan_vae.fast = speed.fast_vae
+        self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
+        if speed.tiny_vae is not None:
+            self.wan_vae.tiny = load_tiny_decoder(
+                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
+            )
         if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
             return
         self.transformer.merge_ffn_lora()

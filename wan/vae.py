@@ -21,6 +21,7 @@ from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, r
 from wan.errors import CheckpointError, InputError
 from wan.formats import WEIGHT_FILES, family, read_config
 from wan.vae_fast import FastDecoder, FastDecodeStream
+from wan.vae_tiny import TinyDecoder, TinyDecodeStream
 
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 # fmt: off
@@ -60,11 +61,13 @@ class WanVAE:
     Attributes:
         model: the diffusers module, with all weights.
         fast: decode by `wan.vae_fast`: the same frames up to rounding.
+        tiny: decode by this instead: other frames, see `wan.vae_tiny`.
     """
 
     def __init__(self, model: AutoencoderKLWan, fast: bool = False) -> None:
         self.model = model.eval()
         self.fast = fast
+        self.tiny: TinyDecoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -105,8 +108,10 @@ class WanVAE:
         )
         return mean.to(self.dtype), std.to(self.dtype)
 
-    def decode_stream(self) -> "DecodeStream | FastDecodeStream":
+    def decode_stream(self) -> "DecodeStream | FastDecodeStream | TinyDecodeStream":
         """Begin to decode a video, with the weights as they are now."""
+        if self.tiny is not None:
+            return self.tiny.stream()
         return FastDecoder(self.model).stream() if self.fast else DecodeStream(self)
 
     def encode_stream(self) -> "EncodeStream":
