@@ -206,9 +206,9 @@ class Transitions(NamedTuple):
             (first, second), (first_added, second_added) = (
                 x[:, :, : 2 * pairs].unflatten(2, (pairs, 2)).unbind(3) for x in (factor, added)
             )
-            whole = rounded(second @ first), rounded(second @ first_added + second_added)
+            whole = [rounded(second @ first), rounded(second @ first_added + second_added)]
             if 2 * pairs < factor.shape[2]:
-                whole = tuple(torch.cat([x, rest[:, :, -1:]], dim=2) for x, rest in zip(whole, (factor, added), strict=True))
+                whole = [torch.cat([x, old[:, :, -1:]], dim=2) for x, old in zip(whole, (factor, added), strict=True)]
             factor, added = whole
         return Transitions(factor, added)
 
@@ -246,8 +246,8 @@ def chunk_size(tokens: int, chunk: int) -> int:
     A size that is divided by eight where there is a choice: products of others are slower.
     """
     step = max(1, chunk // 8)
-    most = chunk + 2 * step
-    return tokens if tokens <= most else min(range(chunk - 2 * step, most + 1, step), key=lambda n: (-tokens % n, -n))
+    least, most = max(1, chunk - 2 * step), chunk + 2 * step
+    return tokens if tokens <= most else min(range(least, most + 1, step), key=lambda size: (-tokens % size, -size))
 
 
 def block_transition(
@@ -268,10 +268,11 @@ def block_transition(
     """
     size = chunk_size(k_BLHK.shape[1], chunk)
     padding = -k_BLHK.shape[1] % size
-    tokens = (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
+    tokens = [k_BLHK, v_BLHV, log_decay_BLH, beta_BLH]
     if padding:  # a padded token has k = 0, β = 0 and g = 0: it changes nothing
-        tokens = tuple(F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in tokens)
-    return solve_chunks(*(x.unflatten(1, (-1, size)) for x in tokens), dtype).transitions().composed()
+        tokens = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in tokens]
+    k, v, log_decay, beta = (x.unflatten(1, (-1, size)) for x in tokens)
+    return solve_chunks(k, v, log_decay, beta, dtype).transitions().composed()
 
 
 def states_between(
@@ -282,8 +283,8 @@ def states_between(
     All blocks at once but for one product each: for many short blocks. In the precision of the state.
     """
     batch = k_BNLHK.shape[:2]
-    tokens = (x.flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
-    composed = block_transition(*tokens, dtype=state_BHKV.dtype)
+    k, v, log_decay, beta = (x.flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
+    composed = block_transition(k, v, log_decay, beta, dtype=state_BHKV.dtype)
     blocks = Transitions(*(x.squeeze(2).unflatten(0, batch).transpose(1, 2) for x in composed))
     return torch.stack([state_BHKV, *blocks.states(state_BHKV)], dim=1)
 

@@ -1,18 +1,30 @@
 """The writers of the recurrent memory against the formula, values and gradients, on odd lengths."""
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from arl2.distillation.trainer import products_in_tf32
 from arl2.gated_delta import (
+    TF32_HALF,
+    TF32_MASK,
     UnitLowerInverse,
     WriteBackend,
+    chunk_size,
     fla_installed,
     gated_delta_write,
+    rounded,
     states_between,
     write_chunked,
     write_fla,
+    write_recomputed,
     write_recurrent,
 )
 
@@ -58,6 +70,109 @@ def test_chunked_gradients_equal_recurrent_ones(tokens: int) -> None:
         gradients.append([x.grad for x in arguments])
     for plain, fast in zip(*gradients, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-8, atol=1e-10)
+
+
+def test_chunks_are_full_where_they_can_be() -> None:
+    assert chunk_size(4680, 64) == 72 and chunk_size(72, 64) == 72 and chunk_size(7, 64) == 7
+    assert chunk_size(4672, 64) == 64  # 73 chunks
+    assert max(-tokens % chunk_size(tokens, 64) for tokens in range(81, 999)) < 48
+
+
+class ProductsInTF32(TorchDispatchMode):
+    """Products as tensor cores of Hopper make them of float32: of the operands' first 19 bits, added in float32."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            args = [(x.contiguous().view(torch.int32) & TF32_MASK).view(x.shape).view(torch.float32) for x in args]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of float32 in TF32, and what is rounded for it."""
+    monkeypatch.setattr("arl2.gated_delta.products_round", lambda x: x.dtype is torch.float32)
+    with ProductsInTF32():
+        yield
+
+
+def states_and_gradients(state: Tensor, tokens: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (state, *tokens)]
+    out = write_chunked(*leaves)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    out.backward(weight.to(out.device, out.dtype))
+    return [out.detach().double(), *(x.grad.double() for x in leaves)]
+
+
+@pytest.mark.parametrize(("same", "beta"), [(0.0, 1.999), (0.9, 1.0)])
+def test_products_in_tf32_cost_less_than_keys_in_bfloat16(same: float, beta: float, request: Any) -> None:
+    """Slow decay and strong writes, where each of 20 chunks hands on what it got, over keys that may be much alike."""
+    like, heads, size = {"dtype": torch.float64}, 1, 128
+    shared, own = torch.randn(size, **like), torch.randn(1, 1440, heads, size, **like)
+    k = F.normalize(same * shared + (1 - same**2) ** 0.5 * own, dim=-1)
+    v, state = torch.randn(own.shape, **like), torch.randn(1, heads, size, size, **like)
+    small = [-1e-4 * torch.rand(own.shape[:3], **like), beta - (2 - beta) * torch.rand(own.shape[:3], **like)]
+    small = [x.float().double() for x in small]
+    half = [k.bfloat16(), v.bfloat16()]
+    exact = states_and_gradients(state, [k, v, *small])
+    of_half = states_and_gradients(state, [*(x.double() for x in half), *small])
+    request.getfixturevalue("tf32")
+    found = states_and_gradients(state.float(), [*half, *(x.float() for x in small)])
+    for name, one, two, three in zip(
+        ("out", "state", "k", "v", "log decay", "beta"), exact, of_half, found, strict=True
+    ):
+        by_keys, by_products = (two - one).norm() / one.norm(), (three - two).norm() / two.norm()
+        # Gradients of keys and values are rounded to bfloat16 themselves.
+        assert by_products < by_keys + (2**-9 if name in "kv" else 0), (name, by_products, by_keys)
+
+
+def test_what_is_rounded_for_tf32_is_nearest_and_keeps_its_gradient(tf32: None) -> None:
+    x = (torch.randn(1000) * 10.0 ** torch.randint(-20, 20, (1000,))).requires_grad_()
+    y = rounded(x * 1)
+    assert torch.equal(y.detach().view(torch.int32) & ~TF32_MASK, torch.zeros(1000, dtype=torch.int32))
+    assert ((y - x) / x).abs().max() <= 2**-11
+    assert ((y - x) / x).mean().abs() < 2**-14 and TF32_HALF * 2 == -TF32_MASK
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(1000))
+
+
+def gradients_by(writer: Any, arguments: Inputs, blocks: int) -> list[Tensor]:
+    """Of arguments that are written several times over, each write on the state of the last; states are used twice."""
+    state, *tokens = (x.clone().requires_grad_() for x in arguments)
+    first, total = state, torch.zeros((), dtype=torch.float64)
+    for block in range(blocks):
+        state = writer(state.detach() if block == 2 else state, *tokens)
+        total = total + (state * (block + 1)).square().sum() + state.sin().sum()
+    total.backward()
+    return [x.grad for x in (first, *tokens)]
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_write_computed_again_has_the_plain_gradients(blocks: int, checkpointed: bool) -> None:
+    """By the kernel's stand-in, chained and cut as training does; in a checkpoint, and under autocast."""
+    arguments, calls = inputs(41), []
+
+    def kernel(*given: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        calls.append(0)
+        return write_chunked(*given)
+
+    def writer(*given: Tensor) -> Tensor:
+        again = partial(write_recomputed, forward=kernel)
+        return checkpoint(again, *given, use_reentrant=False) if checkpointed else again(*given)
+
+    expected = gradients_by(write_chunked, arguments, blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients_by(writer, arguments, blocks)
+    assert len(calls) == blocks * (1 + checkpointed)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_what_learns_nothing_gets_no_gradient() -> None:
+    state, k, v, log_decay, beta = inputs(20)
+    write_recomputed(state, k, v.requires_grad_(), log_decay, beta, forward=write_chunked).sum().backward()
+    assert v.grad is not None and state.grad is None and k.grad is None
 
 
 def test_float32_stays_close_to_float64_over_a_whole_block() -> None:
@@ -138,6 +253,38 @@ def test_the_default_writer_has_the_gradients_of_the_reference(tokens: int) -> N
     for name, plain, fast in zip(("state", "k", "v", "log decay", "beta"), *results, strict=True):
         error = ((fast - plain).norm() / plain.norm()).item()
         assert error < 0.02, (name, error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not fla_installed(), reason="needs flash-linear-attention")
+@pytest.mark.parametrize("same", [0.0, 0.9])
+def test_products_in_tf32_on_a_gpu(same: float) -> None:
+    """With slow decay, where a bias of tensor cores would add up; see the test of the same on a CPU."""
+    shared, own = torch.randn(128, device="cuda"), torch.randn(1, 4680, 12, 128, device="cuda")
+    k = F.normalize(same * shared + (1 - same**2) ** 0.5 * own, dim=-1)
+    v, state = torch.randn_like(k), torch.randn(1, 12, 128, 128, device="cuda")
+    small = [-1e-4 * torch.rand(own.shape[:3], device="cuda"), 2 - 0.1 * torch.rand(own.shape[:3], device="cuda")]
+    half = [k.bfloat16(), v.bfloat16()]
+    exact = states_and_gradients(state.double(), [x.double() for x in (k, v, *small)])
+    of_half = states_and_gradients(state.double(), [x.double() for x in (*half, *small)])
+    with products_in_tf32(True):
+        found = states_and_gradients(state, [*half, *small])
+    for name, one, two, three in zip(
+        ("out", "state", "k", "v", "log decay", "beta"), exact, of_half, found, strict=True
+    ):
+        by_keys, by_products = (two - one).norm() / one.norm(), (three - two).norm() / two.norm()
+        assert by_products < by_keys + (2**-9 if name in "kv" else 0), (name, by_products, by_keys)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.gpu
+def test_rounding_by_a_kernel_is_that_by_integers() -> None:
+    pytest.importorskip("triton")
+    x = torch.randn(5, 1000, device="cuda") * 10.0 ** torch.randint(-30, 30, (5, 1000), device="cuda")
+    expected = ((x.view(torch.int32) + TF32_HALF) & TF32_MASK).view(torch.float32)
+    with products_in_tf32(True):
+        assert torch.equal(rounded(x.clone()), expected)
+    assert torch.equal(rounded(x.clone()), x), "float32 products need no rounding"
 
 
 @pytest.mark.gpu

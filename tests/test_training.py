@@ -24,7 +24,7 @@ from arl2.distillation.data import LatentDataset, LatentWriter
 from arl2.distillation.sampling import Batches, LevelSource, NoiseLevels
 from arl2.distillation.stage1 import Stage1, stage1_parameters
 from arl2.distillation.stage2 import stage2_parameters
-from arl2.distillation.trainer import OptimizerSettings
+from arl2.distillation.trainer import OptimizerSettings, products_in_tf32
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.sizes import TOY_VAE
@@ -32,6 +32,7 @@ from pipelines.config import load_config
 from pipelines.random_model import random_pipeline
 from pipelines.training_config import GatesConfig, Stage1Config, Stage2Config
 from pipelines.video import read_video
+from wan.errors import InputError
 from wan.formats import read_transformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -321,6 +322,17 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert replace(settings, decay="constant").lr_at(12, 13) == 1.0
 
 
+def test_products_are_in_tf32_only_where_wanted_and_only_inside() -> None:
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest"
+    with pytest.raises(KeyError), products_in_tf32(True):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+    with products_in_tf32(False):
+        assert torch.get_float32_matmul_precision() == before
+
+
 def test_a_config_of_the_project_names_known_settings_only() -> None:
     configs = Path(train_stage1.__file__).parent / "configs"
     for kind, stage in ((Stage1Config, "stage1"), (Stage2Config, "stage2"), (GatesConfig, "gates")):
@@ -328,3 +340,12 @@ def test_a_config_of_the_project_names_known_settings_only() -> None:
             config = load_config(kind, path)
             config.objective_settings()
             config.hybrid(40)
+
+
+def test_a_student_has_the_memory_of_its_config() -> None:
+    file = Path(__file__).parent.parent / "configs" / "stage2.yaml"
+    assert load_config(Stage2Config, file).objective_settings().window == (None, 0)
+    windowed = load_config(Stage2Config, file, ["memory.kind=window", "memory.window_frames=6"])
+    assert windowed.objective_settings().window == (6, 3)
+    with pytest.raises(InputError, match="window"):
+        load_config(Stage2Config, file, ["memory.kind=window", "memory.window_frames=5"]).objective_settings()

@@ -163,6 +163,11 @@ class Trainer:
             TrainingError: loss or gradient was not finite for too long.
             InputError: the checkpoint is of another run, a sample cannot be read, or the disk is full.
         """
+        on_tensor_cores = self._accelerator.device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
+        with products_in_tf32(on_tensor_cores):
+            return self._run(stop)
+
+    def _run(self, stop: Callable[[], bool]) -> bool:
         settings, state = self._settings, self.state
         saved = whole_checkpoints(self._folder / CHECKPOINTS)
         if saved:
@@ -317,6 +322,23 @@ class Trainer:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
         with ProgressBar(*columns, disable=not self._accelerator.is_main_process) as bar:
             yield bar, bar.add_task("training", total=self._settings.steps, figures="")
+
+
+@contextmanager
+def products_in_tf32(on: bool) -> Iterator[None]:
+    """Multiply float32 matrices in TF32 inside the context, if `on`: 10 bits of mantissa, on tensor cores.
+
+    Under bfloat16 autocast only the writes to states multiply float32. Their keys and values come in bfloat16, whose 7
+    bits TF32 holds exactly; what is computed from them is rounded to nearest (`arl2.gated_delta.rounded`), which costs
+    a state and its gradients less than the rounding of the keys did (`tests/test_gated_delta.py`).
+    """
+    before = torch.get_float32_matmul_precision()
+    if on:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def truncate_losses(path: Path, step: int) -> None:

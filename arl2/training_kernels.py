@@ -1,0 +1,33 @@
+"""Triton kernels of training. Imported only where they run: they need Triton and a GPU."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUMBERS = 2048
+"""Numbers that a program of `round_to_tf32` takes."""
+
+
+@triton.jit
+def _round_kernel(x, count, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
+    place = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    bits = tl.load(x + place, place < count, other=0)
+    # Of a float's bits: half of the last that stays, and all but the last thirteen. A carry runs into the exponent.
+    tl.store(x + place, (bits + 0x1000) & -0x2000, place < count)
+
+
+def round_to_tf32(x: Tensor) -> None:
+    """Round float32 in place to the nearest that TF32 has; ties away from zero. Gradients pass as if it were not there.
+
+    Args:
+        x: contiguous.
+    """
+    bits = x.detach().view(torch.int32)
+    assert bits.is_contiguous()
+    kernel: Any = _round_kernel
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(bits.numel(), NUMBERS),)](bits, bits.numel(), NUMBERS=NUMBERS, num_warps=8)
+    torch.autograd.graph.increment_version(x)
