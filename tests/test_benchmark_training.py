@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> int:
 
 def test_every_row_is_written_down_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "Allocator", CountedBytes)
-    assert run(monkeypatch, tmp_path, "--rows", "stage1") == 0
+    assert run(monkeypatch, tmp_path, "--rows", "stage1-loop") == 0
     first = json.loads((tmp_path / "training.json").read_text())
     measure, names = training.measure_row, []
 
@@ -102,9 +102,9 @@ def test_every_row_is_written_down_and_not_measured_again(tmp_path: Path, monkey
         return measure(row, *arguments)
 
     monkeypatch.setattr(training, "measure_row", measure_row)
-    assert run(monkeypatch, tmp_path, "--rows", "stage1", "stage2-checkpointed") == 0
+    assert run(monkeypatch, tmp_path, "--rows", "stage1-loop", "stage2-loop-checkpointed") == 0
     results = json.loads((tmp_path / "training.json").read_text())
-    assert names == ["stage2-checkpointed"] and results["rows"]["stage1"] == first["rows"]["stage1"]
+    assert names == ["stage2-loop-checkpointed"] and results["rows"]["stage1-loop"] == first["rows"]["stage1-loop"]
     for row in results["rows"].values():
         assert row["status"] == "ok" and len(row["losses"]) == 2 and all(row["losses"])
         assert row["seconds"][0] * row["hardware"]["flops_per_second"] == pytest.approx(row["flops"]["hardware"])
@@ -115,11 +115,18 @@ def test_every_row_is_written_down_and_not_measured_again(tmp_path: Path, monkey
         # A state is [3 heads, 64, 64]; two softmax layers remember 3 frames of 4 tokens of 192 channels.
         states, keys = 3 * 64 * 64 * 4, 2 * 2 * 12 * 192 * 4
         assert memory["student_memory"] == (8 * states if row["row"]["stage"] == 1 else 6 * states + keys)
-    assert results["rows"]["stage1"]["memory"]["observations"] > 0
+    assert results["rows"]["stage1-loop"]["memory"]["observations"] > 0
     hours = results["cost"]["stage2"]["hours_by_videos_per_step"]
-    assert hours["1"] * 3600 == pytest.approx(12000 * results["rows"]["stage2-checkpointed"]["seconds"][0])
+    assert hours["1"] * 3600 == pytest.approx(12000 * results["rows"]["stage2-loop-checkpointed"]["seconds"][0])
     assert hours["8"] == 8 * hours["1"]
     assert run(monkeypatch, tmp_path, "--seed", "1") == 2, "other settings"
+
+
+def test_the_parallel_path_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, tmp_path, "--rows", "stage1", "stage2-checkpointed", "stage1-loop") == 0
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert all(row["status"] == "ok" for row in rows.values())
+    assert rows["stage1"]["losses"] == pytest.approx(rows["stage1-loop"]["losses"], rel=1e-3)
 
 
 def test_out_of_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from wan.attention import AttentionBackend, attention
 from wan.errors import CheckpointError, InputError
 from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
-from wan.parallel import MaskedView, ParallelLayout
+from wan.parallel import BlocksView, MaskedView, ParallelLayout
 from wan.rope import Rotary, rotary_angles, rotate
 
 TextKV = list[tuple[Tensor, Tensor]]
@@ -78,17 +78,17 @@ class SelfAttention(AttentionLayer):
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """What this layer reads in place of a memory when all blocks are in the sequence."""
-        return MaskedView(layout.mask)
+        return layout.view
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: KVView, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, attend: bool, remember: bool
     ) -> tuple[Tensor | None, KVUpdate | None]:
         """Attend, or return what to remember of these tokens, or both; the memory is not changed.
 
         Args:
             x_BLD: normed and modulated tokens.
             rotary: rotation of these tokens.
-            view: what to see of earlier blocks.
+            view: what to see of earlier blocks, or which blocks of the sequence see which.
             attend: whether to compute the output.
             remember: whether to compute the update.
 
@@ -101,6 +101,8 @@ class SelfAttention(AttentionLayer):
         if not attend:
             return None, update
         q = rotate(self.heads(self.norm_q(self.q(x_BLD))), rotary)
+        if isinstance(view, BlocksView):
+            return self.o(view.attention(q, k, v, self.backend).flatten(2)), update
         keys, values, mask = view.with_block(k, v)
         return self.o(attention(q, keys, values, mask_LM=mask, backend=self.backend).flatten(2)), update
 

@@ -1,6 +1,6 @@
 """All blocks of a video in one forward: what replaces a memory when the latents are known beforehand.
 
-The block loop is the specification; this computes the same numbers faster where blocks are short.
+The block loop is the specification; this computes the same numbers with far fewer and larger kernels.
 The sequence is one half, or two: the clean latents that are remembered, then the noisy ones that attend.
 """
 
@@ -10,7 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from wan.attention import AttentionBackend, attention
 from wan.errors import InputError
+
+MOST_MASKED_TOKENS = 512
+"""Of a block; longer ones attend one by one. A mask hides at least half of the work, wants [L, L] bytes, and keeps the
+fastest kernels away."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,28 @@ class ParallelLayout:
         visible = own | earlier
         return visible.repeat_interleave(self.tokens_per_frame, 0).repeat_interleave(self.tokens_per_frame, 1)
 
+    def seen_tokens(self, half: int, block: int) -> list[slice]:
+        """Which tokens of the sequence a block of a half sees, in order: the rows of `mask` as slices."""
+        start = block * self.frames_per_block
+        frames = [(0, start)]
+        if self.window_frames is not None:
+            sink = min(self.sink_frames, start)
+            oldest = start + self.frames_per_block - self.window_frames + self.sink_frames
+            frames = [(0, sink), (max(sink, oldest), start)]
+        own = half * self.num_frames + start
+        joined: list[tuple[int, int]] = []
+        for first, end in [*frames, (own, own + self.frames_per_block)]:
+            if joined and joined[-1][1] == first:
+                joined[-1] = (joined[-1][0], end)
+            elif first < end:
+                joined.append((first, end))
+        return [slice(first * self.tokens_per_frame, end * self.tokens_per_frame) for first, end in joined]
+
+    @property
+    def view(self) -> "MaskedView | BlocksView":
+        """What a softmax layer needs to know of it."""
+        return MaskedView(self.mask) if self.tokens_per_block <= MOST_MASKED_TOKENS else BlocksView(self)
+
 
 @dataclass(frozen=True)
 class MaskedView:
@@ -76,3 +103,26 @@ class MaskedView:
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The keys and values given, and the mask."""
         return k_BLHD, v_BLHD, self.mask_LM
+
+
+@dataclass(frozen=True)
+class BlocksView:
+    """The same without a mask: the blocks attend one after the other.
+
+    Attributes:
+        layout: of the sequence.
+    """
+
+    layout: ParallelLayout
+
+    def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, backend: AttentionBackend) -> Tensor:
+        """Softmax attention of all tokens; see `wan.attention.attention`."""
+        out = []
+        for place, queries in enumerate(q_BLHD.split(self.layout.tokens_per_block, dim=1)):
+            seen = self.layout.seen_tokens(*divmod(place, self.layout.num_blocks))
+            keys, values = (
+                x[:, seen[0]] if len(seen) == 1 else torch.cat([x[:, part] for part in seen], dim=1)
+                for x in (k_BLHD, v_BLHD)
+            )
+            out.append(attention(queries, keys, values, backend=backend))
+        return torch.cat(out, dim=1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset, LatentWriter
 from arl2.distillation.objective import LayerReports, Objective
+from arl2.distillation.objective import Path as BlocksPath
 from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
@@ -59,20 +60,23 @@ class TrainingRow:
     Attributes:
         name: of the row.
         stage: 1 or 2.
-        checkpointing, blocks_per_graph: as in the stage's settings.
+        checkpointing, blocks_per_graph, path: as in the stage's settings.
     """
 
     name: str
     stage: int
     checkpointing: bool = False
     blocks_per_graph: int | None = None
+    path: BlocksPath = BlocksPath.PARALLEL
 
 
 ROWS = (
     TrainingRow("stage1", 1),
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
-    TrainingRow("stage1-cut", 1, blocks_per_graph=1),
-    TrainingRow("stage2-cut", 2, blocks_per_graph=1),
+    TrainingRow("stage1-loop", 1, path=BlocksPath.LOOP),
+    TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, path=BlocksPath.LOOP),
+    TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, path=BlocksPath.LOOP),
+    TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, path=BlocksPath.LOOP),
     TrainingRow("stage2", 2),
 )
 """The most important first, and last the one for which memory may not be enough."""
@@ -375,8 +379,9 @@ def _train(
 
 def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
     if row.stage == 1:
-        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph))
-    return Stage2(model, Stage2Settings(config.frames_per_block, row.blocks_per_graph, checkpointing=row.checkpointing))
+        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.path))
+    settings = Stage2Settings(config.frames_per_block, row.blocks_per_graph, row.path, checkpointing=row.checkpointing)
+    return Stage2(model, settings)
 
 
 def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path) -> Batches:

@@ -3,7 +3,9 @@
 A product x·W costs as much again for the gradient of x, where something before it learns, and for that of W, where W
 learns; frozen weights cost no second product. Attention costs twice its forward, or once where only the queries have a
 gradient (the text's keys and values have none). What is computed a second time, because checkpointing did not keep it,
-is counted apart; what attention kernels compute a second time of their own accord is not counted.
+is counted apart; what attention kernels compute a second time of their own accord is not counted. Nor is what the
+parallel path computes though nobody needs it: in stage 2 the last block's clean pass, and in clean passes the last
+layer's output.
 """
 
 from dataclasses import dataclass, field
