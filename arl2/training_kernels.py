@@ -23,9 +23,10 @@ def round_to_tf32(x: Tensor) -> None:
     """Round float32 in place to the nearest that TF32 has; ties away from zero. Gradients pass as if it were not there.
 
     Args:
-        x: contiguous.
+        x: contiguous, as it is or with its last two axes exchanged (as solvers return it).
     """
     bits = x.detach().view(torch.int32)
+    bits = bits if bits.is_contiguous() else bits.mT
     assert bits.is_contiguous()
     kernel: Any = _round_kernel
     with torch.cuda.device_of(x):

@@ -63,7 +63,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
     add("--tiny-vae", help="decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact")
-    add("--kernels", action=switch, help="Triton kernels of our own between products; a GPU in half precision")
+    add("--kernels", action=switch, help="our Triton kernels between products; on a GPU in half precision by default")
 
 
 def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
@@ -109,8 +109,8 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     """
     config = apply_flags(load_config(InferenceConfig, arguments.config_path), arguments)
     device = choose_device(arguments.device)
-    config = replace(config, speed=config.speed.on(device))
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    config = replace(config, speed=config.speed.on(device, dtype))
     check_config(config, arguments.i2v)
     prompts, images = read_requests(arguments)
     jobs = plan_jobs(prompts, arguments.seed)

@@ -67,21 +67,28 @@ class SpeedConfig:
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
         tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
-        kernels: what lies between products by Triton kernels of our own; off until they have been measured on a GPU.
+        kernels: what lies between products by Triton kernels of our own; null for on a GPU with Triton, in half
+            precision.
     """
 
     compile: bool | None = None
     cuda_graphs: bool | None = None
     fast_vae: bool = True
     fp8: bool = False
-    kernels: bool = False
+    kernels: bool | None = None
     tiny_vae: str | None = None
 
-    def on(self, device: torch.device) -> Self:
-        """With every switch that was left open thrown as it pays on a device."""
+    def on(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """With every switch that was left open thrown as it pays on a device for weights of a type."""
         gpu = device.type == "cuda"
-        compile = gpu and find_spec("triton") is not None if self.compile is None else self.compile
-        return replace(self, compile=compile, cuda_graphs=gpu if self.cuda_graphs is None else self.cuda_graphs)
+        triton = gpu and find_spec("triton") is not None
+        half = dtype in (torch.float16, torch.bfloat16)
+        return replace(
+            self,
+            compile=triton if self.compile is None else self.compile,
+            cuda_graphs=gpu if self.cuda_graphs is None else self.cuda_graphs,
+            kernels=triton and half if self.kernels is None else self.kernels,
+        )
 
 
 @dataclass

@@ -203,7 +203,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             InputError: the device cannot.
         """
         device, config = self.transformer.device, self.transformer.config
-        speed = speed.on(device)
+        speed = speed.on(device, self.transformer.dtype)
         if speed.cuda_graphs and device.type != "cuda":
             raise InputError("cuda_graphs needs a GPU: leave it off")
         if speed.fp8:
@@ -219,7 +219,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
             return
         self.transformer.merge_ffn_lora()
-        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, speed.kernels)
+        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels))
         self._fast, self._pool = GraphedModel(fast, device) if speed.cuda_graphs else fast, MemoryPool(self.transformer)
 
     @torch.no_grad()

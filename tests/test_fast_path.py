@@ -231,7 +231,7 @@ def test_fp8_rounds_each_row_by_its_own_scale() -> None:
     error = (values.float() * scales - x).norm(dim=1) / x.norm(dim=1).clamp(min=1e-30)
     assert values.dtype is torch.float8_e4m3fn and (error < 0.035).all() and torch.isfinite(values.float()).all()
     linear = torch.nn.Linear(256, 96)
-    fp8, tokens = FP8Linear(linear.weight, linear.bias), torch.randn(3, 5, 256)
+    fp8, tokens = FP8Linear(linear.weight, linear.bias, [(32, 64)]), torch.randn(3, 5, 256)
     for rows in (slice(None), slice(32, 64)):
         expected = linear(tokens)[..., rows]
         assert 1e-3 < ((fp8(tokens, rows) - expected).norm() / expected.norm()) < 0.04
@@ -270,13 +270,15 @@ def test_flags_override_the_config() -> None:
 
 
 def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert SpeedConfig().on(cpu) == SpeedConfig(compile=False, cuda_graphs=False)
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    off = SpeedConfig(compile=False, cuda_graphs=False, kernels=False)
+    assert SpeedConfig().on(cpu, torch.float32) == SpeedConfig().on(cpu, half) == off
     monkeypatch.setattr("pipelines.config.find_spec", lambda name: object())
-    assert SpeedConfig().on(gpu) == SpeedConfig(compile=True, cuda_graphs=True)
-    assert SpeedConfig(compile=False, cuda_graphs=False).on(gpu) == SpeedConfig(compile=False, cuda_graphs=False)
+    assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=True, kernels=True)
+    assert SpeedConfig().on(gpu, torch.float32) == SpeedConfig(compile=True, cuda_graphs=True, kernels=False)
+    assert off.on(gpu, half) == off
     monkeypatch.setattr("pipelines.config.find_spec", lambda name: None)
-    assert SpeedConfig().on(gpu).compile is False
+    assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=False, cuda_graphs=True, kernels=False)
 
 
 def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Linear layers arranged for inference: several in one product, and products of eight-bit floats."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -70,18 +71,24 @@ class FP8Linear(nn.Module):
 
     Args:
         weight_NK, bias_N: of the linear layer.
+        parts: the ranges of output channels that will be asked for, apart from all.
     """
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, parts: Iterable[tuple[int, int]] = ()) -> None:
         super().__init__()
         self.values_NK, self.scales_N1 = quantized(weight_NK.detach())
-        self.bias_N = None if bias_N is None else bias_N.detach()
+        # Copies: of a view, torch.compile (2.11) gives the product of e4m3 the whole that it is of.
+        self.biases: dict[tuple[int | None, int | None], Tensor] = {}
+        if bias_N is not None:
+            self.biases = {(None, None): bias_N.detach()} | {
+                (start, stop): bias_N[start:stop].detach().clone() for start, stop in parts
+            }
         self.dtype = weight_NK.dtype
 
     def forward(self, x: Tensor | Rows, rows: slice = slice(None)) -> Tensor:
         """The output channels `rows` for any number of tokens, [..., rows] in the dtype of the weight."""
         values, scales = self.values_NK[rows], self.scales_N1[rows]
-        bias = None if self.bias_N is None else self.bias_N[rows]
+        bias = self.biases[rows.start, rows.stop] if self.biases else None
         x = x if isinstance(x, Rows) else quantized(x)
         x_values, x_scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
         if x_values.is_cuda:
@@ -138,7 +145,17 @@ class FusedLinear(nn.Module):
                     whole[place] = part
                     if not fp8:
                         part.data = whole[place]
-        self.product = (FP8Linear if fp8 else RowsLinear)(weight_NK, bias_N)
+        neighbours = combinations_with_replacement(self.places, 2)
+        self.product = (
+            FP8Linear(weight_NK, bias_N, [self._range(first, last) for first, last in neighbours])
+            if fp8
+            else RowsLinear(weight_NK, bias_N)
+        )
+
+    def _range(self, first: str, last: str) -> tuple[int, int]:
+        """Output channels from one part to another, with the rows that fill up the last."""
+        start, stop = self.places[first][0], self.places[last][1]
+        return start, stop + -stop % ROW_MULTIPLE
 
     def forward(self, x: Tensor | Rows, names: tuple[str, ...]) -> list[Tensor]:
         """The outputs of some parts, [..., out_features] each; views of one tensor.
@@ -146,6 +163,6 @@ class FusedLinear(nn.Module):
         Args:
             names: neighbours, in order.
         """
-        start, stop = self.places[names[0]][0], self.places[names[-1]][1]
-        y = self.product(x, slice(start, stop + -stop % ROW_MULTIPLE))
+        start, stop = self._range(names[0], names[-1])
+        y = self.product(x, slice(start, stop))
         return [y[..., first - start : last - start] for first, last in (self.places[name] for name in names)]
