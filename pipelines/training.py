@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arl2.checkpoint import build_hybrid
+from arl2.compiling import compile_blocks
 from arl2.distillation.data import Samples
 from arl2.distillation.gates import GateSettings, LayerGates
 from arl2.distillation.objective import LayerReports, Objective
@@ -112,6 +113,8 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
     if config.shard:
         shard_trunk(model, trainables.values())
+    if config.compile:
+        compile_blocks(model)
     batches = Batches(
         data,
         config.seed,

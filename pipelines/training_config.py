@@ -30,8 +30,8 @@ TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wand
 """Where figures go, and what has to be installed for it."""
 FREE_TO_CHANGE = (
     *("model_folder", "checkpoint_path", "run_folder", "data", "init_from", "layers_file", "share"),
-    *("batch", "accumulation", "device", "shard", "checkpointing", "resume", "save_every", "keep", "report_every"),
-    *("sample_every", "sample_frames", "sample_fps", "tracker", "max_bad_steps"),
+    *("batch", "accumulation", "device", "shard", "compile", "checkpointing", "resume", "save_every", "keep"),
+    *("report_every", "sample_every", "sample_frames", "sample_fps", "tracker", "max_bad_steps"),
 )
 """Settings that may differ between the sittings of a run; what they name is told by content where it matters."""
 
@@ -50,6 +50,7 @@ class TrainingConfig:
         frames_per_block, denoising_steps, warp_denoising_steps, timestep_shift: of the teacher, as for inference.
         levels: see `arl2.distillation.sampling.NoiseLevels`.
         blocks_per_graph, path: see `arl2.distillation.objective.ObjectiveSettings`.
+        compile: compile the transformer's blocks; with path parallel, whose passes are all of one size.
         steps, batch, accumulation, optimizer, ema_decay, save_every, keep, report_every, max_bad_steps: see
             `arl2.distillation.trainer.TrainerSettings`; `batch` is a rank's.
         seed: of order, noise and initial values.
@@ -74,6 +75,7 @@ class TrainingConfig:
     levels: NoiseLevels = field(default_factory=NoiseLevels)
     blocks_per_graph: int | None = None
     path: objective.Path = objective.Path.LOOP
+    compile: bool = False
     steps: int = 6000
     batch: int = 1
     accumulation: int = 1
@@ -257,6 +259,8 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     _check_numbers(config)
     if settings.path is objective.Path.PARALLEL and config.levels.per_block != 1:
         raise InputError(f"path parallel takes one level a block, not {config.levels.per_block}: take path loop")
+    if config.compile and settings.path is objective.Path.LOOP:
+        raise InputError("path loop makes passes of many sizes, each compiled anew: set compile=false or path=parallel")
     config.levels.check(len(config.sampler().sigmas))
     config.optimizer.check()
     if config.tracker not in TRACKERS:

@@ -114,6 +114,24 @@ def test_the_parallel_path_of_stage_one_equals_the_loop(read_clean: bool) -> Non
     assert both[0][2] == pytest.approx(both[1][2], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_compiled_blocks_train_alike(stage: int) -> None:
+    """Traced as when compiled: what is observed on the way, switched off for the teacher, or kept for gradients."""
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage1_parameters(model) if stage == 1 else stage2_parameters(model))
+    settings = (Stage1Settings if stage == 1 else Stage2Settings)(3, path=Path.PARALLEL)
+    noise, both = mixed_noise(batch), []
+    for compile in (False, True):
+        if compile:
+            torch.compiler.reset()
+            for block in model.layers():
+                block.compile(dynamic=False, backend="aot_eager")
+        objective = Stage1(model, settings) if isinstance(settings, Stage1Settings) else Stage2(model, settings)
+        both.append(trained(objective, batch, noise))
+    torch.testing.assert_close(both[0][0], both[1][0])
+    assert_same_gradients(both[0][1], both[1][1], rtol=1e-5, atol=1e-9)
+
+
 def test_stage_one_trains_what_it_says_and_leaves_the_teacher_alone() -> None:
     model, batch = tiny_model(ALL), videos()
     parts = {name.split("self_attn.")[1] for name in stage1_parameters(model)}

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from arl2.compiling import compile_blocks
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.objective import Objective, Path
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.model import HybridWanModel
 from arl2.toyworld.sizes import FRAMES_PER_BLOCK
-from arl2.toyworld.train_teacher import compile_blocks
 from wan.attention import AttentionBackend
 from wan.config import wan_size
 

@@ -248,6 +248,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (1, "ema_decay=1.5", "ema_decay"),
         (1, "levels.per_block=5", "more than the generator's 4 steps"),
         (1, "path=parallel levels.per_block=2", "one level a block"),
+        (1, "path=loop compile=true", "compiled anew"),
         (1, "path=parallel blocks_per_graph=1", "blocks_per_graph"),
         (1, "optimizer.decay=steep", "constant or cosine"),
         (1, "dtype=float16", "bfloat16 or float32"),

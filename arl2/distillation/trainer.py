@@ -294,7 +294,8 @@ class Trainer:
         if self._accelerator.is_main_process:
             with atomic_path(self._folder / "reports" / f"step-{step:08d}.json") as temporary:
                 temporary.write_text(json.dumps({"step": step, "metrics": metrics, "layers": reports}, indent=1) + "\n")
-        self._on_report(step, self._objective.model, reports)
+        with torch.compiler.set_stance("force_eager"):
+            self._on_report(step, self._objective.model, reports)
 
     def _write(self, losses: Any, line: dict[str, Any]) -> None:
         try:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from arl2.compiling import FOR_GRADIENTS, allow_variants
+from arl2.compiling import compile_blocks
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.latents import LatentVideos
@@ -74,13 +74,6 @@ def teacher_loss(model: HybridWanModel, clean: Tensor, text: Tensor, noise: Tens
     sigma = per_frame(sigma_BN)
     flow = flow_after_clean(model, add_noise(clean, noise, sigma), sigma, text, clean)
     return (flow - (noise - clean)).square().mean()
-
-
-def compile_blocks(model: HybridWanModel) -> None:
-    """Compile the blocks, which are alike, so that it takes seconds: their many small operations become few."""
-    allow_variants()
-    for block in model.layers():
-        block.compile(dynamic=False, options=FOR_GRADIENTS)
 
 
 def train(

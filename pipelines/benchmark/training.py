@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from arl2.compiling import compile_blocks
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset, LatentWriter
 from arl2.distillation.objective import LayerReports, Objective
@@ -60,7 +61,7 @@ class TrainingRow:
     Attributes:
         name: of the row.
         stage: 1 or 2.
-        checkpointing, blocks_per_graph, path: as in the stage's settings.
+        checkpointing, blocks_per_graph, path, compile: as in the stage's config.
     """
 
     name: str
@@ -68,11 +69,14 @@ class TrainingRow:
     checkpointing: bool = False
     blocks_per_graph: int | None = None
     path: BlocksPath = BlocksPath.PARALLEL
+    compile: bool = False
 
 
 ROWS = (
     TrainingRow("stage1", 1),
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
+    TrainingRow("stage1-compiled", 1, compile=True),
+    TrainingRow("stage2-checkpointed-compiled", 2, checkpointing=True, compile=True),
     TrainingRow("stage1-loop", 1, path=BlocksPath.LOOP),
     TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, path=BlocksPath.LOOP),
     TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, path=BlocksPath.LOOP),
@@ -362,6 +366,8 @@ def _train(
     notes.weights = allocator.allocated() - before
     objective = WatchedObjective(_objective(row, config, model), allocator, notes)
     let_train(objective.parameters_to_train(), device)
+    if row.compile:
+        compile_blocks(model)
     settings = TrainerSettings(steps, ema_decay=EMA_DECAY[row.stage], save_every=steps, report_every=steps)
     trainer = Trainer(accelerator, objective, _batches(config, model, folder), settings, folder, {})
     notes.trainables = allocator.allocated() - before - notes.weights
