@@ -24,6 +24,7 @@ from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.parallel import ParallelLayout
 from wan.rope import Rotary, rotate
+from wan.tokens import norm_by_kernel
 
 L2_NORM_EPS = 1e-6
 
@@ -85,6 +86,9 @@ class StateMemory:
 
 def l2_norm(x: Tensor) -> Tensor:
     """x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
+    by_kernel = norm_by_kernel(x, None, 1.0, L2_NORM_EPS)
+    if by_kernel is not None:
+        return by_kernel
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)
 

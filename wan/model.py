@@ -20,6 +20,7 @@ from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
 from wan.rope import Rotary, rotary_angles, rotate
+from wan.tokens import norm_by_kernel
 
 TextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the text for every layer, each [B, text_len, heads, head dim]."""
@@ -34,6 +35,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        by_kernel = norm_by_kernel(x, self.weight, 1 / x.shape[-1], self.eps)
+        if by_kernel is not None:
+            return by_kernel
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 

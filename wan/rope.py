@@ -8,6 +8,8 @@ the positions that are asked for, so there is no table and no longest video.
 import torch
 from torch import Tensor
 
+from wan.tokens import rotation_by_kernel
+
 ROPE_THETA = 10000.0
 
 Rotary = tuple[Tensor, Tensor]
@@ -50,6 +52,9 @@ def rotary_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Rot
 
 def rotate(x_BLHD: Tensor, rotary: Rotary) -> Tensor:
     """Rotate adjacent channel pairs of every head; computed in float32 at least, returned in x's dtype."""
+    by_kernel = rotation_by_kernel(x_BLHD, *rotary)
+    if by_kernel is not None:
+        return by_kernel
     cos, sin = (part[:, None, :, None] for part in rotary)
     pairs = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32)).unflatten(-1, (-1, 2))
     # (even·cos - odd·sin, odd·cos + even·sin), in a form that stays one kernel when it is compiled.

@@ -1,0 +1,45 @@
+"""Where the small operations on tokens have kernels: a norm of 8 kernels in plain torch, or a rotation of 6, is one.
+
+Plain torch is the specification and runs everywhere else: on a CPU, in full precision, and inside of torch.compile,
+which makes kernels of its own.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether kernels run on such a tensor, here and now."""
+    return x.is_cuda and x.dtype in HALF and _triton_installed() and not torch.compiler.is_compiling()
+
+
+def norm_by_kernel(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor | None:
+    """x / √(scale·Σx² + eps)·weight over the last axis; None where the plain form has to compute it."""
+    learns = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+    if not kernels_run(x) or learns or (weight is not None and weight.dtype is not x.dtype):
+        return None
+    from wan.token_kernels import Norm
+
+    normed: Tensor = Norm.apply(x, weight, scale, eps)
+    return normed
+
+
+def rotation_by_kernel(x_BLHD: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor | None:
+    """See `wan.rope.rotate`; None where the plain form has to compute it."""
+    size = x_BLHD.shape[-1]
+    if not kernels_run(x_BLHD) or size & (size - 1):
+        return None
+    from wan.token_kernels import Rotation
+
+    rotated: Tensor = Rotation.apply(x_BLHD, cos_LP, sin_LP)
+    return rotated
