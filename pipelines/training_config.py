@@ -50,7 +50,7 @@ class TrainingConfig:
         frames_per_block, denoising_steps, warp_denoising_steps, timestep_shift: of the teacher, as for inference.
         levels: see `arl2.distillation.sampling.NoiseLevels`.
         blocks_per_graph, path: see `arl2.distillation.objective.ObjectiveSettings`.
-        compile: compile the transformer's blocks; with path parallel, whose passes are all of one size.
+        compile: compile the frozen teacher's blocks; with path parallel, whose passes are all of one size.
         steps, batch, accumulation, optimizer, ema_decay, save_every, keep, report_every, max_bad_steps: see
             `arl2.distillation.trainer.TrainerSettings`; `batch` is a rank's.
         seed: of order, noise and initial values.

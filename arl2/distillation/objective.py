@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -86,8 +86,14 @@ class Objective(ABC):
 
 
 @contextmanager
-def frozen_teacher(model: HybridWanModel) -> Iterator[None]:
-    """Be the teacher: softmax layers, no adapters, no gradients, and the precision of inference (no autocast)."""
+def frozen_teacher(model: HybridWanModel, compiled: bool = False) -> Iterator[None]:
+    """Be the teacher: softmax layers, no adapters, no gradients, the precision of inference (no autocast).
+
+    Args:
+        model: hybrid; switched back afterwards.
+        compiled: let blocks that were compiled run so, which the trainer keeps them from elsewhere.
+    """
     device = model.patch_embedding.weight.device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), model.as_teacher():
+    stance = torch.compiler.set_stance("default") if compiled else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), stance, model.as_teacher():
         yield

@@ -202,7 +202,7 @@ class Stage1(Objective):
         size = self.settings.frames_per_block
         noisy, times = noisy_video(batch, noise, size)
         layout = ParallelLayout(frames, size, self.model.tokens_per_frame(height, width), 2, clean.device)
-        with frozen_teacher(self.model), observed(self._layers) as seen:
+        with frozen_teacher(self.model, compiled=True), observed(self._layers) as seen:
             teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean)
         for layer, module in self._layers.items():
             x, rotary, target = seen.pop(layer)

@@ -184,7 +184,7 @@ class Stage2(Objective):
             batch = replace(batch, latents_BFCHW=self._own_video(batch, noise))
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)
-        with frozen_teacher(self.model):
+        with frozen_teacher(self.model, compiled=True):
             text = self.model.embed_text(batch.text_BTD)
             wanted = teacher_forced_flow(self.model, noisy, times, text, size, clean)
         flow = teacher_forced_flow(self.model, noisy, times, text, size, clean, *self.settings.window)

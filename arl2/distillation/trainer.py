@@ -164,7 +164,9 @@ class Trainer:
             InputError: the checkpoint is of another run, a sample cannot be read, or the disk is full.
         """
         on_tensor_cores = self._accelerator.device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
-        with products_in_tf32(on_tensor_cores):
+        # Compiled in bfloat16, a student's gradients were wrong now and then (docs/results/distillation.md); what has
+        # no gradients asks for the compiler itself.
+        with products_in_tf32(on_tensor_cores), torch.compiler.set_stance("force_eager"):
             return self._run(stop)
 
     def _run(self, stop: Callable[[], bool]) -> bool:
@@ -286,16 +288,14 @@ class Trainer:
         device = self._accelerator.device
         batch, noise = self._batches(step, places)
         metrics = self._objective.metrics()
-        # Block by block, every pass of another size: compiled blocks would be compiled again and again.
-        with self._accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        with self._accelerator.autocast():
             reports = self._objective.reports(batch.to(device), noise.to(device))
         per_layer = {f"{name}/{layer}": value for name, values in reports.items() for layer, value in values.items()}
         self._accelerator.log(metrics | per_layer, step=step)
         if self._accelerator.is_main_process:
             with atomic_path(self._folder / "reports" / f"step-{step:08d}.json") as temporary:
                 temporary.write_text(json.dumps({"step": step, "metrics": metrics, "layers": reports}, indent=1) + "\n")
-        with torch.compiler.set_stance("force_eager"):
-            self._on_report(step, self._objective.model, reports)
+        self._on_report(step, self._objective.model, reports)
 
     def _write(self, losses: Any, line: dict[str, Any]) -> None:
         try:
