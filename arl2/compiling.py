@@ -10,8 +10,8 @@ meets; beyond them torch silently computes uncompiled, and its own limit is 8.""
 
 FOR_GRADIENTS = {"triton.mix_order_reduction": False}
 """Options of torch.compile for what is back-propagated through. With such reductions, on by default since torch 2.10,
-gradients of modulated norms were silently wrong (https://github.com/pytorch/pytorch/issues/193061). For hybrid models in
-bfloat16 that is not enough (docs/results/distillation.md)."""
+gradients of modulated norms were silently wrong (https://github.com/pytorch/pytorch/issues/193061). For hybrid models
+in bfloat16 that is not enough (docs/results/distillation.md)."""
 
 
 def compile_blocks(model: CausalWanModel) -> None:
