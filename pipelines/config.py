@@ -67,8 +67,8 @@ class SpeedConfig:
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
         tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
-        kernels: what lies between products by Triton kernels of our own; null for on a GPU with Triton, in half
-            precision.
+        kernels: what lies between products by Triton kernels of our own, in passes that are recorded; null for there,
+            on a GPU with Triton, in half precision.
     """
 
     compile: bool | None = None
@@ -83,11 +83,12 @@ class SpeedConfig:
         gpu = device.type == "cuda"
         triton = gpu and find_spec("triton") is not None
         half = dtype in (torch.float16, torch.bfloat16)
+        graphs = gpu if self.cuda_graphs is None else self.cuda_graphs
         return replace(
             self,
             compile=triton if self.compile is None else self.compile,
-            cuda_graphs=gpu if self.cuda_graphs is None else self.cuda_graphs,
-            kernels=triton and half if self.kernels is None else self.kernels,
+            cuda_graphs=graphs,
+            kernels=triton and half and graphs if self.kernels is None else self.kernels,
         )
 
 

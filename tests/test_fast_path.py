@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
-from torch import Tensor
+from torch import Tensor, nn
 
 from arl2.gated_delta import WriteBackend
 from arl2.inference.graphs import GraphedModel, pass_key
 from arl2.inference.linear import FP8Linear, FusedLinear, quantized, require_fp8
 from arl2.inference.memory import MemoryPool
 from arl2.inference.model import InferenceModel
+from arl2.inference.steps import Operand, Steps, new_steps
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
 from pipelines.arguments import add_speed_flags, apply_speed_flags
@@ -260,6 +261,33 @@ def test_what_a_device_lacks_is_an_error() -> None:
     assert pipeline.flow_model is pipeline.transformer, "the plain model computes unless told otherwise"
 
 
+class Marked(Steps):
+    """Steps that tell when they were taken."""
+
+    taken = 0
+
+    def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
+        Marked.taken += 1
+        return super().hidden(ffn_in, gelu, tokens)
+
+
+def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(HYBRID)
+    plain = new_steps
+    monkeypatch.setattr("arl2.inference.model.new_steps", lambda fp8, on: Marked(fp8) if on else plain(fp8, on))
+    fast = InferenceModel(model, kernels=True)
+    other = fast.without_kernels()
+    video, text = tiny_video(), model.embed_text(tiny_video().text)
+    views = new_memory(model).read(18)
+    given = (video.noisy[:, :3], video.timesteps[:, :3], text, views, torch.arange(3))
+    flows = [one(*given).flow for one in (fast, other)]
+    assert Marked.taken == len(model.layers()), "those of the first alone"
+    assert flows[0] is not None and flows[1] is not None
+    torch.testing.assert_close(*flows)
+    for mine, theirs in zip(fast._blocks, other._blocks, strict=True):
+        assert mine.projections is theirs.projections and mine.steps is not theirs.steps
+
+
 def test_flags_override_the_config() -> None:
     parser = argparse.ArgumentParser()
     add_speed_flags(parser)
@@ -275,6 +303,7 @@ def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.Monkey
     assert SpeedConfig().on(cpu, torch.float32) == SpeedConfig().on(cpu, half) == off
     monkeypatch.setattr("pipelines.config.find_spec", lambda name: object())
     assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=True, kernels=True)
+    assert SpeedConfig(cuda_graphs=False).on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=False, kernels=False)
     assert SpeedConfig().on(gpu, torch.float32) == SpeedConfig(compile=True, cuda_graphs=True, kernels=False)
     assert off.on(gpu, half) == off
     monkeypatch.setattr("pipelines.config.find_spec", lambda name: None)
@@ -375,8 +404,8 @@ def test_the_whole_fast_path_in_half_precision(fp8: bool, kernels: bool) -> None
     model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
     if fp8:
         require_fp8(GPU, SIZES["dim"], SIZES["ffn_dim"])
-    fast = GraphedModel(InferenceModel(model, compile=True, fp8=fp8, kernels=kernels), GPU)
-    pool = MemoryPool(model)
+    recorded = InferenceModel(model, compile=True, fp8=fp8, kernels=kernels)
+    fast, pool = GraphedModel(recorded, GPU, recorded.without_kernels()), MemoryPool(model)
     text, memory = gpu_text(model), gpu_memory(pool, torch.bfloat16)
     found = gpu_blocks(fast, memory, text, 6)
     expected = gpu_blocks(exact, gpu_memory(exact, torch.float32), gpu_text(exact), 6)
@@ -391,7 +420,8 @@ def test_the_whole_fast_path_in_half_precision(fp8: bool, kernels: bool) -> None
 @pytest.mark.parametrize(("compile_blocks", "kernels"), [(False, False), (True, False), (True, True)])
 def test_within_a_block_nothing_waits_and_nothing_is_compiled(compile_blocks: bool, kernels: bool) -> None:
     model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
-    fast, text = GraphedModel(InferenceModel(model, compile=compile_blocks, kernels=kernels), GPU), gpu_text(model)
+    recorded, text = InferenceModel(model, compile=compile_blocks, kernels=kernels), gpu_text(model)
+    fast = GraphedModel(recorded, GPU, recorded.without_kernels())
     memory = gpu_memory(model, torch.bfloat16)
     gpu_blocks(fast, memory, text, 4)
     torch.cuda.synchronize()

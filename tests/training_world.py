@@ -95,7 +95,7 @@ def _main(
 def run(root: Path, stage: int, *settings: str, processes: int = 1, before: Callable[[], None] | None = None) -> None:
     """Run a stage to its end in processes of its own; arguments as in `start`."""
     for rank, process in enumerate(start(root, stage, *settings, processes=processes, before=before)):
-        process.join(60)
+        process.join(240)  # a busy machine takes its time
         assert process.exitcode == 0, (root / f"stderr-{rank}.txt").read_text()
 
 

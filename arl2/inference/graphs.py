@@ -75,10 +75,13 @@ class GraphedModel:
     Args:
         model: its forward neither waits for the GPU nor has gradients. Its memories must not be differentiable.
         device: the GPU that it computes on.
+        launched: computes the passes that will not come again, if another is to: what is best recorded may not be what
+            is launched the quickest.
     """
 
-    def __init__(self, model: FlowModel, device: torch.device) -> None:
+    def __init__(self, model: FlowModel, device: torch.device, launched: FlowModel | None = None) -> None:
         self._model = model
+        self._launched = model if launched is None else launched
         # With the block that replayed each last, the longest ago first.
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, int]] = {}
         self._first_met: dict[Key, int] = {}
@@ -116,7 +119,9 @@ class GraphedModel:
         kind = (remember, signature(given), signature(text[0]))
         key = None if memory is None else (kind, memory)
         recorded = key in self._graphs
-        if key is None or not (recorded or (self._met_before(key, block) and self._has_room(block))):
+        if key is None:
+            return self._launched(latents_BFCHW, timesteps_BF, text, views, frames_F, remember)
+        if not (recorded or (self._met_before(key, block) and self._has_room(block))):
             return self._model(latents_BFCHW, timesteps_BF, text, views, frames_F, remember)
         inputs, held_text = self._hold_inputs(kind, given), self._hold_text(text)
         graph = self._graphs.pop(key)[0] if recorded else self._record(kind, inputs, held_text, views, remember)

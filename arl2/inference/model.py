@@ -1,7 +1,8 @@
 """The transformer for inference: called as `wan.model.CausalWanModel` is, equal to it within rounding."""
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class InferenceModel:
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
         steps = new_steps(fp8, kernels)
         self._blocks = [fast_block(block, steps, self._stage).eval() for block in model.layers()]
+
+    def without_kernels(self) -> Self:
+        """The same, weights included, with the plain functions between products."""
+        other = copy(self)
+        other._blocks = [copy(block) for block in self._blocks]
+        for block in other._blocks:
+            block.steps = new_steps(block.steps.fp8, False)
+        return other
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """See `wan.model.CausalWanModel.tokens_per_frame`."""
