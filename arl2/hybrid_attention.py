@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.gated_delta import WriteBackend, gated_delta_write, states_between
-from arl2.lora import new_lora_pair
+from arl2.lora import new_lora_pair, with_adapter
 from wan.attention import attention
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
@@ -255,7 +255,7 @@ class HybridAttention(SelfAttention):
         """A projection with its adapter, if there is one."""
         if a is None or b is None or not self.lora_enabled:
             return projected_BLD
-        return projected_BLD + self.lora_scale * (x_BLD @ a @ b)
+        return with_adapter(projected_BLD, x_BLD, a, b, self.lora_scale)
 
     def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
         """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""

@@ -26,6 +26,12 @@ def merged_weight(linear: nn.Linear, a: Tensor | None, b: Tensor | None, scale: 
     return (linear.weight.double() + scale * (a.double() @ b.double()).T).to(linear.weight.dtype)
 
 
+def with_adapter(projected: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """projected + scale·x·A·B, [..., out]; the sum is done by the last product, which is as large as `projected`."""
+    narrow = scale * (x @ a)
+    return torch.addmm(projected.flatten(0, -2), narrow.flatten(0, -2), b).view_as(projected)
+
+
 class LoRALinear(nn.Module):
     """A linear layer with an adapter: x·Wᵀ + bias + scale·x·A·B.
 
@@ -44,7 +50,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        return out + self.scale * (x @ self.lora_A @ self.lora_B) if self.enabled else out
+        return with_adapter(out, x, self.lora_A, self.lora_B, self.scale) if self.enabled else out
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.objective import Objective, Path
+from arl2.distillation.squared_error import mean_squared_errors, mean_squares
 from arl2.distillation.stage1 import Stage1, Stage1Settings, observed, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, stage2_parameters
 from arl2.hybrid_attention import HybridAttention
@@ -58,7 +59,7 @@ def gradients(model: HybridWanModel, loss: Tensor) -> dict[str, Tensor]:
 def trained(objective: Objective, batch: VideoBatch, noise: BatchNoise) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients, part by part as a trainer takes them."""
     objective.model.zero_grad()
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for part in objective.losses(batch, noise):
         part.backward()
         total = total + part.detach()
@@ -85,8 +86,8 @@ def stage1_in_parallel(
     errors = []
     for layer, one in seen.items():
         output, _ = layers[layer](one.x_BLD, one.rotary, layers[layer].parallel_view(layout), True, False)
-        error = (output - one.output_BLD).float().square().reshape(2, 6, -1).mean(2)
-        errors.append(error / (one.output_BLD.float().square().reshape(2, 6, -1).mean(2) if relative else 1))
+        error = (output - one.output_BLD).square().reshape(2, 6, -1).mean(2)
+        errors.append(error / (one.output_BLD.square().reshape(2, 6, -1).mean(2) if relative else 1))
     return torch.stack(errors).mean()
 
 
@@ -98,7 +99,7 @@ def test_stage_one_equals_a_dense_implementation(relative: bool) -> None:
     # One noisy and one clean read of every block: the dense sequence holds both halves.
     loss, loop = trained(Stage1(model, Stage1Settings(3, relative=relative)), batch, noise)
     dense_loss = stage1_in_parallel(model, batch, noise, 0.7, relative)
-    torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-7, atol=1e-10)
     assert loop.keys() == stage1_parameters(model).keys()
     assert_same_gradients(loop, gradients(model, dense_loss), rtol=1e-4, atol=1e-7)
 
@@ -140,6 +141,23 @@ def test_a_compiled_teacher_teaches_alike_and_the_student_is_not_compiled(stage:
     assert graphs
     torch.testing.assert_close(both[0][0], both[1][0])
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_squared_errors_are_those_of_the_formula(dtype: torch.dtype, rtol: float) -> None:
+    target = torch.randn(2, 15, 7).to(dtype)
+    output = (target + 0.1 * torch.randn(2, 15, 7)).to(dtype).requires_grad_()
+    exact = output.detach().double().requires_grad_()
+    weight = torch.rand(2, 3)
+    found = mean_squared_errors(output, target, 3)
+    expected = (exact - target.double()).unflatten(1, (3, 5)).square().mean((2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=0)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert output.grad is not None and exact.grad is not None and output.grad.dtype is dtype
+    torch.testing.assert_close(output.grad.double(), exact.grad, rtol=rtol, atol=rtol * 1e-4)
+    power = target.double().unflatten(1, (3, 5)).square().mean((2, 3))
+    torch.testing.assert_close(mean_squares(target, 3).double(), power, rtol=rtol, atol=0)
 
 
 def test_stage_one_trains_what_it_says_and_leaves_the_teacher_alone() -> None:
@@ -219,7 +237,7 @@ def test_stage_two_equals_a_dense_implementation() -> None:
     noise = fixed_noise(batch)
     loss, loop = trained(Stage2(model, Stage2Settings(3)), batch, noise)
     dense_loss = stage2_in_parallel(model, batch, noise)
-    torch.testing.assert_close(loss, dense_loss.detach(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(loss, dense_loss.detach().double(), rtol=1e-4, atol=1e-8)
     assert loop.keys() == stage2_parameters(model).keys()
     assert_same_gradients(loop, gradients(model, dense_loss), rtol=1e-3, atol=1e-6)
 

@@ -45,12 +45,32 @@ class RMSNorm(nn.Module):
 def modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
     """x·(1 + scale) + shift, each frame's values applied to that frame's tokens."""
     x = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
-    return (x * (1 + scale_BFD[:, :, None]) + shift_BFD[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift_BFD[:, :, None], x, 1 + scale_BFD[:, :, None]).flatten(1, 2)
 
 
-def gated(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
-    """x·gate, each frame's gate applied to that frame's tokens."""
-    return (x_BLD.unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD[:, :, None]).flatten(1, 2)
+def plus_gated(x_BLD: Tensor, added_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
+    """x + added·gate, each frame's gate applied to that frame's tokens."""
+    x, added = (each.unflatten(1, (gate_BFD.shape[1], -1)) for each in (x_BLD, added_BLD))
+    return torch.addcmul(x, added, gate_BFD[:, :, None]).flatten(1, 2)
+
+
+def layer_norm(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer norm of tokens in their own type if the weights have it too, as in inference.
+
+    Under autocast it would come, and be modulated, in float32: twice the memory, from an input that has no more bits.
+
+    Args:
+        norm: a layer norm, or nothing.
+        x: tokens.
+        dtype: of the weights around it.
+    """
+    kind = x.device.type
+    if x.dtype is not dtype or not torch.is_autocast_enabled(kind):
+        normed: Tensor = norm(x)
+        return normed
+    with torch.autocast(kind, enabled=False):
+        normed = norm(x)
+    return normed
 
 
 class AttentionLayer(nn.Module):
@@ -154,13 +174,15 @@ class Block(nn.Module):
             the tokens for the next layer (unchanged input without `attend`), and the update or None.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BF6D).unbind(dim=2)
-        mixed, update = self.self_attn(modulate(self.norm1(x_BLD), shift1, scale1), rotary, view, attend, remember)
+        dtype = self.modulation.dtype
+        tokens = modulate(layer_norm(self.norm1, x_BLD, dtype), shift1, scale1)
+        mixed, update = self.self_attn(tokens, rotary, view, attend, remember)
         if mixed is None:
             return x_BLD, update
-        x = x_BLD + gated(mixed, gate1)
-        x = x + self.cross_attn(self.norm3(x), text_kv)
-        x = x + gated(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
-        return x, update
+        x = plus_gated(x_BLD, mixed, gate1)
+        x = x + self.cross_attn(layer_norm(self.norm3, x, dtype), text_kv)
+        hidden = self.ffn(modulate(layer_norm(self.norm2, x, dtype), shift2, scale2))
+        return plus_gated(x, hidden, gate2), update
 
 
 class Head(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
 from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
 from arl2.distillation.reports import measured
+from arl2.distillation.squared_error import mean_squared_errors, mean_squares
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, predict_flow, remember_block
@@ -222,8 +223,8 @@ class Stage1(Objective):
 
     def _passes_error(self, layer: int, output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:
         """Sum over passes of the squared error, a mean over videos; counted towards the layer's figures."""
-        output, target = (x.float().unflatten(1, (passes, -1)) for x in (output_BLD, target_BLD))
-        error_BP, power_BP = (output - target).square().mean((2, 3)), target.square().mean((2, 3))
+        error_BP = mean_squared_errors(output_BLD, target_BLD, passes)
+        power_BP = mean_squares(target_BLD, passes)
         self._error[layer] = error_BP.detach().mean(0).sum() + self._error.get(layer, 0)
         self._power[layer] = power_BP.mean(0).sum() + self._power.get(layer, 0)
         if self.settings.relative:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arl2.hybrid_attention import HybridAttention, l2_norm
 from arl2.inference.linear import Rows, quantized
 from wan.errors import InputError
-from wan.model import Block, gated, modulate
+from wan.model import Block, modulate, plus_gated
 from wan.rope import Rotary, rotate
 
 Operand = Tensor | Rows
@@ -42,7 +42,8 @@ class Stream(NamedTuple):
         """The tokens [B, L, D]."""
         if self.added_BLD is None or self.modulation is None:
             return self.x_BLD
-        return self.x_BLD + gated(self.added_BLD, self.modulation[:, FFN_GATE, None] + time_BF6D[:, :, FFN_GATE])
+        gate = self.modulation[:, FFN_GATE, None] + time_BF6D[:, :, FFN_GATE]
+        return plus_gated(self.x_BLD, self.added_BLD, gate)
 
 
 class Recall(NamedTuple):
@@ -87,7 +88,7 @@ class Steps:
         self, block: Block, x_BLD: Tensor, mixed_BLD: Tensor, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
         """The tokens with the output of self-attention, and their norm."""
-        x = x_BLD + gated(mixed_BLD, block_modulation(block, time_BF6D)[2])
+        x = plus_gated(x_BLD, mixed_BLD, block_modulation(block, time_BF6D)[2])
         return x, self.operand(block.norm3(x))
 
     def before_feed_forward(
