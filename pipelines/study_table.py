@@ -144,8 +144,7 @@ def _selection(results: Mapping[str, Sequence[Result]]) -> list[str]:
     page = results["selection"][0]
     rows = []
     for method, layers in page["sets"].items():
-        name = "layers_" + "-".join(map(str, layers))
-        pages = results.get(name, [])
+        pages = results.get(page["rows"][method], [])
         cells = [shown(figure(pages, READ[key]), 4 if key == "MSE" else 3) for key in ("right", "right 4×", "MSE")]
         rows.append([method, ", ".join(map(str, layers)), *cells])
     title = f"### methods of selection, {page['share']} % of the layers"

@@ -123,9 +123,12 @@ def run_selection(study: Study, only: list[str]) -> None:
         for number in range(RANDOM_SETS)
     }
     sets = {name: selection.layers(SELECTION_SHARE) for name, selection in selections.items()}
-    study.keep("selection", {"share": SELECTION_SHARE, "sets": sets})
-    rows = {row.name: row for row in map(row_for, sets.values())}
-    run_rows(study, list(rows.values()), only)
+    ratio = next(row for row in PARTS["ratios"] if row.trains and row.share == SELECTION_SHARE)
+    # A set that a ratio has trained already is that row.
+    rows = {name: ratio if layers == study.layers_of(ratio) else row_for(layers) for name, layers in sets.items()}
+    names = {name: row.name for name, row in rows.items()}
+    study.keep("selection", {"share": SELECTION_SHARE, "sets": sets, "rows": names})
+    run_rows(study, list({row.name: row for row in rows.values()}.values()), only)
 
 
 def run_part(study: Study, part: str, only: list[str]) -> None:

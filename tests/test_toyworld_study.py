@@ -211,6 +211,8 @@ def test_layers_are_chosen_by_every_method(run: Callable[..., int], tmp_path: Pa
     page = json.loads((tmp_path / "study" / "results" / "selection.json").read_text())
     assert set(page["sets"]) == {"stage1_error", "replacement", "gates", "random_0", "random_1", "random_2"}
     assert all(len(layers) == 2 for layers in page["sets"].values())
+    assert page["rows"]["stage1_error"] == "hybrid_50", "trained there, and not again"
+    assert all(name in ("hybrid_50", row_for(page["sets"][method]).name) for method, name in page["rows"].items())
 
 
 def test_what_cannot_work_is_said(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
