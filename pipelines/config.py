@@ -67,8 +67,8 @@ class SpeedConfig:
         fast_vae: decode by `wan.vae_fast`.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
         tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
-        kernels: what lies between products by Triton kernels of our own, in passes that are recorded; null for there,
-            on a GPU with Triton, in half precision.
+        kernels: what lies between products by Triton kernels of our own; null for with CUDA graphs, on a GPU with
+            Triton, in half precision. Passes that are not recorded leave it to compiled blocks, if blocks are compiled.
     """
 
     compile: bool | None = None

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, tiny_model, tin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from arl2.compiling import compile_blocks
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
@@ -127,6 +129,25 @@ def test_the_parallel_path_is_measured_too(tmp_path: Path, monkeypatch: pytest.M
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
     assert all(row["status"] == "ok" for row in rows.values())
     assert rows["stage1"]["losses"] == pytest.approx(rows["stage1-loop"]["losses"], rel=1e-3)
+
+
+def test_a_row_that_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "compile_blocks", partial(compile_blocks, backend="eager"))
+    assert run(monkeypatch, tmp_path, "--rows", "stage1", "stage1-compiled") == 0
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert rows["stage1-compiled"]["losses"] == pytest.approx(rows["stage1"]["losses"], rel=1e-4)
+
+
+def test_a_row_of_another_kind_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path, "--rows", "stage1") == 0
+    file = tmp_path / "training.json"
+    page = json.loads(file.read_text())
+    page["rows"]["stage1"]["row"]["path"] = "loop"
+    file.write_text(json.dumps(page))
+    assert run(monkeypatch, tmp_path, "--rows", "stage1") == 2
+    assert "another row called stage1" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

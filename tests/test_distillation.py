@@ -7,8 +7,9 @@ import torch
 from tiny_models import HYBRID, TINY, tiny_model, tiny_video
 from torch import Tensor
 
+from arl2.compiling import compile_blocks
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.objective import Objective, Path
+from arl2.distillation.objective import Objective, Path, frozen_teacher
 from arl2.distillation.squared_error import mean_squared_errors, mean_squares
 from arl2.distillation.stage1 import Stage1, Stage1Settings, observed, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, stage2_parameters
@@ -141,6 +142,28 @@ def test_a_compiled_teacher_teaches_alike_and_the_student_is_not_compiled(stage:
     assert graphs
     torch.testing.assert_close(both[0][0], both[1][0])
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-5, atol=1e-9)
+
+
+def test_what_was_compiled_before_layers_are_observed_does_not_hide_them() -> None:
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage1_parameters(model))
+    noise, objective = mixed_noise(batch), Stage1(model, Stage1Settings(3, path=Path.PARALLEL))
+    plain = trained(objective, batch, noise)
+    torch.compiler.reset()
+    compile_blocks(model, backend="eager")
+    video = tiny_video()
+    with frozen_teacher(model, compiled=True):
+        teacher_forced_flow(model, video.noisy, video.timesteps, video.text, 3, video.clean)
+    with torch.compiler.set_stance("force_eager"):
+        compiled = trained(objective, batch, noise)
+    torch.testing.assert_close(compiled[0], plain[0])
+    assert_same_gradients(compiled[1], plain[1], rtol=1e-5, atol=1e-9)
+
+
+def test_squared_errors_of_many_numbers_keep_their_digits() -> None:
+    output, target = torch.randn(1, 6 * 800, 512), torch.randn(1, 6 * 800, 512)
+    exact = (output.double() - target.double()).unflatten(1, (6, -1)).square().mean((2, 3))
+    torch.testing.assert_close(mean_squared_errors(output, target, 6).double(), exact, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import wan.tokens
 from arl2.hybrid_attention import l2_norm
-from wan.model import RMSNorm
+from arl2.lora import with_adapter
+from wan.model import RMSNorm, layer_norm, modulate, plus_gated
 from wan.rope import rotary_angles, rotate
 
 GPU = torch.device("cuda")
@@ -99,6 +100,57 @@ def test_rotations(
     if by_head:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     compare(monkeypatch, lambda x: rotate(x, rotary), lambda x: rotate(x, rotary), x, "rotation_by_kernel")
+
+
+def half_and_exact(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Value and gradients of a function in bfloat16, and of the same in float64."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out.double().cos().sum(), leaves)])
+    return found[0], found[1]
+
+
+def assert_near(found: tuple[list[Tensor], list[Tensor]], most: float = 0.01) -> None:
+    for mine, exact in zip(*found, strict=True):
+        assert (mine.double() - exact).norm() < most * exact.norm()
+
+
+def test_modulation_is_the_formula_frame_by_frame() -> None:
+    x, shift, scale = torch.randn(2, 12, 5), torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    wide = [part.repeat_interleave(4, dim=1) for part in (shift, scale)]
+    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + wide[1]) + wide[0])
+    added = torch.randn(2, 12, 5)
+    torch.testing.assert_close(plus_gated(x, added, scale), x + added * wide[1])
+    assert_near(half_and_exact(modulate, x, shift, scale))
+    assert_near(half_and_exact(plus_gated, x, added, scale))
+
+
+def test_an_adapter_adds_its_two_products() -> None:
+    projected, x = torch.randn(2, 14, 6)[:, ::2], torch.randn(2, 7, 5)  # the first does not lie together
+    a, b = torch.randn(5, 3), torch.randn(3, 6)
+    torch.testing.assert_close(with_adapter(projected, x, a, b, 0.5), projected + 0.5 * x @ a @ b)
+    assert_near(half_and_exact(lambda *parts: with_adapter(*parts, 0.5), projected, x, a, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = with_adapter(projected.bfloat16(), x.bfloat16(), a, b, 0.5)
+    assert mixed.dtype is torch.bfloat16
+    assert_near(([mixed], [(projected + 0.5 * x @ a @ b).double()]))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_layer_norms_keep_the_type_of_their_weights(affine: bool) -> None:
+    """The CPU's autocast leaves layer norms alone, so what it would do on a GPU is told by whether it is on."""
+    norm, on = torch.nn.LayerNorm(8, elementwise_affine=affine).bfloat16(), []
+    norm.register_forward_hook(lambda *arguments: on.append(torch.is_autocast_enabled("cpu")))
+    x = torch.randn(2, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer_norm(norm, x.bfloat16(), torch.bfloat16)
+        layer_norm(norm.float(), x, torch.bfloat16)
+        layer_norm(norm, x, torch.float32)
+        assert torch.is_autocast_enabled("cpu")
+    assert on == [False, True, False] and half.dtype is torch.bfloat16
+    assert_near(([half], [torch.nn.functional.layer_norm(x.double(), (8,))]))
 
 
 def test_elsewhere_the_plain_forms_compute() -> None:

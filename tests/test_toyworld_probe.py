@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,17 +91,20 @@ def test_the_script_writes_what_it_promises(
     config.write_text(f"model_folder: {tmp_path / 'model'}\nheight: 64\nwidth: 96\ndenoising_steps: [1000]\n")
     page = tmp_path / "probe.json"
     flags = ["--config", config, "--videos", 2, "--json", page, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags), "--only", "local_only"])
+    monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags)])
     assert import_module("probe_memory").main() == 0
     models = json.loads(page.read_text())["models"]
-    assert set(models) == {"local_only", "ground_truth", "ground_truth_through_vae"}
-    assert models["local_only"]["obeyed"]["both"]["objects"] > 0
+    assert set(models) == {"teacher", "local_only", "window_sink", "ground_truth", "ground_truth_through_vae"}
+    assert models["teacher"]["obeyed"]["both"]["objects"] > 0
     for row in models.values():
         assert 0 <= row["accuracy"] <= 1 and 0 < row["chance"] < 0.05
     assert models["ground_truth"]["accuracy"] == 1.0
     monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags), "--only", "nobody"])
     assert import_module("probe_memory").main() == 2
     assert "--only nobody: no such row; there are teacher, local_only, window_sink" in capsys.readouterr().err
+    rows = dict.fromkeys(("teacher", "local_only"), Mock())
+    chosen = import_module("probe_memory").chosen
+    assert set(chosen(rows, None)) == set(rows) and set(chosen(rows, ["local_only"])) == {"local_only"}
 
 
 def test_the_world_does_not_change_unnoticed() -> None:

@@ -3,8 +3,9 @@
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import inference
 import train_stage1
 import train_stage2
 from arl2.checkpoint import build_hybrid
+from arl2.compiling import compile_blocks
 from arl2.distillation.data import LatentDataset, LatentWriter
 from arl2.distillation.sampling import Batches, LevelSource, NoiseLevels
 from arl2.distillation.stage1 import Stage1, stage1_parameters
@@ -90,6 +92,31 @@ def test_stage_two_starts_from_the_layers_of_stage_one(trained_world: Path, monk
     assert exported.config["hybrid_layers"] == [0, 2] and exported.config["lora_alpha"] == 6.0
     model, _ = build_hybrid(exported, {}, HybridSettings(), dtype=torch.float32, device=torch.device("cpu"))
     assert after.keys() == stage2_parameters(model).keys()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_compiles_the_teacher_alone(trained_world: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    """Reports, samples of other sizes and a second sitting included."""
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        assert not torch.is_grad_enabled(), "the student was compiled"
+        graphs += 1
+        return graph.forward
+
+    monkeypatch.setattr("pipelines.training.compile_blocks", partial(compile_blocks, backend=backend))
+    settings = ["path=parallel", "levels.per_block=1", "batch=2", "report_every=1", "save_every=1"]
+    settings += ["checkpointing=true"] if stage == 2 else []
+    runs = []
+    for compile in ("false", "true"):
+        torch.compiler.reset()
+        runs.append(trained_world / f"compiled-{stage}-{compile}")
+        for steps in ("steps=1", "steps=1"):  # the second finds everything done
+            folder = f"run_folder={runs[-1]}"
+            assert train(monkeypatch, trained_world, stage, *settings, steps, folder, f"compile={compile}") == 0
+        assert (graphs > 0) == (compile == "true")
+    assert losses(runs[0])[0]["loss"] == pytest.approx(losses(runs[1])[0]["loss"], rel=1e-5)
 
 
 def test_frozen_weights_in_bfloat16_train_and_their_export_keeps_every_type(

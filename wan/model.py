@@ -196,7 +196,7 @@ class Head(nn.Module):
 
     def forward(self, x_BLD: Tensor, time_BFD: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + time_BFD[:, :, None]).unbind(dim=2)
-        return self.head(modulate(self.norm(x_BLD), shift, scale))
+        return self.head(modulate(layer_norm(self.norm, x_BLD, self.modulation.dtype), shift, scale))
 
 
 class PassOutput(NamedTuple):

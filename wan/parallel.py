@@ -109,6 +109,9 @@ class MaskedView:
 class BlocksView:
     """The same without a mask: the blocks attend one after the other.
 
+    Keys and values that do not lie together, those of a noisy block and of the clean ones before it, are copied; where
+    gradients are taken and nothing is checkpointed, all these copies are kept.
+
     Attributes:
         layout: of the sequence.
     """

@@ -20,7 +20,7 @@ def _triton_installed() -> bool:
 
 def kernels_run(x: Tensor) -> bool:
     """Whether kernels run on such a tensor, here and now."""
-    return x.is_cuda and x.dtype in HALF and _triton_installed() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.is_cuda and x.dtype in HALF and _triton_installed()
 
 
 def norm_by_kernel(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor | None:

@@ -18,7 +18,7 @@ LayerReports = dict[str, dict[int, float]]
 
 
 class Path(StrEnum):
-    """How the blocks of a video are computed: one after the other over a memory, or all in one masked forward."""
+    """How the blocks of a video are computed: one after the other over a memory, or all in one forward."""
 
     LOOP = "loop"
     PARALLEL = "parallel"
@@ -31,7 +31,8 @@ class ObjectiveSettings:
     Attributes:
         frames_per_block: latent frames of a block.
         blocks_per_graph: blocks through which gradients go back; None for the whole video.
-        path: the loop is the specification and takes everything; many short blocks are faster in parallel.
+        path: the loop is the specification and takes everything; in parallel the same takes half the time or less, by
+            fewer and larger kernels.
     """
 
     frames_per_block: int
@@ -94,6 +95,10 @@ def frozen_teacher(model: HybridWanModel, compiled: bool = False) -> Iterator[No
         compiled: let blocks that were compiled run so, which the trainer keeps them from elsewhere.
     """
     device = model.patch_embedding.weight.device
-    stance = torch.compiler.set_stance("default") if compiled else nullcontext()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), stance, model.as_teacher():
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        model.as_teacher(),
+        torch.compiler.set_stance("default") if compiled else nullcontext(),
+    ):
         yield

@@ -9,9 +9,10 @@ from torch.autograd.function import once_differentiable
 
 def mean_squares(x_BLD: Tensor, passes: int) -> Tensor:
     """Mean square over the tokens of each of some passes, one after the other: [B, passes], float32 at least."""
-    parts = x_BLD.unflatten(1, (passes, -1))
     wide = torch.promote_types(x_BLD.dtype, torch.float32)
-    return torch.linalg.vector_norm(parts, dim=(2, 3), dtype=wide).square() / parts[0, 0].numel()
+    # Token by token first: a CPU sums millions of numbers in one long chain, and loses half the digits.
+    per_token_BL = torch.linalg.vector_norm(x_BLD, dim=2, dtype=wide).square()
+    return per_token_BL.unflatten(1, (passes, -1)).mean(2) / x_BLD.shape[2]
 
 
 def mean_squared_errors(output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:

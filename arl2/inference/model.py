@@ -32,6 +32,7 @@ class InferenceModel:
 
     def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False, kernels: bool = False) -> None:
         self.model = model
+        self._fp8 = fp8
         self._stage = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
@@ -41,9 +42,9 @@ class InferenceModel:
     def without_kernels(self) -> Self:
         """The same, weights included, with the plain functions between products."""
         other = copy(self)
-        other._blocks = [copy(block) for block in self._blocks]
+        other._blocks, steps = [copy(block) for block in self._blocks], new_steps(self._fp8, False)
         for block in other._blocks:
-            block.steps = new_steps(block.steps.fp8, False)
+            block.steps = steps
         return other
 
     def tokens_per_frame(self, height: int, width: int) -> int:

@@ -299,6 +299,9 @@ def run_training_benchmark(
     """
     config.check()
     results = _open_results(config, device, dtype, folder)
+    for row in rows:
+        if results["rows"].get(row.name, {"row": asdict(row)})["row"] != asdict(row):
+            raise InputError(f"{folder / JSON_FILE} has another row called {row.name}: give another --output_folder")
     todo = [row for row in rows if row.name not in results["rows"]]
     if todo:
         student = _empty_model(config, config.hybrid(2))
