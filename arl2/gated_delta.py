@@ -10,7 +10,7 @@ same function: `write_recurrent` is the specification, `write_chunked` the plain
 `write_fla` flash-linear-attention's kernel on CUDA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from arl2.transitions import PlusDiagonal, Transitions, UnitLowerInverse, rounded
+
 CHUNK = 64
-TF32_HALF, TF32_MASK = 1 << 12, -1 << 13
-"""Of a float32 as an integer: half of the last bit that TF32 has, and the bits that it has."""
 FLA_WITH_KNOWN_PARTS = "0.6.0"
 """The version of fla-core whose steps `write_fla` calls one by one; with any other it calls the public function."""
 
@@ -113,53 +113,8 @@ def write_recurrent(
     return state
 
 
-def products_round(x: Tensor) -> bool:
-    """Whether products of such a tensor are in TF32."""
-    return x.is_cuda and x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
-
-
-def rounded(x: Tensor) -> Tensor:
-    """A tensor that nobody else holds, rounded in place to what TF32 keeps, if products of it are in TF32.
-
-    Tensor cores of Hopper cut the last 13 bits off instead of rounding them. Every product is then too small by about
-    2⁻¹¹, and a state is what dozens of products in a row leave of it: with slow decay it would be wrong by several
-    percent. Rounded to the nearest, errors are of both signs; what is cut off afterwards is zero.
-    """
-    if not products_round(x):
-        return x
-    if x.is_cuda and find_spec("triton") is not None:
-        from arl2.training_kernels import round_to_tf32
-
-        round_to_tf32(x)
-    else:
-        x.detach().view(torch.int32).add_(TF32_HALF).bitwise_and_(TF32_MASK)
-    return x
-
-
-class UnitLowerInverse(torch.autograd.Function):
-    """(I + A)⁻¹ for strictly lower triangular A [..., C, C]; what is on and above the diagonal is not looked at.
-
-    The gradient is that of an inverse, -XᵀGXᵀ: two products, where that of a triangular solve is another solve.
-    """
-
-    @staticmethod
-    def forward(lower: Tensor) -> Tensor:
-        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-        return rounded(torch.linalg.solve_triangular(lower, one, upper=False, unitriangular=True))
-
-    @staticmethod
-    def setup_context(context: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        context.save_for_backward(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        (inverse,) = context.saved_tensors
-        return -(inverse.mT @ gradient @ inverse.mT).tril(-1)
-
-
 class SolvedChunks(NamedTuple):
-    """What chunks of tokens do to a state, whatever it is: the rank-one updates of the tokens are u - w·S.
+    """What chunks of tokens do to a state, whatever it is: the rank-one updates of the tokens are u + w·S.
 
     Attributes:
         k: keys, [B, H, N, C, K].
@@ -172,45 +127,11 @@ class SolvedChunks(NamedTuple):
     w: Tensor
     decay: Tensor
 
-    def transitions(self) -> "Transitions":
-        """S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j - w_j·S)ᵀ of every chunk, written as M·S + N."""
+    def transitions(self) -> Transitions:
+        """S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j + w_j·S)ᵀ of every chunk, written as M·S + N."""
         last = self.decay[..., -1:, :]
         kept = rounded((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
-        one = torch.eye(self.k.shape[-1], dtype=self.k.dtype, device=self.k.device)
-        return Transitions(rounded(last.exp() * one - kept @ self.w), rounded(kept @ self.u))
-
-
-class Transitions(NamedTuple):
-    """What N stretches of tokens do to a state, one after the other: S ← M·S + N. No M makes anything longer.
-
-    Attributes:
-        factor: M, [B, H, N, K, K].
-        added: N, [B, H, N, K, V].
-    """
-
-    factor: Tensor
-    added: Tensor
-
-    def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
-        """The state after each stretch, in order."""
-        state = state_BHKV
-        for n in range(self.factor.shape[2]):
-            state = self.factor[:, :, n] @ state + self.added[:, :, n]
-            yield state
-
-    def composed(self) -> "Transitions":
-        """All stretches as one, neighbour with neighbour: log2(N) rounds of large products, not N small ones."""
-        factor, added = self
-        while factor.shape[2] > 1:
-            pairs = factor.shape[2] // 2
-            (first, second), (first_added, second_added) = (
-                x[:, :, : 2 * pairs].unflatten(2, (pairs, 2)).unbind(3) for x in (factor, added)
-            )
-            whole = [rounded(second @ first), rounded(second @ first_added + second_added)]
-            if 2 * pairs < factor.shape[2]:
-                whole = [torch.cat([x, old[:, :, -1:]], dim=2) for x, old in zip(whole, (factor, added), strict=True)]
-            factor, added = whole
-        return Transitions(factor, added)
+        return Transitions(rounded(PlusDiagonal.apply(kept @ self.w, last.exp())), rounded(kept @ self.u))
 
 
 def solve_chunks(
@@ -219,7 +140,7 @@ def solve_chunks(
     """The part of a write that does not depend on the state, for all chunks at once.
 
     The rank-one updates of a chunk's tokens solve a unit lower triangular system,
-    (I + A)·(u - w·S) = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i. All exponents are ≤ 0, so
+    (I + A)·(u + w·S) = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i. All exponents are ≤ 0, so
     nothing overflows.
 
     Args:
@@ -232,7 +153,7 @@ def solve_chunks(
     decay = log_decay.cumsum(dim=3)
     between = (decay - decay.mT).tril(-1).exp()
     inverse = UnitLowerInverse.apply(beta * between * (k @ k.mT))
-    u, w = inverse @ rounded(beta * v), inverse @ rounded(beta * decay.exp() * k)
+    u, w = inverse @ rounded(beta * v), inverse @ rounded(-beta * decay.exp() * k)
     return SolvedChunks(k, rounded(u), rounded(w), decay)
 
 
@@ -266,8 +187,10 @@ def block_transition(
         chunk: about so many tokens make a chunk.
         dtype: to compute in; None for that of the arguments.
     """
-    size = chunk_size(k_BLHK.shape[1], chunk)
-    padding = -k_BLHK.shape[1] % size
+    length = k_BLHK.shape[1]
+    size = chunk_size(length, chunk)
+    # An even number of chunks: see `arl2.transitions`.
+    padding = -length % (size if length <= size else 2 * size)
     tokens = [k_BLHK, v_BLHV, log_decay_BLH, beta_BLH]
     if padding:  # a padded token has k = 0, β = 0 and g = 0: it changes nothing
         tokens = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding)) for x in tokens]

@@ -13,20 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from arl2.distillation.trainer import products_in_tf32
 from arl2.gated_delta import (
-    TF32_HALF,
-    TF32_MASK,
-    UnitLowerInverse,
     WriteBackend,
     chunk_size,
     fla_installed,
     gated_delta_write,
-    rounded,
     states_between,
     write_chunked,
     write_fla,
     write_recomputed,
     write_recurrent,
 )
+from arl2.transitions import TF32_HALF, TF32_MASK, PlusDiagonal, Transitions, UnitLowerInverse, rounded
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -82,15 +79,19 @@ class ProductsInTF32(TorchDispatchMode):
     """Products as tensor cores of Hopper make them of float32: of the operands' first 19 bits, added in float32."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
-            args = [(x.contiguous().view(torch.int32) & TF32_MASK).view(x.shape).view(torch.float32) for x in args]
+        aten, args = torch.ops.aten, list(args)
+        products = {aten.bmm.default: 0, aten.mm.default: 0, aten.baddbmm.default: 1, aten.baddbmm_.default: 1}
+        if function in products:
+            for place in range(products[function], products[function] + 2):
+                bits = args[place].contiguous().view(torch.int32) & TF32_MASK
+                args[place] = bits.view(args[place].shape).view(torch.float32)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products of float32 in TF32, and what is rounded for it."""
-    monkeypatch.setattr("arl2.gated_delta.products_round", lambda x: x.dtype is torch.float32)
+    monkeypatch.setattr("arl2.transitions.products_round", lambda x: x.dtype is torch.float32)
     with ProductsInTF32():
         yield
 
@@ -212,6 +213,24 @@ def test_the_inverse_looks_below_the_diagonal_only_and_has_its_gradient() -> Non
     full = torch.eye(5, dtype=torch.float64) + lower.tril(-1)
     torch.testing.assert_close(UnitLowerInverse.apply(lower) @ full, torch.eye(5, dtype=torch.float64).expand(2, 5, 5))
     assert torch.autograd.gradcheck(UnitLowerInverse.apply, lower.requires_grad_())
+
+
+@pytest.mark.parametrize("stretches", [1, 2, 3, 5, 8, 13])
+def test_composed_transitions_are_all_of_them_in_turn(stretches: int) -> None:
+    factor, added = torch.randn(2, 3, stretches, 4, 4), torch.randn(2, 3, stretches, 4, 5)
+    leaves = [(x.double() / 2).requires_grad_() for x in (factor, added)]
+    state, weight = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    found = []
+    for one in (Transitions(*leaves), Transitions(*leaves).composed()):
+        *_, last = one.states(state)
+        found.append([last, *torch.autograd.grad((last * weight).sum(), leaves)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_added_to_a_diagonal_has_its_gradient() -> None:
+    x, d = (torch.randn(2, 3, *sizes, dtype=torch.float64, requires_grad=True) for sizes in ((4, 4), (1, 1)))
+    assert torch.autograd.gradcheck(lambda x, d: PlusDiagonal.apply(x * 1, d), (x, d))
+    torch.testing.assert_close(PlusDiagonal.apply(x * 1, d), x + d * torch.eye(4, dtype=torch.float64))
 
 
 def test_the_given_state_is_not_changed() -> None:

@@ -330,7 +330,7 @@ def products_in_tf32(on: bool) -> Iterator[None]:
     """Multiply float32 matrices in TF32 inside the context, if `on`: 10 bits of mantissa, on tensor cores.
 
     Under bfloat16 autocast only the writes to states multiply float32. Their keys and values come in bfloat16, whose 7
-    bits TF32 holds exactly; what is computed from them is rounded to nearest (`arl2.gated_delta.rounded`), which costs
+    bits TF32 holds exactly; what is computed from them is rounded to nearest (`arl2.transitions.rounded`), which costs
     a state and its gradients less than the rounding of the keys did (`tests/test_gated_delta.py`).
     """
     before = torch.get_float32_matmul_precision()

@@ -58,7 +58,7 @@ def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: Wr
         k, u, w, decay = solve_chunks(*segments)
         states = states_BNHKV.transpose(1, 2)
         q = queries_BNCHK.to(states.dtype).permute(0, 3, 1, 2, 4)
-        updates = u - w @ states
+        updates = u + w @ states
         weights = ((decay - decay.mT).tril().exp() * (q @ k.mT)).tril()
         read = decay.exp() * (q @ states) + weights @ updates
         return read.permute(0, 2, 3, 1, 4)
