@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
 from wan.errors import CheckpointError, InputError
 from wan.formats import WEIGHT_FILES, family, read_config
-from wan.vae_fast import FastDecoder, FastDecodeStream
-from wan.vae_tiny import TinyDecoder, TinyDecodeStream
+from wan.vae_fast import FastDecoder
+from wan.vae_stream import LatentStream, misfit
+from wan.vae_tiny import TinyDecoder
 
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
 # fmt: off
@@ -108,7 +109,7 @@ class WanVAE:
         )
         return mean.to(self.dtype), std.to(self.dtype)
 
-    def decode_stream(self) -> "DecodeStream | FastDecodeStream | TinyDecodeStream":
+    def decode_stream(self) -> LatentStream:
         """Begin to decode a video, with the weights as they are now."""
         if self.tiny is not None:
             return self.tiny.stream()
@@ -134,47 +135,23 @@ def _empty_cache(module: nn.Module) -> list[Tensor | str | None]:
     return [None] * sum(isinstance(part, WanCausalConv3d) for part in module.modules())
 
 
-def _check_shape(x_BFCHW: Tensor, what: str, channels: int) -> None:
-    if x_BFCHW.ndim != 5 or x_BFCHW.shape[2] != channels:
-        raise InputError(
-            f"{what} of shape {tuple(x_BFCHW.shape)} do not fit: expected [batch, frames, {channels}, height, width]"
-        )
-
-
-class DecodeStream:
-    """Decodes the latents of one video (or batch) in order, any number at a time."""
+class DecodeStream(LatentStream):
+    """See `LatentStream`; latents come in the VAE's dtype."""
 
     def __init__(self, vae: WanVAE) -> None:
+        super().__init__(vae.latent_channels)
         self._model = vae.model
         self._mean, self._std = vae.statistics()
-        self._channels = vae.latent_channels
         self._cache = _empty_cache(vae.model.decoder)
         self._started = False
 
-    @torch.no_grad()
-    def decode(self, latents_BFCHW: Tensor, clamp: bool = True) -> Tensor:
-        """Frames of the next latents: 1 for the video's first latent, 4 for every other.
-
-        Args:
-            latents_BFCHW: normalised latents in the VAE's dtype.
-            clamp: to [-1, 1].
-
-        Returns:
-            [B, T, 3, H, W].
-
-        Raises:
-            InputError: another shape, or no latent at all.
-        """
-        _check_shape(latents_BFCHW, "latents", self._channels)
-        if not latents_BFCHW.shape[1]:
-            raise InputError(f"no latents to decode: expected [batch, frames, {self._channels}, height, width]")
+    def _pixels(self, latents_BFCHW: Tensor) -> Tensor:
         latents = self._model.post_quant_conv(latents_BFCHW.transpose(1, 2) * self._std + self._mean)
         frames = []
         for latent in latents.split(1, dim=2):
             first, self._started = not self._started, True
             frames.append(self._model.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
-        pixels = torch.cat(frames, dim=2).transpose(1, 2)
-        return pixels.clamp(-1, 1) if clamp else pixels
+        return torch.cat(frames, dim=2).transpose(1, 2)
 
 
 class EncodeStream:
@@ -195,7 +172,8 @@ class EncodeStream:
         Raises:
             InputError: another shape, a number of frames that latents cannot hold, or a size that does not divide.
         """
-        _check_shape(pixels_BTCHW, "pixels", 3)
+        if pixels_BTCHW.ndim != 5 or pixels_BTCHW.shape[2] != 3:
+            raise misfit("pixels", pixels_BTCHW, 3)
         frames, (height, width) = pixels_BTCHW.shape[1], pixels_BTCHW.shape[-2:]
         first = 0 if self._started else 1
         if not frames or (frames - first) % self._stride:

@@ -14,8 +14,6 @@ Shapes are [B, H, W, C] unless the name says otherwise.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +22,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan.device import triton_installed
 from wan.errors import InputError
+from wan.vae_stream import LatentStream
 
 TAPS = 3  # frames under a causal kernel
 # Convolutions on tensor cores want channels in multiples of this; the 9 of the last one are padded.
@@ -51,11 +51,6 @@ class Sum(NamedTuple):
         return self.raw.new_empty(batch, height, width, channels)
 
 
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def add_norm_silu(
     x: Sum, out: Tensor, gamma_C: Tensor | None = None, *, silu: bool = True, total: Tensor | None = None
 ) -> None:
@@ -68,7 +63,7 @@ def add_norm_silu(
         total: [B, H, W, C], contiguous: takes the sum before the norm.
     """
     silu = silu and gamma_C is not None
-    if out.is_cuda and _triton_installed():
+    if out.is_cuda and triton_installed():
         from wan.vae_kernels import add_norm_silu_triton
 
         add_norm_silu_triton(x.raw, _pair_strides(x.raw), x.bias_C, x.residual, gamma_C, out, total, silu)
@@ -314,34 +309,17 @@ class FastDecoder:
             yield from self._frames(stage + 1, frame, past, first)
 
 
-class FastDecodeStream:
-    """Decodes the latents of one video (or batch) in order, any number at a time."""
+class FastDecodeStream(LatentStream):
+    """See `LatentStream`; frames have their channels last in memory."""
 
     def __init__(self, decoder: FastDecoder) -> None:
+        super().__init__(decoder.latent_channels)
         self._decoder = decoder
         self._past: _Past = {}
         self._shape: tuple[int, ...] | None = None
 
-    @torch.no_grad()
-    def decode(self, latents_BFCHW: Tensor, clamp: bool = True) -> Tensor:
-        """Frames of the next latents: 1 for the video's first latent, 4 for every other.
-
-        Args:
-            latents_BFCHW: normalised latents.
-            clamp: to [-1, 1].
-
-        Returns:
-            [B, T, 3, H, W] in the decoder's dtype; channels last in memory.
-
-        Raises:
-            InputError: another shape, another size than before, or no latent at all.
-        """
+    def _pixels(self, latents_BFCHW: Tensor) -> Tensor:
         shape = tuple(latents_BFCHW.shape)
-        channels = self._decoder.latent_channels
-        if len(shape) != 5 or shape[2] != channels or not shape[1]:
-            raise InputError(
-                f"latents of shape {shape} do not fit: expected [batch, frames, {channels}, height, width]"
-            )
         first, size = self._shape is None, (shape[0], *shape[3:])
         if self._shape not in (None, size):
             raise InputError(f"latents of shape {shape} do not go on from {self._shape}: begin a stream for each video")
@@ -350,5 +328,4 @@ class FastDecodeStream:
         for latent in self._decoder.prepare(latents_BFCHW).unbind(1):
             frames += [frame.to(self._decoder.dtype) for frame in self._decoder.frames(latent, self._past, first)]
             first = False
-        pixels = torch.stack(frames, dim=1).movedim(-1, 2)
-        return pixels.clamp_(-1, 1) if clamp else pixels
+        return torch.stack(frames, dim=1).movedim(-1, 2)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan.checkpoint import StateDict, as_state_dict, load_strict, read_weights
-from wan.errors import CheckpointError, InputError
+from wan.errors import CheckpointError
+from wan.vae_stream import LatentStream
 
 STAGES = 3
 LAYERS_PER_STAGE = 6
@@ -108,39 +109,20 @@ class TinyDecoder(nn.Module):
         return TinyDecodeStream(self)
 
 
-class TinyDecodeStream:
-    """Decodes the latents of one video (or batch) in order, any number at a time."""
+class TinyDecodeStream(LatentStream):
+    """See `LatentStream`."""
 
     def __init__(self, decoder: TinyDecoder) -> None:
+        super().__init__(decoder.latent_channels)
         self._decoder = decoder
         self._past: dict[int, Tensor] = {}
 
-    @torch.no_grad()
-    def decode(self, latents_BFCHW: Tensor, clamp: bool = True) -> Tensor:
-        """Frames of the next latents: 1 for the video's first latent, 4 for every other.
-
-        Args:
-            latents_BFCHW: normalised latents.
-            clamp: to [-1, 1].
-
-        Returns:
-            [B, T, 3, H, W] in the decoder's dtype.
-
-        Raises:
-            InputError: another shape, or no latent at all.
-        """
-        decoder, channels = self._decoder, self._decoder.latent_channels
-        if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != channels or not latents_BFCHW.shape[1]:
-            raise InputError(
-                f"latents of shape {tuple(latents_BFCHW.shape)} do not fit: "
-                f"expected [batch, frames, {channels}, height, width]"
-            )
-        first = not self._past
+    def _pixels(self, latents_BFCHW: Tensor) -> Tensor:
+        decoder, first = self._decoder, not self._past
         latents = latents_BFCHW.to(next(decoder.parameters()).dtype)
         # One latent at a time: the features of a frame are large.
         pixels = torch.cat([decoder.frames(latent, self._past) for latent in latents.unbind(1)], dim=1) * 2 - 1
-        pixels = pixels[:, decoder.frames_per_latent - 1 :] if first else pixels
-        return pixels.clamp(-1, 1) if clamp else pixels
+        return pixels[:, decoder.frames_per_latent - 1 :] if first else pixels
 
 
 def load_tiny_decoder(
