@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from arl2.transitions import PlusDiagonal, Transitions, UnitLowerInverse, rounded
+from wan.device import HALF, triton_installed
 
 CHUNK = 64
 FLA_WITH_KNOWN_PARTS = "0.6.0"
@@ -66,9 +67,8 @@ def gated_delta_write(
     """
     inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     if backend is WriteBackend.AUTO:
-        half = k_BLHK.dtype in (torch.float16, torch.bfloat16)
         backend = WriteBackend.CHUNKED
-        if k_BLHK.is_cuda and half and fla_installed():
+        if k_BLHK.is_cuda and k_BLHK.dtype in HALF and fla_installed():
             whole = not _learns(inputs) or fla_trains(k_BLHK.device)
             backend = WriteBackend.FLA if whole else WriteBackend.FLA_FORWARD
     writers: dict[WriteBackend, Writer] = {
@@ -87,7 +87,7 @@ def _learns(inputs: tuple[Tensor, ...]) -> bool:
 
 def fla_installed() -> bool:
     """Whether flash-linear-attention and the Triton that its kernels need are there."""
-    return find_spec("fla") is not None and find_spec("triton") is not None
+    return find_spec("fla") is not None and triton_installed()
 
 
 @cache

@@ -7,16 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from arl2.transitions import TF32_HALF, TF32_MASK
+
 NUMBERS = 2048
 """Numbers that a program of `round_to_tf32` takes."""
 
 
 @triton.jit
-def _round_kernel(x, count, NUMBERS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
+def _round_kernel(  # type: ignore[no-untyped-def]  # Triton's own types
+    x, count, HALF: tl.constexpr, MASK: tl.constexpr, NUMBERS: tl.constexpr
+):
     place = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     bits = tl.load(x + place, place < count, other=0)
-    # Of a float's bits: half of the last that stays, and all but the last thirteen. A carry runs into the exponent.
-    tl.store(x + place, (bits + 0x1000) & -0x2000, place < count)
+    # A carry runs into the exponent.
+    tl.store(x + place, (bits + HALF) & MASK, place < count)
 
 
 def round_to_tf32(x: Tensor) -> None:
@@ -30,5 +34,6 @@ def round_to_tf32(x: Tensor) -> None:
     assert bits.is_contiguous()
     kernel: Any = _round_kernel
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(bits.numel(), NUMBERS),)](bits, bits.numel(), NUMBERS=NUMBERS, num_warps=8)
+        blocks = triton.cdiv(bits.numel(), NUMBERS)
+        kernel[(blocks,)](bits, bits.numel(), TF32_HALF, TF32_MASK, NUMBERS, num_warps=8)
     torch.autograd.graph.increment_version(x)

@@ -1,12 +1,13 @@
 """What stretches of tokens do to a gated delta state, as matrices, and their products; see `arl2.gated_delta`."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from wan.device import triton_installed
 
 TF32_HALF, TF32_MASK = 1 << 12, -1 << 13
 """Of a float32 as an integer: half of the last bit that TF32 has, and the bits that it has."""
@@ -26,7 +27,7 @@ def rounded(x: Tensor) -> Tensor:
     """
     if not products_round(x):
         return x
-    if x.is_cuda and find_spec("triton") is not None:
+    if x.is_cuda and triton_installed():
         from arl2.training_kernels import round_to_tf32
 
         round_to_tf32(x)

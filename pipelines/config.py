@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -13,7 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
+from wan.device import HALF, triton_installed
 from wan.errors import InputError
+from wan.memory import check_window
 
 Config = TypeVar("Config")
 
@@ -50,11 +51,7 @@ class MemoryConfig:
         Raises:
             InputError: the window is too small.
         """
-        if self.kind is MemoryKind.window and self.window_frames - self.sink_frames < frames_per_block:
-            raise InputError(
-                f"a window of {self.window_frames} frames with a sink of {self.sink_frames} cannot hold a block of "
-                f"{frames_per_block}: widen memory.window_frames"
-            )
+        check_window(*self.window, frames_per_block)
 
 
 @dataclass
@@ -81,14 +78,13 @@ class SpeedConfig:
     def on(self, device: torch.device, dtype: torch.dtype) -> Self:
         """With every switch that was left open thrown as it pays on a device for weights of a type."""
         gpu = device.type == "cuda"
-        triton = gpu and find_spec("triton") is not None
-        half = dtype in (torch.float16, torch.bfloat16)
+        triton = gpu and triton_installed()
         graphs = gpu if self.cuda_graphs is None else self.cuda_graphs
         return replace(
             self,
             compile=triton if self.compile is None else self.compile,
             cuda_graphs=graphs,
-            kernels=triton and half and graphs if self.kernels is None else self.kernels,
+            kernels=triton and dtype in HALF and graphs if self.kernels is None else self.kernels,
         )
 
 

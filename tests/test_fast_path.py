@@ -301,12 +301,12 @@ def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.Monkey
     cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
     off = SpeedConfig(compile=False, cuda_graphs=False, kernels=False)
     assert SpeedConfig().on(cpu, torch.float32) == SpeedConfig().on(cpu, half) == off
-    monkeypatch.setattr("pipelines.config.find_spec", lambda name: object())
+    monkeypatch.setattr("pipelines.config.triton_installed", lambda: True)
     assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=True, kernels=True)
     assert SpeedConfig(cuda_graphs=False).on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=False, kernels=False)
     assert SpeedConfig().on(gpu, torch.float32) == SpeedConfig(compile=True, cuda_graphs=True, kernels=False)
     assert off.on(gpu, half) == off
-    monkeypatch.setattr("pipelines.config.find_spec", lambda name: None)
+    monkeypatch.setattr("pipelines.config.triton_installed", lambda: False)
     assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=False, cuda_graphs=True, kernels=False)
 
 

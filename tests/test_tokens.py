@@ -9,6 +9,7 @@ from torch import Tensor
 import wan.tokens
 from arl2.hybrid_attention import l2_norm
 from arl2.lora import with_adapter
+from wan.device import HALF
 from wan.model import RMSNorm, layer_norm, modulate, plus_gated
 from wan.rope import rotary_angles, rotate
 
@@ -68,7 +69,7 @@ def compare(
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_unwritten_is_nan")
-@pytest.mark.parametrize("dtype", wan.tokens.HALF)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", [(2, 77, 192), (1, 35, 1536), (3, 1, 24), (1, 4681, 5120)])
 def test_root_mean_square_norms(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     norm = RMSNorm(shape[-1], 1e-6).to(GPU, dtype).requires_grad_(False)
@@ -81,7 +82,7 @@ def test_root_mean_square_norms(monkeypatch: pytest.MonkeyPatch, shape: tuple[in
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_unwritten_is_nan")
-@pytest.mark.parametrize("dtype", wan.tokens.HALF)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("shape", [(2, 77, 3, 64), (1, 1563, 12, 128), (1, 5, 2, 12)])
 def test_norms_of_heads(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     compare(monkeypatch, l2_norm, l2_norm, torch.randn(shape, device=GPU, dtype=dtype), "norm_by_kernel")
@@ -89,7 +90,7 @@ def test_norms_of_heads(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...],
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_unwritten_is_nan")
-@pytest.mark.parametrize("dtype", wan.tokens.HALF)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("batch", "heads", "size"), [(2, 3, 64), (1, 12, 128), (3, 1, 2)])
 @pytest.mark.parametrize("by_head", [False, True])
 def test_rotations(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan.device import HALF
 from wan.errors import InputError
 
 
@@ -48,7 +49,7 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> list[Attenti
     if device.type != "cuda":
         return found
     found.append(AttentionBackend.EFFICIENT)
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in HALF:
         found += [AttentionBackend.FLASH, AttentionBackend.CUDNN]
         found += [backend for backend, package in _PACKAGES.items() if find_spec(package)]
     return found

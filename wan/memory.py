@@ -34,6 +34,19 @@ class LayerMemory(Protocol):
         """Bytes held on the device."""
 
 
+def check_window(window_frames: int | None, sink_frames: int, frames_per_block: int) -> None:
+    """Make sure that a block fits into a window beside its sink; None for no window.
+
+    Raises:
+        InputError: the window is too small.
+    """
+    if window_frames is not None and window_frames - sink_frames < frames_per_block:
+        raise InputError(
+            f"a window of {window_frames} frames with a sink of {sink_frames} cannot hold a block of "
+            f"{frames_per_block}: widen memory.window_frames"
+        )
+
+
 @dataclass(frozen=True)
 class MemorySpec:
     """What a memory must be able to hold.

@@ -4,23 +4,15 @@ Plain torch is the specification and runs everywhere else: on a CPU, in full pre
 which makes kernels of its own.
 """
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
+from wan.device import HALF, triton_installed
 
 
 def kernels_run(x: Tensor) -> bool:
     """Whether kernels run on such a tensor, here and now."""
-    return not torch.compiler.is_compiling() and x.is_cuda and x.dtype in HALF and _triton_installed()
+    return not torch.compiler.is_compiling() and x.is_cuda and x.dtype in HALF and triton_installed()
 
 
 def norm_by_kernel(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor | None:

@@ -19,7 +19,7 @@ from arl2.distillation.reports import measured
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
 from wan.errors import InputError
-from wan.memory import Memory
+from wan.memory import Memory, check_window
 from wan.model import TextKV
 from wan.teacher_forcing import teacher_forced_flow
 
@@ -58,11 +58,7 @@ class Stage2Settings(ObjectiveSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window_frames is not None and self.window_frames - self.sink_frames < self.frames_per_block:
-            raise InputError(
-                f"a window of {self.window_frames} frames with a sink of {self.sink_frames} cannot hold a block of "
-                f"{self.frames_per_block}: widen it"
-            )
+        check_window(*self.window, self.frames_per_block)
 
     @property
     def window(self) -> tuple[int | None, int]:

@@ -4,7 +4,6 @@ One object of `new_steps` serves all blocks of a model.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention, l2_norm
 from arl2.inference.linear import Rows, quantized
+from wan.device import HALF, triton_installed
 from wan.errors import InputError
 from wan.model import Block, modulate, plus_gated
 from wan.rope import Rotary, rotate
@@ -143,9 +143,9 @@ def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         InputError: no GPU, no Triton, or not in half precision.
     """
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or not triton_installed():
         raise InputError("kernels need a GPU and Triton: leave them off")
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         raise InputError(f"kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}: leave them off")
 
 
