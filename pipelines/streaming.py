@@ -1,12 +1,13 @@
 """Handing out what a GPU computes without making it wait for who takes it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Transfer:
@@ -30,19 +31,15 @@ class Transfer:
         return self._value
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each handed out only when the one after it has been asked for; the first at once.
+def one_ahead(finish: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """As `map(finish, items)`, but each result is handed out only when the item after it has been asked for.
 
-    A GPU works on what it was asked for while the CPU goes on: so it has the next item to work on while the last one is
-    waited for, written and thought about. The first comes at once because somebody is waiting for it.
+    A GPU works on what it was asked for while the CPU goes on: so it has the next item to work on while the last result
+    is waited for, written and thought about. Finishing the next item is asked for only then, in time for a GPU that is
+    busy with the item itself.
     """
-    iterator = iter(items)
-    for first in iterator:
-        yield first
-        break
-    waiting: list[Item] = []
-    for item in iterator:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
+    waiting: list[Result] = []
+    for item in items:
+        yield from waiting
+        waiting = [finish(item)]
     yield from waiting

@@ -360,26 +360,27 @@ class CausalVideoPipeline(DiffusionPipeline):
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
-        decoded = self._decoded(generated, context, phase)
-        for block in one_ahead(decoded) if device.type == "cuda" else decoded:
+        decode = self._decoder(context, phase)
+        for block in one_ahead(decode, generated) if device.type == "cuda" else map(decode, generated):
             if not block.finite.wait():
                 raise NonFiniteBlockError(block.index)
             yield block
 
-    def _decoded(
-        self, generated: Iterator[GeneratedBlock], context_BFCHW: Tensor | None, phase: Phase
-    ) -> Iterator[VideoBlock]:
-        """Generated blocks with their frames, the first behind those of the context; waits for nothing."""
+    def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
+        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
         vae = self.wan_vae
         decoder = vae.decode_stream()
         head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
-        for block in generated:
+
+        def decode(block: GeneratedBlock) -> VideoBlock:
             finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
             with phase("vae"):
                 pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
-            head = []
+            head.clear()
             frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
-            yield VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
+            return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
+
+        return decode
 
     @torch.no_grad()
     def __call__(

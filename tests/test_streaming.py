@@ -11,19 +11,25 @@ from pipelines.video import to_uint8
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_every_item_but_the_first_waits_for_the_next_to_be_asked_for(count: int) -> None:
+def test_results_wait_for_the_next_item_to_be_asked_for_but_not_to_be_finished(count: int) -> None:
     asked: list[int] = []
+    finished: list[int] = []
 
     def items() -> Iterator[int]:
         for number in range(count):
             asked.append(number)
             yield number
 
+    def finish(number: int) -> str:
+        finished.append(number)
+        return str(number)
+
     handed_out = []
-    for item in one_ahead(items()):
-        handed_out.append(item)
-        assert len(asked) == min(count, 1 if item == 0 else item + 2)
-    assert handed_out == list(range(count))
+    for result in one_ahead(finish, items()):
+        handed_out.append(result)
+        assert len(finished) == len(handed_out)
+        assert len(asked) == min(count, len(handed_out) + 1)
+    assert handed_out == [str(number) for number in range(count)]
 
 
 def test_an_error_comes_where_it_arose() -> None:
@@ -32,8 +38,8 @@ def test_an_error_comes_where_it_arose() -> None:
         yield 1
         raise RuntimeError("lost")
 
-    ahead = one_ahead(items())
-    assert next(ahead) == 0
+    ahead = one_ahead(str, items())
+    assert next(ahead) == "0"
     with pytest.raises(RuntimeError, match="lost"):
         next(ahead)
 

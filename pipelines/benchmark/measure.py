@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arl2.inference.graphs import GraphedModel
 from arl2.model import keep_gates_in_float32
-from arl2.rollout import remember_block, rollout
+from arl2.rollout import GeneratedBlock, remember_block, rollout
 from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, BenchmarkConfig, Case, empty_model, memory_bytes
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
@@ -181,12 +181,15 @@ def _roll(
     start_frame, context_noise = first_block * config.frames_per_block, pipeline.config.context_noise
     model, sampler = pipeline.flow_model, pipeline.sampler
     generated = rollout(model, sampler, noise, text, memory, blocks, start_frame, context_noise, timer.phase)
+
     # The check of `CausalVideoPipeline.stream`: the same costs as there.
-    checked = ((block, Transfer(torch.isfinite(block.latents_BFCHW).all())) for block in generated)
-    for block, finite in one_ahead(checked) if stage.device.type == "cuda" else checked:
+    def check(block: GeneratedBlock) -> tuple[int, Transfer]:
+        return block.index, Transfer(torch.isfinite(block.latents_BFCHW).all())
+
+    for index, finite in one_ahead(check, generated) if stage.device.type == "cuda" else map(check, generated):
         if not finite.wait():
-            raise NonFiniteBlockError(first_block + block.index)
-        trace.block_arrived(config.frames_after(first_block + block.index + 1), stage.device)
+            raise NonFiniteBlockError(first_block + index)
+        trace.block_arrived(config.frames_after(first_block + index + 1), stage.device)
 
 
 def _noise(stage: Stage) -> SeededNoise:
