@@ -214,6 +214,7 @@ def generate_one(
             measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()
+        writer.wait()
         # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
         warm_up = {"warm_up_seconds": pipeline.warm_up_seconds}

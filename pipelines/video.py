@@ -1,5 +1,7 @@
 """Writing H.264 as blocks of frames arrive, and reading it back."""
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,9 @@ from wan.errors import InputError
 # A fragmented file has its index in pieces among the data: what was written so far plays, even if the run dies.
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
 
+ENCODER_THREADS = 8
+"""Frames that x264 works on at a time; always so many, since the file depends on it."""
+
 
 def to_uint8(pixels_TCHW: Tensor) -> Tensor:
     """Pixels in [-1, 1], [T, 3, H, W], as bytes [T, H, W, 3]; computed on the tensor's device."""
@@ -28,7 +33,8 @@ class VideoWriter:
     """An mp4 that grows frame by frame: H.264 in yuv420p, which every browser plays.
 
     The frames go to a hidden file beside the target, which takes the target's name when the context ends well and
-    is removed when it does not: under its name there is a whole video or none.
+    is removed when it does not: under its name there is a whole video or none. They are encoded in a thread beside the
+    caller's, who may see to the next frames meanwhile.
 
     Args:
         path: the target.
@@ -76,16 +82,38 @@ class VideoWriter:
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
         codec.color_range = ColorRange.MPEG
+        codec.thread_type, codec.thread_count = "FRAME", ENCODER_THREADS
+        self._encoder = ThreadPoolExecutor(1, "video")
+        self._encoding: Future[None] | None = None
+        self.seconds = 0.0
 
     def write(self, frames_THWC: Tensor | NDArray[np.uint8]) -> None:
-        """Append frames of bytes, [T, H, W, 3].
+        """Append frames of bytes, [T, H, W, 3], as soon as those given before are encoded.
+
+        Args:
+            frames_THWC: not to be changed afterwards.
 
         Raises:
-            InputError: frames of another size or type, or a full disk.
+            InputError: frames of another size or type, or a disk that was full when those before were written.
         """
         frames = frames_THWC.cpu().numpy() if isinstance(frames_THWC, Tensor) else frames_THWC
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise InputError(f"frames are {frames.dtype} {frames.shape[1:]}, the video takes uint8 {self._shape}")
+        self.wait()
+        self._encoding = self._encoder.submit(self._encode, frames)
+
+    def wait(self) -> None:
+        """Wait until all frames given are encoded. Encoding has taken `seconds` then.
+
+        Raises:
+            InputError: the disk was full.
+        """
+        encoding, self._encoding = self._encoding, None
+        if encoding is not None:
+            encoding.result()
+
+    def _encode(self, frames: NDArray[np.uint8]) -> None:
+        begin = time.perf_counter()
         try:
             for frame in frames:
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
@@ -96,6 +124,8 @@ class VideoWriter:
             self._file.flush()
         except (OSError, FFmpegError) as error:
             raise self._cannot_write(error) from error
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     def __enter__(self) -> Self:
         return self
@@ -104,10 +134,12 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            with self._file:
+            with self._file, self._container:
+                if error is None:
+                    self.wait()
+                self._encoder.shutdown()
                 if error is None or self._keep_partial:
                     self._container.mux(self._stream.encode())
-                self._container.close()
             if error is None and not self._num_frames:
                 raise InputError(f"no frames were written to {self._path}: a video needs at least one")
             if error is None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ def test_frames_come_back_and_the_file_grows_while_written(tmp_path: Path) -> No
     path, frames = tmp_path / "a.mp4", gradient_frames(40)
     with VideoWriter(path, 32, 48, fps=8) as writer:
         writer.write(frames[:30])
+        writer.wait()
         assert not path.exists()
         partial = next(tmp_path.iterdir())
         partial_frames = read_video(partial)
@@ -33,6 +35,37 @@ def test_frames_come_back_and_the_file_grows_while_written(tmp_path: Path) -> No
     read = read_video(path)
     assert read.shape == frames.shape
     assert np.abs(read.astype(int) - frames).mean() < 3
+
+
+def test_the_caller_goes_on_while_frames_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, may_encode, encoded = VideoWriter._encode, threading.Event(), []
+
+    def slowly(writer: VideoWriter, frames: np.ndarray) -> None:
+        assert may_encode.wait(timeout=60)
+        encode(writer, frames)
+        encoded.append(len(frames))
+
+    monkeypatch.setattr(VideoWriter, "_encode", slowly)
+    frames = gradient_frames(12)
+    with VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
+        writer.write(frames[:5])
+        assert not encoded
+        may_encode.set()
+        writer.write(frames[5:])
+        assert encoded[0] == 5
+    assert encoded == [5, 7] and writer.seconds > 0
+    assert np.abs(read_video(tmp_path / "a.mp4").astype(int) - frames).mean() < 3
+
+
+def test_what_an_encoder_meets_comes_out_at_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VideoWriter, "_encode", lambda *arguments: 1 / 0)
+    writer = VideoWriter(tmp_path / "a.mp4", 32, 48)
+    with pytest.raises(ZeroDivisionError), writer:
+        writer.write(gradient_frames(5))
+        with pytest.raises(ZeroDivisionError):
+            writer.wait()
+        writer.write(gradient_frames(5))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_container_says_what_browsers_need(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ medians over repeats; the spread is (greatest - least) / median of the last time
 
 - *DiT*: GPU time of all denoising and clean passes with their noise, between CUDA events (wall clock on a CPU). The
   last block of a video is not remembered, so it has no clean pass.
-- *VAE*: GPU time of decoding. *mp4*: wall clock of encoding and writing. *total*: wall clock from the prompt's
-  embeddings to the finished file. fps are frames of video over these seconds.
+- *VAE*: GPU time of decoding. *mp4*: wall clock of encoding and writing, in a thread beside the rest. *total*: wall
+  clock from the prompt's embeddings to the finished file. fps are frames of video over these seconds.
 - *first frame*: from the prompt's embeddings until the first block's pixels are on the CPU.
 - *first*, *last*: median / 90th percentile of DiT time a block, over the first and last {ENDS} remembered blocks.
 - *peak*: most memory allocated; *steady*: allocated after the last block. *memory*: keys, values and states alone.
