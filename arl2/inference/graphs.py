@@ -21,16 +21,21 @@ Key = tuple[Hashable, ...]
 
 
 def pass_key(views: Sequence[Any]) -> Key | None:
-    """What a recorded pass is bound to of its memory: addresses, sizes and slots. None: it would not come again."""
+    """What a recorded pass is bound to of its memory: addresses, sizes and slots. None: it cannot be recorded."""
     places: list[Hashable] = []
     for view in views:
         if isinstance(view, StateView):
             places.append(address(view.state_BHKV))
-        elif isinstance(view, SlotView) and view.recurs:
+        elif isinstance(view, SlotView):
             places.append((address(view.keys_BMHD), address(view.values_BMHD), tuple(view.slot), view.visible))
         else:
             return None
     return tuple(places)
+
+
+def recurs(views: Sequence[Any]) -> bool:
+    """Whether later blocks will find the same places: in a full memory every block has a slot of its own."""
+    return all(view.recurs for view in views if isinstance(view, SlotView))
 
 
 def address(x: Tensor) -> Key:
@@ -67,16 +72,17 @@ class GraphedModel:
     """A model whose passes are recorded when they come again, and then replayed.
 
     A pass comes again if its sizes, and the addresses and slots of its memory, are those of a pass of an earlier block;
-    blocks end where something is remembered. So a full memory, in which every block has a slot of its own, and the
-    first blocks of a window run unrecorded; states and the ring of a window are replayed.
+    blocks end where something is remembered. States and the ring of a window are replayed; the first blocks of a window
+    run unrecorded. In a full memory every block has a slot of its own: its second denoising pass is recorded for it and
+    the ones after, and forgotten with the next block.
 
     What a call returns is valid until the next call. Not for several threads.
 
     Args:
         model: its forward neither waits for the GPU nor has gradients. Its memories must not be differentiable.
         device: the GPU that it computes on.
-        launched: computes the passes that will not come again, if another is to: what is best recorded may not be what
-            is launched the quickest.
+        launched: computes the passes over a full memory that are not recorded, if another is to: what is best recorded
+            may not be what is launched the quickest.
     """
 
     def __init__(self, model: FlowModel, device: torch.device, launched: FlowModel | None = None) -> None:
@@ -86,6 +92,10 @@ class GraphedModel:
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, int]] = {}
         self._first_met: dict[Key, int] = {}
         self._blocks = 0
+        # The one of them that only the current block replays.
+        self._passing: Key | None = None
+        # Kinds of pass that `model` has computed, so that its kernels are compiled and tuned.
+        self._tried: set[Key] = set()
         # By kind of pass: what all its recordings read from and write to.
         self._inputs: dict[Key, list[Tensor]] = {}
         self._outputs: dict[Key, PassOutput] = {}
@@ -116,24 +126,40 @@ class GraphedModel:
         block = self._blocks
         self._blocks += remember
         given, memory = [latents_BFCHW, timesteps_BF, frames_F], pass_key(views)
+        later = memory is not None and recurs(views)
         kind = (remember, signature(given), signature(text[0]))
-        key = None if memory is None else (kind, memory)
+        key = (kind, memory)
         recorded = key in self._graphs
-        if key is None:
-            return self._launched(latents_BFCHW, timesteps_BF, text, views, frames_F, remember)
-        if not (recorded or (self._met_before(key, block) and self._has_room(block))):
-            return self._model(latents_BFCHW, timesteps_BF, text, views, frames_F, remember)
+        if not (recorded or (memory is not None and self._comes_again(key, block, later, remember))):
+            unrecorded = self._model if later or kind not in self._tried else self._launched
+            self._tried.add(kind)
+            return unrecorded(latents_BFCHW, timesteps_BF, text, views, frames_F, remember)
         inputs, held_text = self._hold_inputs(kind, given), self._hold_text(text)
         graph = self._graphs.pop(key)[0] if recorded else self._record(kind, inputs, held_text, views, remember)
         self._graphs[key] = graph, block
+        if not later:
+            self._forget_all_passing_but(key)
         graph.replay()
         return self._outputs[kind]
 
-    def _met_before(self, key: Key, block: int) -> bool:
-        """Whether a pass was met in an earlier block; from now on it was."""
+    def _comes_again(self, key: Key, block: int, later: bool, remember: bool) -> bool:
+        """Whether a pass is worth recording: it was met in an earlier block, or it will not be met later and is again.
+
+        Args:
+            later: whether later blocks find the same places in their memory.
+        """
         if len(self._first_met) > MOST_KEYS:
             self._first_met.clear()
-        return self._first_met.setdefault(key, block) < block
+        met = key in self._first_met
+        first = self._first_met.setdefault(key, block)
+        return first < block and self._has_room(block) if later else met and not remember
+
+    def _forget_all_passing_but(self, key: Key) -> None:
+        """Of the recordings that later blocks will not replay, keep one. It is there already: what recordings share
+        lives as long as there is one of them."""
+        if self._passing not in (None, key):
+            self._graphs.pop(self._passing, None)
+        self._passing = key
 
     def _has_room(self, block: int) -> bool:
         """Whether another pass may be recorded. What is in use stays: a ring of many slots must not push itself out."""
