@@ -9,11 +9,11 @@ from torch import Tensor
 
 HEAD_SIZES = (32, 64, 128)
 """Channels of a head that `state_keys` and `recall` take: their products need powers of two."""
-STATE_ROWS = 128
+STATE_ROWS = 64
 """Tokens of a program of `state_keys` and `recall`: enough to pay for reading the state."""
-STATE_WARPS = 8
-STATE_REGISTERS = 128
-"""At most, of a thread: so that two programs share a multiprocessor and one computes while the other loads."""
+STATE_WARPS = 4
+STATE_REGISTERS = 168
+"""At most, of a thread: so that three programs share a multiprocessor and one computes while another loads."""
 
 
 @triton.jit
