@@ -159,21 +159,20 @@ def memory_table(records: Sequence[Record]) -> str:
 
 
 def ratio_table(records: Sequence[Record]) -> str | None:
-    """Time and memory of every row over those of the softmax model with full KV, of the same length and kind."""
-    baselines = {
-        _kind(record): record
-        for record in records
-        if record["case"]["hybrid_layers"] == 0 and record["case"]["memory"]["kind"] == MemoryKind.full
-    }
+    """Time and memory of every row over those of the softmax model with full KV, of the same length and speed options.
+
+    Where that was measured in another way, which is said then, only what does not depend on the way is compared.
+    """
     rows = []
     for record in records:
-        baseline = baselines.get(_kind(record))
+        baseline = _baseline(records, record)
         if baseline is None or baseline is record or record["status"] != "ok":
             continue
+        alike = _way(baseline) == _way(record)
         cells = [
-            _ratio(baseline, record, "dit_seconds", "{:.2f}×"),
-            _ratio(baseline, record, "total_seconds", "{:.2f}×"),
-            _change(baseline, record, "peak_bytes"),
+            _ratio(baseline, record, "dit_seconds", "{:.2f}×" if alike else f"{{:.2f}}× ({_how(baseline)})"),
+            _ratio(baseline, record, "total_seconds", "{:.2f}×") if alike else NONE,
+            _change(baseline, record, "peak_bytes") if alike else NONE,
             f"{record['memory_bytes'] / baseline['memory_bytes'] - 1:+.1%}",
         ]
         rows.append([name_of(record), str(record["case"]["frames"]), *cells])
@@ -181,9 +180,25 @@ def ratio_table(records: Sequence[Record]) -> str | None:
     return table(header, rows) if rows else None
 
 
-def _kind(record: Record) -> tuple[Any, ...]:
+def _baseline(records: Sequence[Record], record: Record) -> Record | None:
+    """The softmax model with full KV that a record is compared with; if there is one, of the same way of measuring."""
+    found = [
+        other
+        for other in records
+        if other["case"]["hybrid_layers"] == 0
+        and other["case"]["memory"]["kind"] == MemoryKind.full
+        and all(other["case"][key] == record["case"][key] for key in ("frames", "speed"))
+    ]
+    return min(found, key=lambda other: _way(other) != _way(record), default=None)
+
+
+def _way(record: Record) -> tuple[Any, ...]:
+    return record["case"]["vae"], record["case"]["blocks_sampled"]
+
+
+def _how(record: Record) -> str:
     case = record["case"]
-    return case["frames"], case["vae"], case["blocks_sampled"], tuple(sorted(case["speed"].items()))
+    return "sampled" if case["blocks_sampled"] else "with VAE" if case["vae"] else "DiT only"
 
 
 def _ratio(baseline: Record, record: Record, column: str, form: str) -> str:
