@@ -36,10 +36,14 @@ def one_ahead(finish: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
 
     A GPU works on what it was asked for while the CPU goes on: so it has the next item to work on while the last result
     is waited for, written and thought about. Finishing the next item is asked for only then, in time for a GPU that is
-    busy with the item itself.
+    busy with the item itself. The first result comes at once, because somebody is waiting for it.
     """
+    remaining = iter(items)
+    for first in remaining:
+        yield finish(first)
+        break
     waiting: list[Result] = []
-    for item in items:
+    for item in remaining:
         yield from waiting
         waiting = [finish(item)]
     yield from waiting
