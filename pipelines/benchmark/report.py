@@ -67,15 +67,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def name_of(record: Record) -> str:
     """The row's name, with what is unusual about how it was measured."""
-    case = record["case"]
-    marks = []
+    case, how = record["case"], []
     if case["blocks_sampled"]:
-        marks.append(f"sampled: {BLOCKS_PER_SAMPLE} blocks at each of {case['blocks_sampled']} places, integrated")
+        how.append(f"sampled: {BLOCKS_PER_SAMPLE} blocks at each of {case['blocks_sampled']} places, integrated")
     elif not case["vae"]:
-        marks.append("DiT only")
+        how.append("DiT only")
+    return _marked(case["row"], how + _unusual_speed(case))
+
+
+def _unusual_speed(case: Mapping[str, Any]) -> list[str]:
     usual = asdict(SpeedOptions())
-    marks += [f"{key} {value}" for key, value in case["speed"].items() if value != usual.get(key)]
-    return case["row"] + (f" ({'; '.join(marks)})" if marks else "")
+    return [f"{key} {value}" for key, value in case["speed"].items() if value != usual.get(key)]
+
+
+def _marked(name: str, marks: Sequence[str]) -> str:
+    return name + (f" ({'; '.join(marks)})" if marks else "")
 
 
 def median(record: Record, column: str) -> float | None:
@@ -231,30 +237,46 @@ def run_section(index: int, run: Mapping[str, Any]) -> str:
 
 
 def charts(records: Sequence[Record]) -> dict[str, tuple[dict[str, Points], str, str, str]]:
-    """By file name: series, title and axis labels. A series that has no points is left out."""
-    done = sorted((r for r in records if r["status"] == "ok"), key=lambda record: record["case"]["frames"])
-    fps, dit, peak = (
-        _by_length(done, column, unit) for column, unit in (("fps", 1.0), ("dit_fps", 1.0), ("peak_bytes", GB))
+    """By file name: series, title and axis labels. A series that has no points is left out.
+
+    What only the transformer decides is one curve a row, also where some lengths were sampled.
+    """
+    done = [record for record in records if record["status"] == "ok"]
+    # Of several measurements of one length the most complete, which comes last.
+    done.sort(
+        key=lambda record: (record["case"]["frames"], not record["case"]["blocks_sampled"], record["case"]["vae"])
     )
-    longest = {name_of(record): record for record in done}  # sorted by length: the last one stays
+    transformer = {(_curve(record), record["case"]["frames"]): record for record in done}
     latency = {
-        f"{name}, {record['case']['frames']} frames": [
+        f"{curve}, {frames} frames": [
             (float(block), 1000 * seconds) for block, seconds in record["repeats"][-1]["dit_block_seconds"]
         ]
-        for name, record in longest.items()
+        for (curve, frames), record in transformer.items()
+        if frames == max(length for other, length in transformer if other == curve)
     }
+    fps, peak = (
+        _by_length(done, column, lambda record: _curve(record) + ", alone" * (not record["case"]["vae"]), unit)
+        for column, unit in (("fps", 1.0), ("peak_bytes", GB))
+    )
+    dit = _by_length(transformer.values(), "dit_fps", _curve)
     return {
         "fps": (fps, "Frames a second, prompt to mp4", "frames of video", "fps"),
         "dit_fps": (dit, "Frames a second, transformer alone", "frames of video", "fps"),
-        "memory": (peak, "Most memory allocated", "frames of video", "GB"),
+        "memory": (peak, "Most memory allocated, with the VAE or the transformer alone", "frames of video", "GB"),
         "block_latency": ({k: v for k, v in latency.items() if v}, "Transformer, time a block", "block", "ms"),
     }
 
 
-def _by_length(records: Sequence[Record], column: str, unit: float) -> dict[str, Points]:
+def _curve(record: Record) -> str:
+    return _marked(record["case"]["row"], _unusual_speed(record["case"]))
+
+
+def _by_length(
+    records: Iterable[Record], column: str, name: Callable[[Record], str], unit: float = 1.0
+) -> dict[str, Points]:
     series: dict[str, Points] = {}
     for record in records:
         value = median(record, column)
         if value is not None:
-            series.setdefault(name_of(record), []).append((float(record["case"]["frames"]), value / unit))
+            series.setdefault(name(record), []).append((float(record["case"]["frames"]), value / unit))
     return series
