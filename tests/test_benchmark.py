@@ -21,6 +21,7 @@ from pipelines.benchmark import cases, ceilings, measure, suite
 from pipelines.benchmark.cases import BenchmarkConfig, QuickConfig, RowConfig, plan_cases, quick, select
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, pass_flops, rollout_flops
+from pipelines.benchmark.profile import kind_of
 from pipelines.benchmark.report import charts, markdown
 from pipelines.config import MemoryKind, load_config
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
@@ -215,6 +216,40 @@ def test_samples_cover_a_video_and_are_marked(tmp_path: Path, monkeypatch: pytes
     assert charts(results["records"])["dit_fps"][0].keys() == {"softmax"}
     with pytest.raises(InputError, match="do not fit the 2 blocks"):
         plan_cases(small(blocks_sampled=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3x", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("triton_poi_fused_add_mul_3", "compiled"),
+        ("_norm_heads_kernel", "kernels of our own"),
+        ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "writes to states"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies"),
+        ("void at::native::elementwise_kernel<128, 4>", "others"),
+    ],
+)
+def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_a_profile_names_what_takes_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config", TOY_CONFIG, "--row", "hybrid-75-window", "--frames", "21", "--device", "cpu", "--no_vae"]
+    monkeypatch.setattr(sys, "argv", ["profile", *flags, "--json", str(tmp_path / "profile.json")])
+    assert import_module("profile_generation").main() == 0
+    result = json.loads((tmp_path / "profile.json").read_text())
+    assert result["kinds"]["products"]["seconds"] > 0 and result["kinds"]["attention"]["count"] > 0
+    assert result["seconds"] == pytest.approx(sum(kind["seconds"] for kind in result["kinds"].values()))
+    # Two blocks of four and five passes; eight layers that attend twice, but for the last one of the clean pass.
+    attended = [
+        kernel["count"] for kernel in result["kernels"] if kernel["name"] == "aten::scaled_dot_product_attention"
+    ]
+    assert attended == [(9 * 8 - 1) * 2]
+    assert "products" in capsys.readouterr().out
 
 
 def test_integration_is_exact_on_straight_lines() -> None:

@@ -1,0 +1,108 @@
+"""Tell where the time of generating a video goes: GPU seconds by kernel, and by what the kernels do.
+
+    python scripts/profile_generation.py --row hybrid-75-window --frames 249 --no_vae --json profile.json
+    python scripts/profile_generation.py --config configs/toyworld/benchmark.yaml --row hybrid-100 --frames 21
+
+Weights are random, as in scripts/benchmark.py, whose configs and rows these are. While the GPU is not busy, it waits: for
+launches, copies, the CPU. On a CPU it is operations and not kernels.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags
+from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
+from pipelines.benchmark.measure import Trace, build_stage, generate_latents, generate_video, warm_up
+from pipelines.benchmark.profile import profiled, summary
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.config import load_config
+from pipelines.environment import environment
+from wan.checkpoint import atomic_path
+
+SHOWN = 25
+"""Kernels in the table; the JSON has all."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", type=Path, default=Path("configs/benchmark.yaml"))
+    add("--row", required=True, help="name of a row of the config")
+    add("--frames", type=int, default=249, help="pixel frames of the video")
+    add("--no_vae", action="store_true", help="only the transformer")
+    add("--json", type=Path, help="where to write everything")
+    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    add_speed_flags(parser)
+    return parser.parse_args()
+
+
+def measure(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """Profile the config's only case."""
+    (case,) = plan_cases(config)
+    stage = build_stage(config, case, device, dtype, folder)
+    warm_up(stage, case)
+    run, trace = generate_video if case.vae else generate_latents, Trace()
+    kernels = profiled(partial(run, stage, case, case.frames, trace), device)
+    return {
+        "row": case.row,
+        "frames": case.frames,
+        "vae": case.vae,
+        "blocks": config.blocks(case.frames),
+        "seconds": sum(kernel["seconds"] for kernel in kernels),
+        "seconds_until_last_block": trace.arrivals[-1],
+        "kinds": summary(kernels),
+        "kernels": kernels,
+        "environment": environment(device),
+    }
+
+
+def pages(result: dict[str, Any]) -> list[Table]:
+    """What people look at: by kind, and the longest kernels."""
+    blocks, total = result["blocks"], result["seconds"]
+    busy = total / result["seconds_until_last_block"]
+    title = (
+        f"{result['row']}, {result['frames']} frames: busy for {total:.2f} s, {busy:.0%} of the time to the last block"
+    )
+    by_kind, by_kernel = Table("kind", title=title), Table("kernel")
+    kinds = list(result["kinds"].items())
+    kernels = [(kernel["name"], kernel) for kernel in result["kernels"][:SHOWN]]
+    for page, parts in ((by_kind, kinds), (by_kernel, kernels)):
+        for header in ("a block", "ms a block", "share"):
+            page.add_column(header, justify="right")
+        for name, part in parts:
+            milliseconds = 1000 * part["seconds"] / blocks
+            page.add_row(name, f"{part['count'] / blocks:.1f}", f"{milliseconds:.2f}", f"{part['seconds'] / total:.1%}")
+    return [by_kind, by_kernel]
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, profile, report."""
+    arguments = parse()
+    config = select(load_config(BenchmarkConfig, arguments.config), [arguments.row], [arguments.frames])
+    speed = apply_speed_flags(config.speed, arguments)
+    config = replace(config, vae=config.vae and not arguments.no_vae, blocks_sampled=None, speed=speed)
+    device = choose_device(arguments.device)
+    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(config, device, dtype, Path(folder))
+    Console().print(*pages(result), sep="\n")
+    if arguments.json is not None:
+        with atomic_path(arguments.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
