@@ -3,8 +3,8 @@
     python scripts/profile_generation.py --row hybrid-75-window --frames 249 --no_vae --json profile.json
     python scripts/profile_generation.py --config configs/toyworld/benchmark.yaml --row hybrid-100 --frames 21
 
-Weights are random, as in scripts/benchmark.py, whose configs and rows these are. While the GPU is not busy, it waits: for
-launches, copies, the CPU. On a CPU it is operations and not kernels.
+Weights are random, as in scripts/benchmark.py, whose configs and rows these are. While the GPU is not busy, it waits:
+for launches, copies, the CPU. On a CPU it is operations and not kernels.
 """
 
 import argparse
