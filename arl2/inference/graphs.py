@@ -10,8 +10,8 @@ from arl2.hybrid_attention import StateView
 from wan.memory import KVUpdate, SlotView
 from wan.model import FlowModel, PassOutput, TextKV
 
-MOST_GRAPHS = 32
-"""Recorded passes kept at a time. A window whose ring divides into blocks takes two a slot."""
+MOST_GRAPHS = 64
+"""Recorded passes kept at a time. A window whose ring divides into blocks takes two a slot, full memory two a block."""
 FORGOTTEN_AFTER = 128
 """Blocks after which a recording that was not replayed may go for another."""
 MOST_KEYS = 256
@@ -34,7 +34,7 @@ def pass_key(views: Sequence[Any]) -> Key | None:
 
 
 def recurs(views: Sequence[Any]) -> bool:
-    """Whether later blocks will find the same places: in a full memory every block has a slot of its own."""
+    """Whether later blocks of the video find the same places: in a full memory every block has a slot of its own."""
     return all(view.recurs for view in views if isinstance(view, SlotView))
 
 
@@ -71,10 +71,11 @@ def same_output(output: PassOutput, tensors: Iterator[Tensor]) -> PassOutput:
 class GraphedModel:
     """A model whose passes are recorded when they come again, and then replayed.
 
-    A pass comes again if its sizes, and the addresses and slots of its memory, are those of a pass of an earlier block;
-    blocks end where something is remembered. States and the ring of a window are replayed; the first blocks of a window
-    run unrecorded. In a full memory every block has a slot of its own: its second denoising pass is recorded for it and
-    the ones after, and forgotten with the next block.
+    A pass comes again if its sizes, and the addresses and slots of its memory, are those of a pass before. Over states
+    and the ring of a window that is a pass of an earlier block, where blocks end with something remembered; the first
+    blocks of a window run unrecorded. In a full memory every block has a slot of its own: its second denoising pass is
+    recorded for it and the ones after, and all its passes for the next video in the same memory. If there is no room
+    for them, only a block's denoising is, until the next block.
 
     What a call returns is valid until the next call. Not for several threads.
 
@@ -92,7 +93,7 @@ class GraphedModel:
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, int]] = {}
         self._first_met: dict[Key, int] = {}
         self._blocks = 0
-        # The one of them that only the current block replays.
+        # The one of them for which there was no room: only the current block replays it.
         self._passing: Key | None = None
         # Kinds of pass that `model` has computed, so that its kernels are compiled and tuned.
         self._tried: set[Key] = set()
@@ -137,26 +138,31 @@ class GraphedModel:
         inputs, held_text = self._hold_inputs(kind, given), self._hold_text(text)
         graph = self._graphs.pop(key)[0] if recorded else self._record(kind, inputs, held_text, views, remember)
         self._graphs[key] = graph, block
-        if not later:
+        if not recorded and len(self._graphs) > MOST_GRAPHS:
             self._forget_all_passing_but(key)
         graph.replay()
         return self._outputs[kind]
 
     def _comes_again(self, key: Key, block: int, later: bool, remember: bool) -> bool:
-        """Whether a pass is worth recording: it was met in an earlier block, or it will not be met later and is again.
+        """Whether a pass is worth recording.
 
         Args:
-            later: whether later blocks find the same places in their memory.
+            later: whether later blocks of the video find the same places in their memory.
         """
         if len(self._first_met) > MOST_KEYS:
             self._first_met.clear()
-        met = key in self._first_met
-        first = self._first_met.setdefault(key, block)
-        return first < block and self._has_room(block) if later else met and not remember
+        first = self._first_met.get(key)
+        self._first_met.setdefault(key, block)
+        if first is None:
+            return False
+        if later:
+            return first < block and self._has_room(block)
+        # Without room a block's denoising is recorded in passing: it is replayed at once.
+        return self._has_room(block) or not remember
 
     def _forget_all_passing_but(self, key: Key) -> None:
-        """Of the recordings that later blocks will not replay, keep one. It is there already: what recordings share
-        lives as long as there is one of them."""
+        """Of the recordings for which there was no room keep one. It is there already: what recordings share lives as
+        long as there is one of them."""
         if self._passing not in (None, key):
             self._graphs.pop(self._passing, None)
         self._passing = key

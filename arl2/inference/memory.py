@@ -4,15 +4,15 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
-from arl2.hybrid_attention import StateMemory
 from arl2.model import HybridWanModel
 from wan.memory import LayerMemory, Memory, MemorySpec
 
 
 class MemoryPool:
-    """Makes memories of one model; one of the kind made last that nobody holds any more is emptied and used again.
+    """Makes memories of one model; one like the last, which nobody holds any more, is that one, emptied.
 
-    Only memories of a fixed size are kept; the others would hold what the longest video took.
+    So between videos the last one's memory stays allocated. It is given up for one of another kind, and if it has
+    grown.
 
     Args:
         model: whose layers read the memories; its switches must not change.
@@ -22,18 +22,19 @@ class MemoryPool:
         self._model = model
         self._spec: MemorySpec | None = None
         self._layers: list[LayerMemory] = []
+        self._num_bytes = 0
         self._last: Callable[[], Memory | None] = lambda: None
 
     def new_memory(self, spec: MemorySpec) -> Memory:
         """See `wan.model.CausalWanModel.new_memory`."""
         # A window takes the same room whatever the length of the video.
         like = spec if spec.window_frames is None else replace(spec, frames=spec.window_frames)
-        if self._layers and like == self._spec and self._last() is None:
-            memory = Memory(self._layers)
+        memory = Memory(self._layers)
+        if like == self._spec and self._last() is None and memory.num_bytes == self._num_bytes:
             memory.reset()
         else:
-            self._layers = []
+            memory.layers, self._layers = [], []  # released before the next is made
             memory = self._model.new_memory(spec)
-        if spec.window_frames is not None or all(isinstance(layer, StateMemory) for layer in memory.layers):
-            self._spec, self._layers, self._last = like, memory.layers, weakref.ref(memory)
+        self._spec, self._layers, self._last = like, memory.layers, weakref.ref(memory)
+        self._num_bytes = memory.num_bytes
         return memory
