@@ -43,7 +43,12 @@ def one_ahead(finish: Callable[[Item], Result], items: Iterable[Item]) -> Iterat
         yield finish(first)
         break
     waiting: list[Result] = []
-    for item in remaining:
-        yield from waiting
-        waiting = [finish(item)]
+    try:
+        for item in remaining:
+            if waiting:
+                yield waiting.pop()
+            waiting.append(finish(item))
+    except Exception:
+        yield from waiting  # finished before, and as good as ever
+        raise
     yield from waiting

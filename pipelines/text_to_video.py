@@ -230,7 +230,10 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:
-        """Run a denoising and a clean pass on noise, so that kernels are compiled, tuned and loaded.
+        """Run two blocks on noise, so that kernels are compiled, tuned and loaded.
+
+        Over a full memory passes that are recorded and those that are not have kernels of their own: the second block
+        has some of both.
 
         Returns:
             seconds that it took, which `warm_up_seconds` keeps.
@@ -240,8 +243,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         embeds = torch.zeros(batch_size, config.text_len, config.text_dim, device=device, dtype=self.transformer.dtype)
         text, state = self.transformer.embed_text(embeds), self.new_memory(batch_size, height, width, None, memory)
         latents = torch.randn(batch_size, self.config.frames_per_block, config.in_dim, *size, device=device)
-        predict_flow(self.flow_model, latents, torch.full((), 500.0, device=device), text, state, 0)
-        remember_block(self.flow_model, latents, text, state, 0, self.config.context_noise)
+        for start in (0, self.config.frames_per_block):
+            for _ in range(2):
+                predict_flow(self.flow_model, latents, torch.full((), 500.0, device=device), text, state, start)
+            remember_block(self.flow_model, latents, text, state, start, self.config.context_noise)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.warm_up_seconds = time.perf_counter() - start

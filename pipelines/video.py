@@ -44,6 +44,9 @@ class VideoWriter:
         preset: x264's speed.
         keep_partial: whether the hidden file, which plays, stays when the context ends badly.
 
+    Attributes:
+        seconds: that encoding took, in the thread and, of what the encoder held back, at the end.
+
     Raises:
         InputError: an odd or empty size, a file that cannot be written, or a context that ends without a frame.
     """
@@ -103,7 +106,7 @@ class VideoWriter:
         self._encoding = self._encoder.submit(self._encode, frames)
 
     def wait(self) -> None:
-        """Wait until all frames given are encoded. Encoding has taken `seconds` then.
+        """Wait until the encoder has taken all frames given. It holds the last of them back until the context ends.
 
         Raises:
             InputError: the disk was full.
@@ -135,11 +138,14 @@ class VideoWriter:
     ) -> None:
         try:
             with self._file, self._container:
-                if error is None:
-                    self.wait()
-                self._encoder.shutdown()
+                # Whatever happens while it is waited for, nobody may be encoding when the container is closed.
+                with self._encoder:
+                    if error is None:
+                        self.wait()
+                begin = time.perf_counter()
                 if error is None or self._keep_partial:
                     self._container.mux(self._stream.encode())
+                self.seconds += time.perf_counter() - begin
             if error is None and not self._num_frames:
                 raise InputError(f"no frames were written to {self._path}: a video needs at least one")
             if error is None:

@@ -2,8 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,21 +12,19 @@ from safetensors.torch import load_file
 from tiny_models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
 from torch import Tensor, nn
 
-from arl2.gated_delta import WriteBackend
 from arl2.inference.graphs import GraphedModel, pass_key, recurs
 from arl2.inference.linear import FP8Linear, FusedLinear, quantized, require_fp8
 from arl2.inference.memory import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.inference.steps import Operand, Steps, new_steps
-from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
-from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import predict_flow, remember_block
 from pipelines.arguments import add_speed_flags, apply_speed_flags
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig
 from pipelines.random_model import random_pipeline
-from pipelines.text_to_video import SeededNoise
 from wan.errors import InputError
 from wan.memory import Memory, MemorySpec
-from wan.model import FlowModel, PassOutput, TextKV
+from wan.model import FlowModel, PassOutput
 
 ALL = HybridSettings((0, 1, 2))
 CASES = {"softmax": HybridSettings(), "hybrid": HYBRID, "hybrid without adapters": HybridSettings((0, 2)), "all": ALL}
@@ -194,17 +191,17 @@ def test_a_recorded_pass_serves_all_that_have_its_key(case: str, memory: str, mo
     assert graphed.num_graphs == 2 * (1 if case == "all" else slots[memory])
 
 
-def test_over_a_full_memory_the_second_pass_of_a_block_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def counted_graphs(model: HybridWanModel, called: list[str], monkeypatch: pytest.MonkeyPatch) -> GraphedModel:
+    """A stand-in, on a CPU, that notes which of its two models computes a pass, and when one is recorded."""
     for name in ("graph_pool_handle", "Stream"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *arguments: None)
-    called: list[str] = []
 
     def record(graphed: GraphedModel, *arguments: Any) -> Rerun:
         called.append("record")
         return Rerun(graphed, *arguments)
 
     class Counted(InferenceModel):
-        def __init__(self, name: str, model: HybridWanModel) -> None:
+        def __init__(self, name: str) -> None:
             super().__init__(model)
             self.name = name
 
@@ -213,11 +210,26 @@ def test_over_a_full_memory_the_second_pass_of_a_block_is_recorded(monkeypatch: 
             return super().__call__(*arguments)
 
     monkeypatch.setattr(GraphedModel, "_record", record)
+    return GraphedModel(Counted("recorded"), torch.device("cpu"), Counted("launched"))
+
+
+@pytest.mark.parametrize("kind", MemoryKind)
+def test_warming_up_calls_all_that_generating_will(kind: MemoryKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, called = random_pipeline("toy", HybridSettings((0, 1)), words=["a"]), list[str]()
+    pipeline._fast = counted_graphs(pipeline.transformer, called, monkeypatch)
+    pipeline.warm_up(16, 16, MemoryConfig(kind))
+    warm = set(called)
+    called.clear()
+    for _ in pipeline.stream("a", 33, 16, 16, seeds=[0], memory=MemoryConfig(kind)):
+        pass
+    assert set(called) <= warm | ({"record"} if kind is MemoryKind.window else set())
+    assert ("launched" in called) is (kind is MemoryKind.full)
+
+
+def test_over_a_full_memory_the_second_pass_of_a_block_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
     model, video = tiny_model(HYBRID), tiny_video()
-    graphed, pool = (
-        GraphedModel(Counted("recorded", model), torch.device("cpu"), Counted("launched", model)),
-        MemoryPool(model),
-    )
+    graphed, pool = counted_graphs(model, called, monkeypatch), MemoryPool(model)
     text, spec = model.embed_text(video.text), MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 6)
 
     @torch.no_grad()
@@ -378,113 +390,3 @@ def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: py
         found = video()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert pipeline._pool is not None and pipeline._pool._last() is None
-
-
-GPU = torch.device("cuda")
-SAMPLER = FewStepSampler.from_steps([1000, 500], 5.0)
-SIZES = {"dim": 128, "ffn_dim": 256, "num_heads": 2, "num_layers": 3, "freq_dim": 16, "text_dim": 12, "text_len": 16}
-
-
-def gpu_model(dtype: torch.dtype, backend: WriteBackend, layers: tuple[int, ...] = (0, 2)) -> HybridWanModel:
-    """A model whose heads have a size that kernels take."""
-    torch.manual_seed(0)
-    model = HybridWanModel(**SIZES, hybrid_layers=list(layers), lora_rank=4, ffn_lora="none")
-    keep_gates_in_float32(model, dtype)
-    model.use_write_backend(backend)
-    return model.to(GPU).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def gpu_blocks(model: FlowModel, memory: Memory, text: TextKV, blocks: int, seed: int = 2) -> list[Tensor]:
-    """Blocks of a video of 8×12 latents, each generated and remembered."""
-    noise, made = SeededNoise([seed], (3, 16, 8, 12), GPU), []
-    for index in range(blocks):
-        made.append(denoise_block(model, SAMPLER, lambda step, i=index: noise(i, step), text, memory, 3 * index))
-        remember_block(model, made[-1], text, memory, 3 * index)
-    return made
-
-
-def gpu_text(model: HybridWanModel, seed: int = 3) -> TextKV:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return model.embed_text(torch.randn(1, 16, 12, generator=generator).to(GPU, model.dtype))
-
-
-def gpu_memory(model: HybridWanModel | MemoryPool, dtype: torch.dtype) -> Memory:
-    return model.new_memory(MemorySpec(1, 24, GPU, dtype, 3, 9, 3))
-
-
-@contextmanager
-def without_waiting() -> Iterator[None]:
-    """Whatever makes the CPU wait for the GPU is an error inside."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("layers", "graphs"), [((0, 2), 4), ((0, 1, 2), 2)])
-def test_recorded_passes_change_nothing(layers: tuple[int, ...], graphs: int) -> None:
-    model = gpu_model(torch.float32, WriteBackend.RECURRENT, layers)
-    fast, pool = GraphedModel(InferenceModel(model), GPU), MemoryPool(model)
-    # The second video and the third replay what the first recorded, over other text and noise.
-    for video in range(3):
-        text = gpu_text(model, seed=video)
-        expected = gpu_blocks(model, gpu_memory(model, torch.float32), text, 6, seed=video)
-        found = gpu_blocks(fast, gpu_memory(pool, torch.float32), text, 6, seed=video)
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-        if video == 0:
-            assert fast.num_graphs == graphs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("most", "graphs"), [(64, 12), (4, 5)])
-def test_passes_over_a_full_memory_are_recorded(most: int, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arl2.inference.graphs.MOST_GRAPHS", most)
-    model = gpu_model(torch.float32, WriteBackend.RECURRENT)
-    fast, pool = GraphedModel(InferenceModel(model), GPU), MemoryPool(model)
-    full = MemorySpec(1, 24, GPU, torch.float32, 18)
-    for video in range(4):
-        text = gpu_text(model, seed=video)
-        expected = gpu_blocks(model, model.new_memory(full), text, 6, seed=video)
-        found = gpu_blocks(fast, pool.new_memory(full), text, 6, seed=video)
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
-    assert fast.num_graphs == graphs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("fp8", [False, True])
-def test_the_whole_fast_path_in_half_precision(fp8: bool, kernels: bool) -> None:
-    exact = gpu_model(torch.float32, WriteBackend.RECURRENT)
-    model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
-    if fp8:
-        require_fp8(GPU, SIZES["dim"], SIZES["ffn_dim"])
-    recorded = InferenceModel(model, compile=True, fp8=fp8, kernels=kernels)
-    fast, pool = GraphedModel(recorded, GPU, recorded.without_kernels()), MemoryPool(model)
-    text, memory = gpu_text(model), gpu_memory(pool, torch.bfloat16)
-    found = gpu_blocks(fast, memory, text, 6)
-    expected = gpu_blocks(exact, gpu_memory(exact, torch.float32), gpu_text(exact), 6)
-    plain = gpu_blocks(model, gpu_memory(model, torch.bfloat16), text, 6)
-    error, usual = ((torch.stack(x) - torch.stack(expected)).norm() for x in (found, plain))
-    assert fast.num_graphs == 4
-    # No further from float32 than plain bfloat16 is, give or take; FP8 rounds 16 times as coarsely.
-    assert error < (16 if fp8 else 1.5) * usual
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("compile_blocks", "kernels"), [(False, False), (True, False), (True, True)])
-def test_within_a_block_nothing_waits_and_nothing_is_compiled(compile_blocks: bool, kernels: bool) -> None:
-    model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
-    recorded, text = InferenceModel(model, compile=compile_blocks, kernels=kernels), gpu_text(model)
-    fast = GraphedModel(recorded, GPU, recorded.without_kernels())
-    memory = gpu_memory(model, torch.bfloat16)
-    gpu_blocks(fast, memory, text, 4)
-    torch.cuda.synchronize()
-    with torch.compiler.set_stance("fail_on_recompile"), without_waiting():
-        gpu_blocks(fast, memory, text, 5)
-    assert fast.num_graphs == 4

@@ -63,9 +63,32 @@ def test_what_an_encoder_meets_comes_out_at_the_next_call(tmp_path: Path, monkey
     with pytest.raises(ZeroDivisionError), writer:
         writer.write(gradient_frames(5))
         with pytest.raises(ZeroDivisionError):
+            writer.write(gradient_frames(5))
+        writer.write(gradient_frames(5))
+        with pytest.raises(ZeroDivisionError):
             writer.wait()
         writer.write(gradient_frames(5))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_wait_leaves_nobody_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, may_encode, order = VideoWriter._encode, threading.Event(), []
+
+    def slowly(writer: VideoWriter, frames: np.ndarray) -> None:
+        assert may_encode.wait(timeout=60)
+        encode(writer, frames)
+        order.append("encoded")
+
+    def interrupted(writer: VideoWriter) -> None:
+        threading.Timer(0.2, may_encode.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "_encode", slowly)
+    monkeypatch.setattr(VideoWriter, "wait", interrupted)
+    writer = VideoWriter(tmp_path / "a.mp4", 32, 48)
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer._encoder.submit(writer._encode, gradient_frames(5))
+    assert order == ["encoded"] and not list(tmp_path.iterdir())
 
 
 def test_the_container_says_what_browsers_need(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ MOST_GRAPHS = 64
 """Recorded passes kept at a time. A window whose ring divides into blocks takes two a slot, full memory two a block."""
 FORGOTTEN_AFTER = 128
 """Blocks after which a recording that was not replayed may go for another."""
-MOST_KEYS = 256
-"""Passes remembered as met; more come only where videos of many sizes alternate."""
+MOST_KEYS = 1024
+"""Passes remembered as met, two a block of a full memory; beyond, all are forgotten, and recorded a little later."""
 
 Key = tuple[Hashable, ...]
 

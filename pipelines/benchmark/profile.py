@@ -8,28 +8,31 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS: Mapping[str, tuple[str, ...]] = {
+    "compiled": ("triton_",),
     "attention": ("fmha", "flash", "sdpa", "scaled_dot_product"),
-    "writes to states": ("chunk_", "recompute_w_u", "solve_tril", "merge_16x16", "cumsum"),
-    "kernels of our own": (
-        "norm_kernel",
-        "norm_heads_kernel",
-        "state_kernel",
-        "quantize_kernel",
-        "norm_silu_kernel",
-    ),
+    "writes to states": ("chunk_", "gated_delta", "recompute_w_u", "solve_tril", "merge_16x16", "cumsum"),
     "convolutions": ("conv", "fprop", "implicit"),
     "products": ("gemm", "nvjet", "cutlass", "aten::mm", "aten::addmm", "aten::bmm"),
-    "compiled": ("triton_",),
     "copies": ("memcpy", "memset", "copy"),
 }
 """Parts of kernels' names, in lower case, by kind; the first that fits counts."""
-OTHER = "others"
+OWN = (
+    "_norm_kernel",
+    "_norm_heads_kernel",
+    "_state_kernel",
+    "_quantize_kernel",
+    "_rotate_kernel",
+    "_add_norm_silu_kernel",
+)
+"""Whole names of the project's own."""
 
 
 def kind_of(name: str) -> str:
     """What a kernel does, told by its name."""
+    if name in OWN:
+        return "kernels of our own"
     lower = name.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), OTHER)
+    return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "others")
 
 
 def profiled(run: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def _baseline(records: Sequence[Record], record: Record) -> Record | None:
         and other["case"]["memory"]["kind"] == MemoryKind.full
         and all(other["case"][key] == record["case"][key] for key in ("frames", "speed"))
     ]
-    return min(found, key=lambda other: _way(other) != _way(record), default=None)
+    return min(found, key=lambda other: (_way(other) != _way(record), other["status"] != "ok"), default=None)
 
 
 def _way(record: Record) -> tuple[Any, ...]:
@@ -247,6 +247,7 @@ def charts(records: Sequence[Record]) -> dict[str, tuple[dict[str, Points], str,
         key=lambda record: (record["case"]["frames"], not record["case"]["blocks_sampled"], record["case"]["vae"])
     )
     transformer = {(_curve(record), record["case"]["frames"]): record for record in done}
+    apart = {(_curve(record), record["case"]["frames"], record["case"]["vae"]): record for record in done}
     latency = {
         f"{curve}, {frames} frames": [
             (float(block), 1000 * seconds) for block, seconds in record["repeats"][-1]["dit_block_seconds"]
@@ -255,7 +256,9 @@ def charts(records: Sequence[Record]) -> dict[str, tuple[dict[str, Points], str,
         if frames == max(length for other, length in transformer if other == curve)
     }
     fps, peak = (
-        _by_length(done, column, lambda record: _curve(record) + ", alone" * (not record["case"]["vae"]), unit)
+        _by_length(
+            apart.values(), column, lambda record: _curve(record) + ", alone" * (not record["case"]["vae"]), unit
+        )
         for column, unit in (("fps", 1.0), ("peak_bytes", GB))
     )
     dit = _by_length(transformer.values(), "dit_fps", _curve)
