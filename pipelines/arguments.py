@@ -25,6 +25,11 @@ LEAST_FREE_BYTES = 16 * 2**20
 """Less free disk than this cannot hold a video."""
 
 
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type called `name`, one of `DTYPES`; by default bfloat16 on a GPU and float32 elsewhere."""
+    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
 def inference_parser() -> argparse.ArgumentParser:
     """The flags of inference.py; those that the config also has override it."""
     parser = argparse.ArgumentParser(
@@ -109,7 +114,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     """
     config = apply_flags(load_config(InferenceConfig, arguments.config_path), arguments)
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
     check_config(config, arguments.i2v)
     prompts, images = read_requests(arguments)

@@ -25,7 +25,7 @@ from arl2.inference.steps import require_kernels
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
-from pipelines.streaming import Transfer, one_ahead
+from pipelines.streaming import Transfer, finished
 from pipelines.video import to_uint8
 from wan.attention import AttentionBackend
 from wan.errors import InputError
@@ -365,8 +365,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
-        decode = self._decoder(context, phase)
-        for block in one_ahead(decode, generated) if device.type == "cuda" else map(decode, generated):
+        for block in finished(self._decoder(context, phase), generated, device):
             if not block.finite.wait():
                 raise NonFiniteBlockError(block.index)
             yield block

@@ -27,7 +27,7 @@ from arl2.distillation.trainer import LOSSES, Trainer
 from arl2.distillation.training_state import fill, writing
 from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, rollout
-from pipelines.arguments import DTYPES
+from pipelines.arguments import choose_dtype
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, load_config
 from pipelines.environment import device_name, git_commit, versions
@@ -136,7 +136,7 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
 
 def weights_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
     """Of the frozen weights."""
-    return DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    return choose_dtype(config.dtype, device)
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags
+from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
@@ -53,7 +53,7 @@ def main() -> int:
         speed=apply_speed_flags(config.speed, arguments),
     )
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     folder = arguments.output_folder or Path("output") / ("benchmark_quick" if arguments.quick else "benchmark")
     report = partial(write_report, folder=folder)
     run_benchmark(config, device, dtype, folder, arguments.again, report)

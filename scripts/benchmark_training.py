@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.arguments import DTYPES
+from pipelines.arguments import DTYPES, choose_dtype
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
 from pipelines.cli import choose_device, exit_on_input_error
 
@@ -57,7 +57,7 @@ def main() -> int:
         warmup_steps=DEFAULTS.warmup_steps,
     )
     device, folder, console = choose_device(arguments.device), arguments.output_folder, Console()
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     rows = tuple(row for row in ROWS if row.name in arguments.rows)
     results = run_training_benchmark(config, rows, device, dtype, folder)
     console.print(table(results))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arl2.distillation.data import LatentWriter, text_file
-from pipelines.arguments import DTYPES, check_config, check_writable
+from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
 from pipelines.video_reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
@@ -96,7 +96,7 @@ def main() -> int:
     arguments = parse()
     config = read_config(arguments)
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     rank, world_size = rank_and_world_size()
     folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder
     check_writable(folder)

@@ -19,7 +19,7 @@ from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, num_blocks, rollout
-from pipelines.arguments import DTYPES, check_config, check_writable
+from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.prompts import plan_jobs, read_prompts, share
@@ -55,7 +55,7 @@ def main() -> int:
     if arguments.checkpoint_path is not None:
         config = replace(config, checkpoint_path=arguments.checkpoint_path)
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
     rank, world_size = rank_and_world_size()
     folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags
+from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
 from pipelines.benchmark.measure import Trace, build_stage, generate_latents, generate_video, warm_up
 from pipelines.benchmark.profile import profiled, summary
@@ -94,7 +94,7 @@ def main() -> int:
     speed = apply_speed_flags(config.speed, arguments)
     config = replace(config, vae=config.vae and not arguments.no_vae, blocks_sampled=None, speed=speed)
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(config, device, dtype, Path(folder))
     Console().print(*pages(result), sep="\n")

@@ -39,7 +39,7 @@ from arl2.layer_selection import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
-from pipelines.arguments import DTYPES, check_config, check_writable
+from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import HybridConfig, InferenceConfig, load_config
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
@@ -170,7 +170,7 @@ def load(config: InferenceConfig, dtype: torch.dtype, device: torch.device) -> t
 def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
     """Make the videos that are missing, and score all."""
     device = choose_device(arguments.device)
-    dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = choose_dtype(arguments.dtype, device)
     jobs, kept = plan(arguments, config, dtype)
     missing = [job for job in jobs if job.name not in kept.videos]
     if missing:

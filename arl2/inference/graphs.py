@@ -91,10 +91,10 @@ class GraphedModel:
         self._launched = model if launched is None else launched
         # With the block that replayed each last, the longest ago first.
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, int]] = {}
-        self._first_met: dict[Key, int] = {}
-        self._blocks = 0
         # The one of them for which there was no room: only the current block replays it.
         self._passing: Key | None = None
+        self._first_met: dict[Key, int] = {}
+        self._blocks = 0
         # Kinds of pass that `model` has computed, so that its kernels are compiled and tuned.
         self._tried: set[Key] = set()
         # By kind of pass: what all its recordings read from and write to.

@@ -23,7 +23,7 @@ from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
 from pipelines.random_model import random_pipeline
-from pipelines.streaming import Transfer, one_ahead
+from pipelines.streaming import Transfer, finished
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
 from pipelines.timing import PhaseTimer
 from pipelines.video import VideoWriter
@@ -185,7 +185,7 @@ def _roll(
     def check(block: GeneratedBlock) -> tuple[int, Transfer]:
         return block.index, Transfer(torch.isfinite(block.latents_BFCHW).all())
 
-    for index, finite in one_ahead(check, generated) if stage.device.type == "cuda" else map(check, generated):
+    for index, finite in finished(check, generated, stage.device):
         if not finite.wait():
             raise NonFiniteBlockError(first_block + index)
         trace.block_arrived(config.frames_after(first_block + index + 1), stage.device)

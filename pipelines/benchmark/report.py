@@ -248,12 +248,12 @@ def charts(records: Sequence[Record]) -> dict[str, tuple[dict[str, Points], str,
     )
     transformer = {(_curve(record), record["case"]["frames"]): record for record in done}
     apart = {(_curve(record), record["case"]["frames"], record["case"]["vae"]): record for record in done}
+    longest = {_curve(record): record for record in done}
     latency = {
-        f"{curve}, {frames} frames": [
+        f"{curve}, {record['case']['frames']} frames": [
             (float(block), 1000 * seconds) for block, seconds in record["repeats"][-1]["dit_block_seconds"]
         ]
-        for (curve, frames), record in transformer.items()
-        if frames == max(length for other, length in transformer if other == curve)
+        for curve, record in longest.items()
     }
     fps, peak = (
         _by_length(
