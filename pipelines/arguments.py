@@ -66,6 +66,7 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=switch, help="compile the transformer's blocks; on a GPU by default")
     add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
     add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
+    add("--overlap-decoding", action=switch, help="decode a block while the next is denoised; on a GPU by default")
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
     add("--tiny-vae", help="decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact")
     add("--kernels", action=switch, help="our Triton kernels between products; on a GPU in half precision by default")
@@ -78,6 +79,7 @@ def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
         compile=speed.compile if arguments.compile is None else arguments.compile,
         cuda_graphs=speed.cuda_graphs if arguments.cuda_graphs is None else arguments.cuda_graphs,
         fast_vae=speed.fast_vae if arguments.fast_vae is None else arguments.fast_vae,
+        overlap_decoding=speed.overlap_decoding if arguments.overlap_decoding is None else arguments.overlap_decoding,
         fp8=speed.fp8 or arguments.fp8,
         kernels=speed.kernels if arguments.kernels is None else arguments.kernels,
         tiny_vae=speed.tiny_vae if arguments.tiny_vae is None else arguments.tiny_vae,

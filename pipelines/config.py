@@ -62,6 +62,8 @@ class SpeedConfig:
         compile: compile the transformer's blocks; null for where it pays, which is on a GPU with Triton.
         cuda_graphs: record passes as CUDA graphs; null for on a GPU.
         fast_vae: decode by `wan.vae_fast`.
+        overlap_decoding: decode a block while the next is denoised, on a stream of its own; null for on a GPU. What is
+            measured of either then includes waiting for the other.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
         tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
         kernels: what lies between products by Triton kernels of our own; null for with CUDA graphs, on a GPU with
@@ -71,6 +73,7 @@ class SpeedConfig:
     compile: bool | None = None
     cuda_graphs: bool | None = None
     fast_vae: bool = True
+    overlap_decoding: bool | None = None
     fp8: bool = False
     kernels: bool | None = None
     tiny_vae: str | None = None
@@ -84,6 +87,7 @@ class SpeedConfig:
             self,
             compile=triton if self.compile is None else self.compile,
             cuda_graphs=graphs,
+            overlap_decoding=gpu if self.overlap_decoding is None else self.overlap_decoding,
             kernels=triton and dtype in HALF and graphs if self.kernels is None else self.kernels,
         )
 

@@ -1,6 +1,7 @@
 """Handing out what a GPU computes without making it wait for who takes it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ class Transfer:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._value, self._arrived = value, None
+        self._value, self._device, self._arrived = value, value.device, None
         if value.is_cuda:
             self._value = torch.empty_like(value, device="cpu", pin_memory=True)
             self._value.copy_(value, non_blocking=True)
@@ -29,6 +30,33 @@ class Transfer:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value
+
+    def join(self) -> None:
+        """Let everything that the current stream is asked for from now on wait for it, but not the CPU."""
+        if self._arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived)
+
+
+class SideStream:
+    """A stream of its own, for work that a GPU may do beside what it is asked for meanwhile.
+
+    Both share the GPU's units and fill each other's gaps. What is done here may use whatever was computed before. Who
+    uses its results calls `Transfer.join` first, and keeps what they are computed from until then: so memory that one
+    stream gives back is never given to the other while it is read.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is asked for inside begins when all that was asked for before is done."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
 
 
 def finished(finish: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:

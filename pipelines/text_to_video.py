@@ -25,7 +25,7 @@ from arl2.inference.steps import require_kernels
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
-from pipelines.streaming import Transfer, finished
+from pipelines.streaming import SideStream, Transfer, finished
 from pipelines.video import to_uint8
 from wan.attention import AttentionBackend
 from wan.errors import InputError
@@ -148,6 +148,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self.wan_vae = WanVAE(vae)
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
+        self._side: SideStream | None = None
         self.warm_up_seconds: float | None = None
 
     @classmethod
@@ -204,13 +205,15 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         device, config = self.transformer.device, self.transformer.config
         speed = speed.on(device, self.transformer.dtype)
-        if speed.cuda_graphs and device.type != "cuda":
-            raise InputError("cuda_graphs needs a GPU: leave it off")
+        for switch in ("cuda_graphs", "overlap_decoding"):
+            if vars(speed)[switch] and device.type != "cuda":
+                raise InputError(f"{switch} needs a GPU: leave it off")
         if speed.fp8:
             require_fp8(device, config.dim, config.ffn_dim)
         if speed.kernels:
             require_kernels(device, self.transformer.dtype)
         self._fast = self._pool = None
+        self._side = SideStream(device) if speed.overlap_decoding else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
             self.wan_vae.tiny = load_tiny_decoder(
@@ -368,20 +371,23 @@ class CausalVideoPipeline(DiffusionPipeline):
         for block in finished(self._decoder(context, phase), generated, device):
             if not block.finite.wait():
                 raise NonFiniteBlockError(block.index)
+            block.frames_BTHWC.join()
             yield block
 
     def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
         """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
-        vae = self.wan_vae
-        decoder = vae.decode_stream()
-        head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
+        vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
+        with aside():
+            decoder = vae.decode_stream()
+            head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
 
         def decode(block: GeneratedBlock) -> VideoBlock:
-            finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
-            with phase("vae"):
-                pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
-            head.clear()
-            frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+            with aside():
+                finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
+                with phase("vae"):
+                    pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
+                head.clear()
+                frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
             return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
 
         return decode

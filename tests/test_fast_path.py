@@ -315,8 +315,9 @@ def test_what_a_device_lacks_is_an_error() -> None:
     pipeline = random_pipeline("toy")
     with pytest.raises(InputError, match="fp8 needs"):
         pipeline.accelerate(SpeedConfig(fp8=True))
-    with pytest.raises(InputError, match="cuda_graphs"):
-        pipeline.accelerate(SpeedConfig(cuda_graphs=True))
+    for switch in ("cuda_graphs", "overlap_decoding"):
+        with pytest.raises(InputError, match=f"{switch} needs a GPU"):
+            pipeline.accelerate(SpeedConfig(**{switch: True}))
     with pytest.raises(InputError, match="kernels need a GPU"):
         pipeline.accelerate(SpeedConfig(kernels=True))
     with pytest.raises(InputError, match="compute capability"):
@@ -363,15 +364,16 @@ def test_flags_override_the_config() -> None:
 
 def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    off = SpeedConfig(compile=False, cuda_graphs=False, kernels=False)
+    off = SpeedConfig(compile=False, cuda_graphs=False, kernels=False, overlap_decoding=False)
+    on = SpeedConfig(compile=True, cuda_graphs=True, kernels=True, overlap_decoding=True)
     assert SpeedConfig().on(cpu, torch.float32) == SpeedConfig().on(cpu, half) == off
     monkeypatch.setattr("pipelines.config.triton_installed", lambda: True)
-    assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=True, kernels=True)
-    assert SpeedConfig(cuda_graphs=False).on(gpu, half) == SpeedConfig(compile=True, cuda_graphs=False, kernels=False)
-    assert SpeedConfig().on(gpu, torch.float32) == SpeedConfig(compile=True, cuda_graphs=True, kernels=False)
+    assert SpeedConfig().on(gpu, half) == on
+    assert SpeedConfig(cuda_graphs=False).on(gpu, half) == replace(on, cuda_graphs=False, kernels=False)
+    assert SpeedConfig().on(gpu, torch.float32) == replace(on, kernels=False)
     assert off.on(gpu, half) == off
     monkeypatch.setattr("pipelines.config.triton_installed", lambda: False)
-    assert SpeedConfig().on(gpu, half) == SpeedConfig(compile=False, cuda_graphs=True, kernels=False)
+    assert SpeedConfig().on(gpu, half) == replace(on, compile=False, kernels=False)
 
 
 def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,13 @@ BLOCKS_PER_SAMPLE = 4
 class SpeedOptions(SpeedConfig):
     """How the same numbers are computed. Every switch of the fast path belongs here, and is thrown in `apply`.
 
-    Attributes:
-        compile, cuda_graphs, fast_vae, fp8, kernels: see `pipelines.config.SpeedConfig`.
+    Attributes, beside those of `pipelines.config.SpeedConfig`:
+        overlap_decoding: off, so that transformer and decoder are measured apart.
         attention_backend: see `wan.attention.AttentionBackend`.
         write_backend: who computes the writes to states.
     """
 
+    overlap_decoding: bool | None = False
     attention_backend: str = "auto"
     write_backend: WriteBackend = WriteBackend.AUTO
 
