@@ -159,12 +159,21 @@ class Measurement:
         """Seconds from one block to the next; the first block, which waits for the text too, is left out."""
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
-    def report(self, phases: dict[str, float], total: float) -> dict[str, Any]:
-        """Seconds, rates and latencies under the names of the metrics file."""
+    def report(self, phases: dict[str, float], total: float, apart: bool) -> dict[str, Any]:
+        """Seconds, rates and latencies under the names of the metrics file.
+
+        Args:
+            apart: whether transformer and decoder worked one after the other; else neither has a rate of its own.
+        """
         blocks = self.block_seconds()
         names = {"text": "text", "denoise": "denoise", "remember": "clean_pass", "vae": "vae"}
         seconds = {name: phases.get(phase, 0.0) for phase, name in names.items()}
-        dit = seconds["denoise"] + seconds["clean_pass"]
+        fps = {"end_to_end": self.frames / total}
+        if apart:
+            fps |= {
+                "dit": self.frames / (seconds["denoise"] + seconds["clean_pass"]),
+                "vae": self.frames / seconds["vae"],
+            }
         return {
             "frames": self.frames,
             "seconds": seconds | {"total": total},
@@ -175,7 +184,7 @@ class Measurement:
                 "all": blocks,
             },
             "allocated_bytes_after_block": self.allocated,
-            "fps": {"end_to_end": self.frames / total, "dit": self.frames / dit, "vae": self.frames / seconds["vae"]},
+            "fps": fps,
         }
 
 
@@ -218,7 +227,8 @@ def generate_one(
         # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
         warm_up = {"warm_up_seconds": pipeline.warm_up_seconds}
-        metrics = measured.report(timer.seconds(), total) | warm_up | provenance(run, job, made_with)
+        metrics = measured.report(timer.seconds(), total, apart=not pipeline.overlaps_decoding)
+        metrics |= warm_up | provenance(run, job, made_with)
         with atomic_path(metrics_path(run, job)) as temporary:
             temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
 

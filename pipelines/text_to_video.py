@@ -192,6 +192,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         """What computes the transformer's passes: itself, or its fast form."""
         return self._fast or self.transformer
 
+    @property
+    def overlaps_decoding(self) -> bool:
+        """Whether a block is decoded while the next is denoised."""
+        return self._side is not None
+
     def accelerate(self, speed: SpeedConfig) -> None:
         """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
 

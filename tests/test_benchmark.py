@@ -182,6 +182,19 @@ def test_without_the_vae_only_the_transformer_runs(tmp_path: Path, monkeypatch: 
         assert "vae_seconds" not in record["summary"] and record["summary"]["dit_fps"]["median"] > 0
 
 
+def test_a_decoder_beside_the_transformer_leaves_only_the_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CausalVideoPipeline, "overlaps_decoding", True)
+    results = run(tmp_path, small())
+    for record in results["records"]:
+        assert record["summary"].keys() >= {"fps", "total_seconds", "mp4_seconds", "first_frame_seconds"}
+        assert not record["summary"].keys() & {"dit_fps", "vae_fps", "share_of_ceiling", "last_blocks_median"}
+    assert re.search(r"\| hybrid \| 21 \| – \| – \| [0-9.]+ \| [0-9.]+ \| – \| – \| [0-9.]+ \|", markdown(results))
+    drawn = charts(results["records"])
+    assert drawn["fps"][0].keys() == {"softmax", "hybrid"} and not drawn["dit_fps"][0] and not drawn["block_latency"][0]
+
+
 def test_rows_measured_in_other_ways_are_compared_in_what_they_share(tmp_path: Path) -> None:
     run(tmp_path, select(small(vae=False), ["softmax"], None))
     comparison = markdown(run(tmp_path, select(small(), ["hybrid"], None))).partition("## Against softmax")[2]

@@ -83,6 +83,16 @@ def test_videos_are_written_measured_and_not_made_twice(
     )
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_rates_of_parts_are_told_where_they_work_one_after_the_other(
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(CausalVideoPipeline, "overlaps_decoding", overlaps)
+    assert run(monkeypatch, config, "--prompt", "a red shape", "--metrics_dir", tmp_path / "metrics") == 0
+    page = json.loads(next((tmp_path / "metrics").iterdir()).read_text())
+    assert page["fps"].keys() == ({"end_to_end"} if overlaps else {"end_to_end", "dit", "vae"})
+
+
 def test_videos_of_other_settings_or_weights_are_not_taken_for_finished(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ class Trace:
         frames: of the video so far.
         arrivals: seconds from the start until each block was there: on the CPU with the VAE, else finished.
         allocated: bytes on the GPU then.
-        denoise, clean: (block, GPU seconds) of every block measured.
+        denoise, clean: (block, GPU seconds) of every block measured; none if the decoder worked beside them.
         vae, mp4, total: seconds of decoding, of encoding beside the rest (wall clock), and of everything until the
             file was whole.
         sampled: whether only some places of the video ran.
@@ -152,8 +152,10 @@ def generate_video(stage: Stage, case: Case, frames: int, trace: Trace) -> None:
                 trace.block_arrived(config.frames_after(block.index + 1), stage.device)
                 writer.write(frames_THWC)
         trace.total = time.perf_counter() - trace.start
-    trace.take(timer)
-    trace.vae, trace.mp4 = sum(timer.spans("vae")), writer.seconds
+    trace.mp4 = writer.seconds
+    if not stage.pipeline.overlaps_decoding:
+        trace.take(timer)
+        trace.vae = sum(timer.spans("vae"))
 
 
 def empty_memory(stage: Stage, case: Case, frames: int) -> tuple[Memory, TextKV]:
@@ -250,6 +252,25 @@ def latencies(trace: Trace) -> list[tuple[int, float]]:
 
 def metrics(trace: Trace, case: Case, blocks: int, flops: Flops, ceilings: Ceilings) -> dict[str, float | None]:
     """The columns of the table, in seconds, bytes, frames and operations a second; None where not measured."""
+    steps = [after - before for before, after in pairwise(trace.arrivals)]
+    columns: dict[str, float | None] = {
+        "vae_seconds": trace.vae,
+        "mp4_seconds": trace.mp4,
+        "total_seconds": trace.total,
+        "vae_fps": case.frames / trace.vae if trace.vae else None,
+        "fps": case.frames / trace.total if trace.total else None,
+        "first_frame_seconds": trace.arrivals[0] if trace.total else None,
+        "interval_median": statistics.median(steps) if trace.total and steps else None,
+        "interval_p90": float(np.percentile(steps, 90)) if trace.total and steps else None,
+        "steady_bytes": trace.allocated[-1] if trace.allocated else None,
+    }
+    return columns | (transformer_metrics(trace, case, blocks, flops, ceilings) if trace.denoise else {})
+
+
+def transformer_metrics(
+    trace: Trace, case: Case, blocks: int, flops: Flops, ceilings: Ceilings
+) -> dict[str, float | None]:
+    """The columns that are of the transformer alone."""
     denoise, clean = integrate(trace.denoise, blocks), integrate(trace.clean, blocks - 1) if trace.clean else 0.0
     dit = denoise + clean
     per_block = latencies(trace) or trace.denoise
@@ -257,23 +278,13 @@ def metrics(trace: Trace, case: Case, blocks: int, flops: Flops, ceilings: Ceili
         "first_blocks": [seconds for block, seconds in per_block if block < ENDS],
         "last_blocks": [seconds for block, seconds in per_block if block >= per_block[-1][0] + 1 - ENDS],
     }
-    steps = [after - before for before, after in pairwise(trace.arrivals)]
     columns: dict[str, float | None] = {
         "denoise_seconds": denoise,
         "clean_seconds": clean,
         "dit_seconds": dit,
-        "vae_seconds": trace.vae,
-        "mp4_seconds": trace.mp4,
-        "total_seconds": trace.total,
         "dit_fps": case.frames / dit,
-        "vae_fps": case.frames / trace.vae if trace.vae else None,
-        "fps": case.frames / trace.total if trace.total else None,
-        "first_frame_seconds": trace.arrivals[0] if trace.total else None,
-        "interval_median": statistics.median(steps) if trace.total and steps else None,
-        "interval_p90": float(np.percentile(steps, 90)) if trace.total and steps else None,
         "flops_per_second": flops.total / dit,
         "share_of_ceiling": ceilings.least_seconds(flops) / dit,
-        "steady_bytes": trace.allocated[-1] if trace.allocated else None,
     }
     for name, seconds in ends.items():
         columns[f"{name}_median"] = statistics.median(seconds)

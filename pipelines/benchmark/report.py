@@ -25,7 +25,8 @@ medians over repeats; the spread is (greatest - least) / median of the last time
 - *DiT*: GPU time of all denoising and clean passes with their noise, between CUDA events (wall clock on a CPU). The
   last block of a video is not remembered, so it has no clean pass.
 - *VAE*: GPU time of decoding. *mp4*: wall clock of encoding and writing, in a thread beside the rest. *total*: wall
-  clock from the prompt's embeddings to the finished file. fps are frames of video over these seconds.
+  clock from the prompt's embeddings to the finished file. fps are frames of video over these seconds. With
+  *overlap_decoding* the decoder works beside the transformer, and only the total can be told.
 - *first frame*: from the prompt's embeddings until the first block's pixels are on the CPU.
 - *first*, *last*: median / 90th percentile of DiT time a block, over the first and last {ENDS} remembered blocks.
 - *peak*: most memory allocated; *steady*: allocated after the last block. *memory*: keys, values and states alone.
@@ -45,7 +46,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """All results as a page."""
-    records = sorted(results["records"], key=lambda record: record["case"]["frames"])
+    records = sorted(results["records"], key=_place)
     settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
     parts = ["# Benchmark", settings, NOTES, "## Time", time_table(records)]
     parts += ["## Memory and rates", memory_table(records)]
@@ -63,6 +64,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    """Where a record stands in the tables."""
+    case = record["case"]
+    return case["frames"], case["hybrid_layers"], case["memory"]["kind"], _unusual_speed(case)
 
 
 def name_of(record: Record) -> str:
@@ -126,15 +133,14 @@ def time_table(records: Sequence[Record]) -> str:
     def cells(record: Record) -> list[str]:
         seconds = ("dit_seconds", "vae_seconds", "mp4_seconds", "total_seconds", "dit_fps", "vae_fps", "fps")
         first, last = median(record, "first_blocks_median"), median(record, "last_blocks_median")
-        assert first and last
+        blocks = [
+            f"{show(record, f'{end}_median', '.1f', 1e-3)} / {show(record, f'{end}_p90', '.1f', 1e-3)}"
+            for end in ("first_blocks", "last_blocks")
+        ]
         return [
             *(show(record, column) for column in seconds),
             show(record, "first_frame_seconds", ".3f"),
-            *(
-                f"{show(record, f'{end}_median', '.1f', 1e-3)} / {show(record, f'{end}_p90', '.1f', 1e-3)}"
-                for end in ("first_blocks", "last_blocks")
-            ),
-            f"{last / first:.3f}",
+            *([*blocks, f"{last / first:.3f}"] if first and last else [NONE] * 3),
             spread(record),
         ]
 

@@ -151,6 +151,6 @@ def outcome(record: Results) -> str:
     """A record in a few words."""
     if record["status"] != "ok":
         return f"{record['status']} after {record['reached_frames']} frames: {record['error']}"
-    median = {name: values["median"] for name, values in record["summary"].items()}
-    end_to_end = f", {median['fps']:.2f} end to end" if "fps" in median else ""
-    return f"{median['dit_fps']:.2f} fps of the transformer{end_to_end}"
+    parts = (("dit_fps", "of the transformer"), ("fps", "end to end"))
+    summary = record["summary"]
+    return ", ".join(f"{summary[name]['median']:.2f} fps {part}" for name, part in parts if name in summary)
