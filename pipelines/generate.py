@@ -226,9 +226,9 @@ def generate_one(
         writer.wait()
         # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
-        warm_up = {"warm_up_seconds": pipeline.warm_up_seconds}
+        start = {"load_seconds": pipeline.load_seconds, "warm_up_seconds": pipeline.warm_up_seconds}
         metrics = measured.report(timer.seconds(), total, apart=not pipeline.overlaps_decoding)
-        metrics |= warm_up | provenance(run, job, made_with)
+        metrics |= start | provenance(run, job, made_with)
         with atomic_path(metrics_path(run, job)) as temporary:
             temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
 

@@ -149,6 +149,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
+        self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
     @classmethod
@@ -166,6 +167,8 @@ class CausalVideoPipeline(DiffusionPipeline):
     ) -> Self:
         """Load every part, strictly and offline, from a native Wan 2.1 folder or a diffusers folder.
 
+        `load_seconds` keeps how long it took.
+
         Args:
             pretrained_model_name_or_path: the folder; never asks a hub.
             checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
@@ -178,14 +181,17 @@ class CausalVideoPipeline(DiffusionPipeline):
         Raises:
             CheckpointError, InputError: something is missing, damaged or does not fit.
         """
-        folder = Path(pretrained_model_name_or_path)
+        begin, folder = time.perf_counter(), Path(pretrained_model_name_or_path)
         weights = read_generator(folder, checkpoint_path, use_ema)
         transformer, _ = build_hybrid(
             weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )
         vae = load_vae(folder, dtype=torch_dtype, device=device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
-        return cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+        pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+        pipeline.load_seconds = time.perf_counter() - begin
+        log.info("model loaded in %.1f s", pipeline.load_seconds)
+        return pipeline
 
     @property
     def flow_model(self) -> FlowModel:
@@ -246,7 +252,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         Returns:
             seconds that it took, which `warm_up_seconds` keeps.
         """
-        start, config, device = time.perf_counter(), self.transformer.config, self._execution_device
+        begin, config, device = time.perf_counter(), self.transformer.config, self._execution_device
         size = self._latent_size(height, width)
         embeds = torch.zeros(batch_size, config.text_len, config.text_dim, device=device, dtype=self.transformer.dtype)
         text, state = self.transformer.embed_text(embeds), self.new_memory(batch_size, height, width, None, memory)
@@ -257,7 +263,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             remember_block(self.flow_model, latents, text, state, start, self.config.context_noise)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.warm_up_seconds = time.perf_counter() - start
+        self.warm_up_seconds = time.perf_counter() - begin
         log.info("transformer warmed up in %.1f s", self.warm_up_seconds)
         return self.warm_up_seconds
 

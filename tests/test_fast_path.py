@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -41,8 +42,8 @@ def flows(
     text = plain.embed_text(video.text)
     for start in range(0, frames, 3):
         block = slice(start, start + 3)
-        for time in (900.0, 400.0):
-            seen.append(predict_flow(model, video.noisy[:, block], torch.tensor(time), text, memory, start).clone())
+        for level in (900.0, 400.0):
+            seen.append(predict_flow(model, video.noisy[:, block], torch.tensor(level), text, memory, start).clone())
         remember_block(model, video.clean[:, block], text, memory, start)
     return torch.stack(seen)
 
@@ -387,7 +388,9 @@ def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: py
     expected = video()
     pipeline.accelerate(SpeedConfig(compile=True))
     assert pipeline.flow_model is not pipeline.transformer
+    begin = time.perf_counter()
     assert pipeline.warm_up(32, 32, window) == pipeline.warm_up_seconds
+    assert 0 < pipeline.warm_up_seconds < time.perf_counter() - begin
     with torch.compiler.set_stance("fail_on_recompile"):
         found = video()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -71,6 +71,7 @@ def test_videos_are_written_measured_and_not_made_twice(
     assert len(videos) == 3 and len({read_video(video).tobytes() for video in videos}) == 3
     assert read_video(videos[0]).shape == (21, 32, 48, 3)
     page = json.loads((metrics / f"{videos[0].stem}.json").read_text())
+    assert page["load_seconds"] > 0
     assert page["frames"] == 21 and page["settings"]["memory"]["kind"] == "window"
     assert set(page["seconds"]) == {"text", "denoise", "clean_pass", "vae", "total"}
     parts = sum(page["seconds"][name] for name in ("text", "denoise", "clean_pass", "vae"))
