@@ -21,7 +21,7 @@ from pipelines.benchmark import cases, ceilings, measure, suite
 from pipelines.benchmark.cases import BenchmarkConfig, QuickConfig, RowConfig, plan_cases, quick, select
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, pass_flops, rollout_flops
-from pipelines.benchmark.profile import kind_of
+from pipelines.benchmark.profile import OWN, kind_of
 from pipelines.benchmark.report import charts, markdown
 from pipelines.config import MemoryKind, load_config
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
@@ -250,6 +250,14 @@ def test_samples_cover_a_video_and_are_marked(tmp_path: Path, monkeypatch: pytes
 )
 def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_every_kernel_of_ours_is_known_as_one() -> None:
+    sources = [source for folder in ("arl2", "wan") for source in (ROOT / folder).rglob("*kernels.py")]
+    names = {
+        name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.MULTILINE)
+    }
+    assert {kind_of(name) for name in names} == {"kernels of our own"} and len(names) == len(OWN)
 
 
 def test_a_profile_names_what_takes_time(

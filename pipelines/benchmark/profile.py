@@ -21,6 +21,7 @@ OWN = (
     "_norm_heads_kernel",
     "_state_kernel",
     "_quantize_kernel",
+    "_round_kernel",
     "_rotate_kernel",
     "_add_norm_silu_kernel",
 )
