@@ -9,7 +9,7 @@ Under torchrun the prompts are divided over the ranks.
 import logging
 
 from pipelines.arguments import inference_parser, plan_run
-from pipelines.cli import exit_on_input_error, rank_and_world_size
+from pipelines.cli import agreed_status, exit_on_input_error, rank_and_world_size
 from pipelines.generate import generate, load_pipeline
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def main() -> int:
     rank, world_size = rank_and_world_size()
     failed = generate(run, load_pipeline(run), rank, world_size)
     log.info("videos are in %s", run.output_folder)
-    return 1 if failed else 0
+    return agreed_status(1 if failed else 0)
 
 
 if __name__ == "__main__":

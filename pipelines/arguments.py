@@ -66,7 +66,11 @@ def add_speed_flags(parser: argparse.ArgumentParser) -> None:
     add("--compile", action=switch, help="compile the transformer's blocks; on a GPU by default")
     add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
     add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
-    add("--overlap-decoding", action=switch, help="decode a block while the next is denoised; on a GPU by default")
+    add(
+        "--overlap-decoding",
+        action=switch,
+        help="decode beside the next block's denoising; for inference on a GPU by default",
+    )
     add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
     add("--tiny-vae", help="decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact")
     add("--kernels", action=switch, help="our Triton kernels between products; on a GPU in half precision by default")

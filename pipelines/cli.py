@@ -4,10 +4,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
+from torch import distributed
 
 from wan.errors import InputError
 
@@ -33,23 +35,47 @@ def exit_on_input_error(main: Callable[[], int]) -> Callable[[], int]:
 def choose_device(name: str | None) -> torch.device:
     """The device called `name`; the GPU if there is one and no name is given. Under torchrun "cuda" is the rank's own.
 
+    A GPU becomes the current one: events, and libraries that take no device, mean that.
+
     Raises:
-        InputError: no such device, or no GPU for a CUDA device.
+        InputError: no such device, no GPU for a CUDA device, or one GPU for all ranks.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None:
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}: give cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"no GPU for device {name!r}: {torch.cuda.device_count()} found; give --device cpu")
+    if device.type == "cpu":
+        return device
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    elif processes > 1:
+        raise InputError(f"{processes} processes cannot share {name}: give cuda, and each takes a GPU of its own")
+    if device.index >= torch.cuda.device_count():
+        raise InputError(
+            f"no GPU for {device}: {torch.cuda.device_count()} found; start fewer processes, or give --device cpu"
+        )
+    torch.cuda.set_device(device)
     return device
+
+
+def agreed_status(status: int) -> int:
+    """The worst exit status of all processes that torchrun started, as soon as the last of them has one.
+
+    A process that ends badly before the others makes torchrun kill them, whatever they were doing.
+    """
+    if not distributed.is_torchelastic_launched() or rank_and_world_size()[1] == 1:
+        return status
+    # The others may have hours of work left.
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    worst = torch.tensor(status)
+    distributed.all_reduce(worst, distributed.ReduceOp.MAX)
+    distributed.destroy_process_group()
+    return int(worst)
 
 
 def rank_and_world_size() -> tuple[int, int]:

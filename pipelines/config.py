@@ -8,7 +8,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
@@ -167,6 +167,8 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
         raise InputError(f"no config file {path}: see configs/ for those that come with the project")
     try:
         loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ValueError("it is a list: write key: value lines")
         merged = OmegaConf.merge(OmegaConf.structured(kind), loaded, OmegaConf.from_dotlist(list(overrides)))
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:

@@ -1,5 +1,6 @@
 """Generating the videos of a run: one file and one page of measurements a prompt, resumable."""
 
+import hashlib
 import json
 import logging
 import statistics
@@ -66,11 +67,12 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
         how many videos failed.
 
     Raises:
-        InputError: a finished video was made with other settings or weights.
+        InputError: a finished video was made with other settings, weights or image.
     """
     mine = share(run.jobs, rank, world_size)
     made_with = settings_of(run) | {"weights": fingerprint_of(pipeline.transformer.state_dict())}
-    todo = [job for job in mine if not is_finished(run, job, made_with)]
+    made = {job.name: made_with | image_of(run, job) for job in mine}
+    todo = [job for job in mine if not is_finished(run, job, made[job.name])]
     if len(todo) < len(mine):
         log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
     if todo and pipeline.flow_model is not pipeline.transformer:
@@ -82,7 +84,7 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
         for job in todo:
             blocks = progress.add_task(job.name[:40], total=generated_blocks(run))
             try:
-                generate_one(run, pipeline, job, made_with, partial(progress.advance, blocks))
+                generate_one(run, pipeline, job, made[job.name], partial(progress.advance, blocks))
             except NonFiniteBlockError as error:
                 failed += 1
                 log.error("%s: %s; going on with the next video", job.name, error)
@@ -108,23 +110,34 @@ def settings_of(run: InferenceRun) -> dict[str, Any]:
     return plain
 
 
+def image_of(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
+    """What tells a job's image from others, if it has one."""
+    if not run.images:
+        return {}
+    return {"image": hashlib.sha256(run.images[job.name].read_bytes()).hexdigest()[:16]}
+
+
 def is_finished(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> bool:
     """Whether a job's video is there.
 
     Raises:
-        InputError: it is another: its page of measurements tells of other settings or weights.
+        InputError: it is another: its page of measurements tells of other settings, weights or image, or is not there.
     """
     if not video_path(run, job).exists():
         return False
     page = metrics_path(run, job)
-    if page.is_file():
-        before = json.loads(page.read_text()).get("settings", {})
-        other = [name for name, value in made_with.items() if before.get(name) != value]
-        if other:
-            raise InputError(
-                f"{video_path(run, job)} was made with {other[0]} {before.get(other[0])}, not {made_with[other[0]]}: "
-                "give another --output_folder, or delete it"
-            )
+    if not page.is_file():
+        raise InputError(
+            f"{video_path(run, job)} is there, {page}, which would say what made it, is not: give the --metrics_dir of "
+            "that run, or another --output_folder, or delete the video"
+        )
+    before = json.loads(page.read_text()).get("settings", {})
+    other = [name for name in before.keys() | made_with.keys() if before.get(name) != made_with.get(name)]
+    if other:
+        raise InputError(
+            f"{video_path(run, job)} was made with {other[0]} {before.get(other[0])}, not {made_with.get(other[0])}: "
+            "give another --output_folder, or delete it"
+        )
     return True
 
 

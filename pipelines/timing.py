@@ -20,9 +20,9 @@ class PhaseTimer:
         """Count what runs inside towards `name`."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+            begin.record(torch.cuda.current_stream(self._device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(self._device))
             self._spans[name].append(lambda: begin.elapsed_time(end) / 1000)
         else:
             start = time.perf_counter()

@@ -23,8 +23,8 @@ from arl2.distillation.sampling import Batches
 from arl2.distillation.sharding import gathered_state, shard_trunk
 from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
-from arl2.distillation.trainer import LOSSES, Trainer
-from arl2.distillation.training_state import fill, writing
+from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
+from arl2.distillation.training_state import fill, require_same_run, writing
 from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, rollout
 from pipelines.arguments import choose_dtype
@@ -101,7 +101,8 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     """What will train an objective as a config says; its model starts from stage 1 if that is wanted.
 
     Raises:
-        CheckpointError: what it should start from does not fit.
+        CheckpointError: what it should start from does not fit, or the newest checkpoint is damaged.
+        InputError: the folder has checkpoints of another run.
     """
     folder, model = Path(config.run_folder), objective.model
     trainables = objective.parameters_to_train()
@@ -126,6 +127,7 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
         own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.STUDENT,
         text_dtype=model.patch_embedding.weight.dtype,
     )
+    require_same_run(folder / CHECKPOINTS, fingerprint)
     if accelerator.is_main_process:
         write_run_page(config, folder, fingerprint, accelerator)
     if config.tracker != "none":

@@ -20,10 +20,12 @@ from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, num_blocks, rollout
 from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
+from pipelines.cli import agreed_status, choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.prompts import plan_jobs, read_prompts, share
 from pipelines.text_to_video import SeededNoise
+from wan.attention import require_backend
+from wan.checkpoint import fingerprint_of
 from wan.formats import read_transformer, transformer_config
 from wan.text import load_text_encoder
 from wan.vae import spatial_stride
@@ -49,7 +51,7 @@ def parse() -> argparse.Namespace:
 @exit_on_input_error
 @torch.no_grad()
 def main() -> int:
-    """Parse, check, roll out, write."""
+    """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config)
     if arguments.checkpoint_path is not None:
@@ -67,24 +69,31 @@ def main() -> int:
     weights = read_transformer(config.checkpoint_path or model_folder, arguments.use_ema)
     sizes = transformer_config(model_folder)
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
+    model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
     encoder = load_text_encoder(model_folder, text_len=model.config.text_len, dtype=dtype, device=device)
     sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
     stride = spatial_stride(model_folder)
     size = (config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
     settings = asdict(config) | {"dtype": str(dtype), "use_ema": arguments.use_ema}
+    settings |= {"weights": fingerprint_of(weights.state)}
+    failed = 0
     with LatentWriter(folder, settings) as writer, Progress(disable=rank != 0) as progress:
         for job in progress.track([job for job in jobs if job.name not in writer.keys], description="rollouts"):
             text_BTD = encoder.encode([job.prompt])
             noise = SeededNoise([job.seed], (config.frames_per_block, model.config.in_dim, *size), device)
             latents = torch.empty(1, config.num_output_frames, model.config.in_dim, *size, device=device)
             with model.as_teacher():
-                memory, text = model.memory_for(latents), model.embed_text(text_BTD)
+                memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
                 for block in rollout(model, sampler, noise, text, memory, blocks, context_noise=config.context_noise):
                     latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
-            writer.add(job.name, latents[0].to(torch.bfloat16), job.prompt, job.seed, text_BTD[0])
+            if torch.isfinite(latents).all():
+                writer.add(job.name, latents[0].to(torch.bfloat16), job.prompt, job.seed, text_BTD[0])
+            else:
+                failed += 1
+                log.error("%s is not finite: left out; check the weights, or use --dtype float32", job.name)
     log.info("%d samples are in %s", len(writer.keys), folder)
-    return 0
+    return agreed_status(1 if failed else 0)
 
 
 if __name__ == "__main__":

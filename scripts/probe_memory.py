@@ -133,7 +133,13 @@ def main() -> int:
     config = load_config(InferenceConfig, arguments.config)
     device = choose_device(arguments.device)
     pipeline = CausalVideoPipeline.from_pretrained(
-        config.model_folder, checkpoint_path=config.checkpoint_path, hybrid=config.hybrid.settings(), device=device
+        config.model_folder,
+        checkpoint_path=config.checkpoint_path,
+        hybrid=config.hybrid.settings(),
+        device=device,
+        denoising_steps=config.denoising_steps,
+        warp_denoising_steps=config.warp_denoising_steps,
+        timestep_shift=config.timestep_shift,
     )
     rows = chosen(contenders(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)

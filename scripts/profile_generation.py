@@ -72,7 +72,7 @@ def pages(result: dict[str, Any]) -> list[Table]:
     blocks, total = result["blocks"], result["seconds"]
     busy = total / result["seconds_until_last_block"]
     title = (
-        f"{result['row']}, {result['frames']} frames: busy for {total:.2f} s, {busy:.0%} of the time to the last block"
+        f"{result['row']}, {result['frames']} frames: {total:.2f} s of kernels, {busy:.0%} of that to the last block"
     )
     by_kind, by_kernel = Table("kind", title=title), Table("kernel")
     kinds = list(result["kinds"].items())

@@ -40,15 +40,16 @@ from arl2.layer_selection import (
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.cli import choose_device, exit_on_input_error
-from pipelines.config import HybridConfig, InferenceConfig, load_config
+from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
+from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from pipelines.text_to_video import SeededNoise
 from pipelines.training import train
 from pipelines.training_config import GatesConfig
-from wan.checkpoint import atomic_path
+from wan.attention import require_backend
+from wan.checkpoint import atomic_path, fingerprint_of
 from wan.errors import InputError
-from wan.formats import read_transformer, transformer_config
+from wan.formats import TransformerWeights, read_transformer, transformer_config
 from wan.text import TextEncoder, load_text_encoder
 from wan.vae import spatial_stride
 
@@ -132,31 +133,36 @@ class KeptScores:
 
 
 def plan(
-    arguments: argparse.Namespace, config: InferenceConfig, dtype: torch.dtype
+    arguments: argparse.Namespace, config: InferenceConfig, dtype: torch.dtype, weights: str
 ) -> tuple[list[PromptJob], KeptScores]:
     """Videos to make, and what is known of them.
+
+    Args:
+        weights: what tells the model from others.
 
     Raises:
         InputError: a flag that is missing or cannot work.
     """
-    needed(arguments, "checkpoint_path")
     if min(arguments.videos, arguments.batch) < 1:
         raise InputError("--videos and --batch must be at least 1")
     prompts = read_prompts(needed(arguments, "data_path"))
     jobs = plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
     if arguments.json is not None:
         check_writable(arguments.json.parent)
-    return jobs, KeptScores(arguments.json, asdict(config) | {"seed": arguments.seed, "dtype": str(dtype)})
+    settings = asdict(config) | {"seed": arguments.seed, "dtype": str(dtype), "weights": weights}
+    return jobs, KeptScores(arguments.json, settings)
 
 
-def load(config: InferenceConfig, dtype: torch.dtype, device: torch.device) -> tuple[HybridWanModel, TextEncoder]:
+def load(
+    config: InferenceConfig, weights: TransformerWeights, dtype: torch.dtype, device: torch.device
+) -> tuple[HybridWanModel, TextEncoder]:
     """A model that is hybrid in all layers, and its text encoder.
 
     Raises:
         InputError: it is hybrid in some layers only.
     """
     folder = Path(config.model_folder)
-    weights, sizes = read_transformer(str(config.checkpoint_path)), transformer_config(folder)
+    sizes = transformer_config(folder)
     layers = found_settings(weights.state).layers
     if len(layers) != sizes["num_layers"]:
         raise InputError(
@@ -164,17 +170,26 @@ def load(config: InferenceConfig, dtype: torch.dtype, device: torch.device) -> t
             "stage-1 export with all"
         )
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
+    model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
     return model, load_text_encoder(folder, text_len=model.config.text_len, dtype=dtype, device=device)
 
 
 def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
-    """Make the videos that are missing, and score all."""
+    """Make the videos that are missing, and score all.
+
+    Raises:
+        InputError: a flag that is missing or cannot work, or a config with a window.
+    """
+    needed(arguments, "checkpoint_path")
+    if config.memory.kind is MemoryKind.window:
+        raise InputError("replacement compares models with full memory: set memory.kind to full")
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    jobs, kept = plan(arguments, config, dtype)
+    weights = read_transformer(str(config.checkpoint_path))
+    jobs, kept = plan(arguments, config, dtype, fingerprint_of(weights.state))
     missing = [job for job in jobs if job.name not in kept.videos]
     if missing:
-        model, encoder = load(config, dtype, device)
+        model, encoder = load(config, weights, dtype, device)
         sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
         stride = spatial_stride(Path(config.model_folder))
         shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
@@ -221,6 +236,8 @@ def main() -> int:
         scores = score_by_replacement(arguments, config)
     else:
         scores = score_by_file(arguments, config)
+    if rank_and_world_size()[0]:
+        return 0  # it trained gates with the others; one of them writes
     selection = Selection(arguments.method, scores)
     selection.write(arguments.yaml)
     table = Table("layer", "score", *(f"{share} %" for share in SHARES))

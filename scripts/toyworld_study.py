@@ -14,6 +14,7 @@ once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,9 +104,10 @@ def kept_scores(study: Study, name: str, score: Callable[[], tuple[dict[int, flo
             scores, training = score()
             study.keep(f"scores_{name}", {"scores": scores, "training": training})
         else:
-            scores = {int(layer): value for layer, value in page["scores"].items()}
-    selection = Selection(name, scores)
-    selection.write(study.path("results", name, ".layers.yaml"))
+            # JSON has no infinity: a score that is none was not finite.
+            scores = {int(layer): math.inf if value is None else value for layer, value in page["scores"].items()}
+        selection = Selection(name, scores)
+        selection.write(study.path("results", name, ".layers.yaml"))
     return selection
 
 
@@ -127,7 +129,8 @@ def run_selection(study: Study, only: list[str]) -> None:
     # A set that a ratio has trained already is that row.
     rows = {name: ratio if layers == study.layers_of(ratio) else row_for(layers) for name, layers in sets.items()}
     names = {name: row.name for name, row in rows.items()}
-    study.keep("selection", {"share": SELECTION_SHARE, "sets": sets, "rows": names})
+    with study.claimed("selection", wait=True):
+        study.keep("selection", {"share": SELECTION_SHARE, "sets": sets, "rows": names})
     run_rows(study, list({row.name: row for row in rows.values()}.values()), only)
 
 

@@ -9,7 +9,6 @@ The folder holds pairs of .json and .safetensors, and manifests (.json alone). E
 import argparse
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from rich.console import Console
 
 from arl2.verification.golden import CaseResult, Precision
 from arl2.verification.run import verify_folder
-from pipelines.arguments import DTYPES
+from pipelines.arguments import DTYPES, check_writable
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.environment import device_name
 from wan.attention import require_backend
+from wan.checkpoint import atomic_path
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
@@ -61,6 +61,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
+    if arguments.json:
+        check_writable(arguments.json.parent)
     # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))
@@ -76,9 +78,9 @@ def main() -> int:
     )
     if arguments.json:
         rows = [row(result) for result in results]
-        arguments.json.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1) + os.linesep
-        )
+        page = json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1)
+        with atomic_path(arguments.json) as temporary:
+            temporary.write_text(page + "\n")
     return 1 if failed else 0
 
 

@@ -17,6 +17,7 @@ import inference
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, denoise_block, remember_block
 from arl2.toyworld.sizes import TOY_VAE
+from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.random_model import random_pipeline
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
@@ -107,6 +108,8 @@ def test_videos_of_other_settings_or_weights_are_not_taken_for_finished(
     save_file(changed, weights)
     assert run(monkeypatch, config, "--prompt", "x") == 2
     assert "was made with weights" in capsys.readouterr().err
+    assert run(monkeypatch, config, "--prompt", "x", "--metrics_dir", tmp_path / "elsewhere") == 2
+    assert "which would say what made it, is not" in " ".join(capsys.readouterr().err.split())
 
 
 def test_ranks_make_the_same_videos_as_one_process(
@@ -138,13 +141,19 @@ def test_a_killed_run_leaves_no_half_file_under_a_videos_name(config: Path, tmp_
 
 
 def test_an_image_starts_a_video_of_a_frame_wise_model(
-    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "image.png")
     config.write_text(config.read_text() + "frames_per_block: 1\n")
     flags = ("--i2v", "--image", tmp_path / "image.png", "--prompt", "a shape", "--num_output_frames", "3")
     assert run(monkeypatch, config, *flags) == 0
     assert read_video(next((tmp_path / "out").glob("*.mp4"))).shape == (9, 32, 48, 3)
+    assert run(monkeypatch, config, *flags) == 0, "finished"
+    assert run(monkeypatch, config, *(flags[3:])) == 2
+    assert "was made with image" in capsys.readouterr().err
+    Image.fromarray(np.full((64, 64, 3), 50, np.uint8)).save(tmp_path / "image.png")
+    assert run(monkeypatch, config, *flags) == 2
+    assert "was made with image" in capsys.readouterr().err
 
 
 def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path], str]]:
@@ -157,6 +166,7 @@ def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path]
     torch.save({"generator": {"patch_embedding.weight": torch.zeros(1)}}, tmp / "short.pt")
     return {
         "malformed config": ("a: [", prompt, "not valid YAML"),
+        "a list for a config": ("- a: 1\n", prompt, "it is a list"),
         "unknown key": (good + "shfit: 3\n", prompt, "shfit"),
         "wrong type": (good + "fps: many\n", prompt, "fps"),
         "unknown memory": (good + "memory: {kind: some}\n", prompt, "memory.kind"),
@@ -199,6 +209,16 @@ def test_bad_input_gives_one_line_and_status_2(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error, error
     assert "Traceback" not in error and not list(tmp_path.glob("**/*.mp4"))
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(InputError, match="2 processes cannot share cuda:0"):
+        choose_device("cuda:0")
+    with pytest.raises(InputError, match="no GPU for cuda:99"):
+        choose_device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_sizes_are_checked_before_models_load(

@@ -187,6 +187,7 @@ def test_what_cannot_work_is_said(
     run: Callable[..., int], tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old.json").write_text('{"settings": {}, "videos": {}}')
+    (tmp_path / "window.yaml").write_text((tmp_path / "config.yaml").read_text() + "memory: {kind: window}\n")
     weights = ("--checkpoint_path", models / "all" / "transformer")
     for method, flags, message in (
         ("vbench", (), "environment of its own"),
@@ -195,6 +196,7 @@ def test_what_cannot_work_is_said(
         ("replacement", weights, "needs --data_path"),
         ("replacement", (*weights, "--data_path", "prompts.txt", "--videos", 0), "at least 1"),
         ("replacement", (*weights, "--data_path", "prompts.txt", "--json", "old.json"), "other settings"),
+        ("replacement", (*weights, "--data_path", "prompts.txt", "--config", "window.yaml"), "memory.kind to full"),
         ("replacement", ("--checkpoint_path", "none", "--data_path", "prompts.txt"), "no checkpoint"),
         (
             "replacement",

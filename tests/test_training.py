@@ -191,9 +191,12 @@ def test_another_config_or_other_data_do_not_resume(
         "differing: global_batch": ("batch=1",),
         "set resume=true": ("resume=false",),
     }
+    page = next(trained_world.rglob("run.json"))
+    before = page.read_text()
     for message, settings in cases.items():
         assert train(monkeypatch, trained_world, 1, *settings) == 2
         assert message in one_line(capsys)
+        assert page.read_text() == before, "it still tells of the run whose checkpoints are there"
     assert train(monkeypatch, trained_world, 1, "batch=1", "accumulation=2", "keep=1") == 0, "the same batch in all"
 
 

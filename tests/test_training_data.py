@@ -1,15 +1,21 @@
 """Training data: written whole or not at all, resumed, divided over ranks, and refused when damaged."""
 
 import json
+import math
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from arl2.distillation.data import INDEX, LatentDataset, LatentWriter
+from arl2.rollout import GeneratedBlock
 from arl2.toyworld.sizes import TOY_VAE
+from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.random_model import random_pipeline
 from wan.errors import InputError
 
@@ -78,21 +84,36 @@ def test_bad_data_is_refused(tmp_path: Path) -> None:
         LatentDataset([tmp_path])
 
 
-def test_the_script_makes_what_inference_would_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(MemoryKind.window, 3, 0)], ids=["full", "window"])
+def test_the_script_makes_what_inference_would_make(
+    memory: MemoryConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pipeline = random_pipeline("toy", vae_config=TOY_VAE | {"dim": 4})
     pipeline.save_pretrained(tmp_path / "model")
     sizes = "height: 32\nwidth: 48\nnum_output_frames: 6\ndenoising_steps: [1000, 500]\n"
+    sizes += (
+        f"memory: {{kind: {memory.kind}, window_frames: {memory.window_frames}, sink_frames: {memory.sink_frames}}}\n"
+    )
     (tmp_path / "config.yaml").write_text(f"model_folder: {tmp_path / 'model'}\n{sizes}")
     (tmp_path / "prompts.txt").write_text("a red shape\nblue\n")
     flags = ["--config", "config.yaml", "--data_path", "prompts.txt", "--folder", "data", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["generate_latents.py", *flags])
     script = import_module("generate_latents")
-    assert script.main() == 0 and script.main() == 0
+    whole, calls = script.rollout, []
+
+    def broken_once(*arguments: Any, **options: Any) -> Iterator[GeneratedBlock]:
+        calls.append(arguments)
+        for block in whole(*arguments, **options):
+            yield replace(block, latents_BFCHW=block.latents_BFCHW * (math.nan if len(calls) == 1 else 1))
+
+    monkeypatch.setattr(script, "rollout", broken_once)
+    assert script.main() == 1 and len(LatentDataset([tmp_path / "data"])) == 1, "the other sample is kept"
+    assert script.main() == 0 and script.main() == 0 and len(calls) == 3
     data = LatentDataset([tmp_path / "data"])
     assert len(data) == 2 and data.settings["num_output_frames"] == 6
     sample = json.loads((tmp_path / "data" / INDEX).read_text())["samples"][0]
     pipeline.sampler = type(pipeline.sampler).from_steps([1000, 500], 5.0)
-    stream = pipeline.stream(sample["prompt"], 21, 32, 48, seeds=[sample["seed"]])
+    stream = pipeline.stream(sample["prompt"], 21, 32, 48, seeds=[sample["seed"]], memory=memory)
     expected = torch.cat([block.latents_BFCHW for block in stream], dim=1)[0]
     torch.testing.assert_close(data[0][0], expected.bfloat16(), rtol=2e-2, atol=2e-2)

@@ -103,6 +103,23 @@ def test_a_process_holds_its_share_of_the_trunk(root: Path) -> None:
     assert all(0.4 < here / whole < 0.6 for here, whole in pages)
 
 
+def test_a_process_that_ends_badly_lets_the_others_finish(tmp_path: Path) -> None:
+    script = """
+import pathlib, sys, time
+from pipelines.cli import agreed_status, rank_and_world_size
+rank = rank_and_world_size()[0]
+time.sleep(3 * (1 - rank))
+pathlib.Path(sys.argv[1], str(rank)).touch()
+raise SystemExit(agreed_status(rank))
+"""
+    (tmp_path / "work.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [*launcher, str(tmp_path / "work.py"), str(tmp_path)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and (tmp_path / "0").exists() and (tmp_path / "1").exists(), done.stderr
+
+
 def test_torchrun_starts_it(root: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line = launcher + command(root, 1, f"run_folder={root / 'torchrun'}", *HALF_A_BATCH)

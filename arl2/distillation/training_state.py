@@ -101,6 +101,27 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
 
 
+def require_same_run(folder: Path, fingerprint: Fingerprint) -> None:
+    """Make sure that the checkpoints in a folder, if there are any, are of this very run.
+
+    Raises:
+        InputError: they are not.
+        CheckpointError: the newest is damaged.
+    """
+    for checkpoint in whole_checkpoints(folder)[-1:]:
+        _read_page(checkpoint, fingerprint)
+
+
+def _read_page(checkpoint: Path, fingerprint: Fingerprint) -> Progress:
+    try:
+        page = json.loads((checkpoint / STATE).read_text())
+        before, progress = page["fingerprint"], Progress(**page["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {checkpoint / STATE} ({error}): delete {checkpoint}") from error
+    check_same_run(before, json.loads(json.dumps(fingerprint)), checkpoint)
+    return progress
+
+
 def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint) -> None:
     """Continue from a checkpoint.
 
@@ -108,12 +129,7 @@ def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint)
         InputError: it belongs to a run with other settings, data or weights; the message names them.
         CheckpointError: it is damaged.
     """
-    try:
-        page = json.loads((checkpoint / STATE).read_text())
-        before, progress = page["fingerprint"], Progress(**page["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {checkpoint / STATE} ({error}): delete {checkpoint}") from error
-    check_same_run(before, json.loads(json.dumps(fingerprint)), checkpoint)
+    progress = _read_page(checkpoint, fingerprint)
     fill(state.trainables, _read(checkpoint / TRAINABLES), checkpoint / TRAINABLES)
     if state.ema is not None:
         fill(state.ema, _read(checkpoint / EMA), checkpoint / EMA)
