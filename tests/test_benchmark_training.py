@@ -121,7 +121,19 @@ def test_every_row_is_written_down_and_not_measured_again(tmp_path: Path, monkey
     hours = results["cost"]["stage2"]["hours_by_videos_per_step"]
     assert hours["1"] * 3600 == pytest.approx(12000 * results["rows"]["stage2-loop-checkpointed"]["seconds"][0])
     assert hours["8"] == 8 * hours["1"]
+    assert [row["run"] for row in results["rows"].values()] == [0, 1] and len(results["runs"]) == 2
+    assert all("commit" in run and run["ceilings"]["gemm"] for run in results["runs"])
     assert run(monkeypatch, tmp_path, "--seed", "1") == 2, "other settings"
+
+
+def test_a_row_does_not_inherit_the_peaks_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"max_memory_allocated": 90, "max_memory_reserved": 100}
+    for name in peaks:
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: peaks[name])
+    after = {"max_memory_allocated": 5, "max_memory_reserved": 7}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update(after))
+    allocator = Allocator(torch.device("cuda"))
+    assert allocator.take_peak() == 5 and allocator.reserved_peak == 7
 
 
 def test_the_parallel_path_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

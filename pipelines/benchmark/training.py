@@ -149,7 +149,8 @@ class Allocator:
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self.reserved_peak = 0
-        self.take_peak()
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def allocated(self) -> int:
         """Bytes in use now."""
@@ -292,7 +293,7 @@ def run_training_benchmark(
         folder: of the results.
 
     Returns:
-        settings, environment, best rate of matrix products, rows, cost.
+        settings, runs (environment, ceilings), rows, each with the number of its run, and cost.
 
     Raises:
         InputError: what cannot be measured, or results of other settings in the folder.
@@ -306,13 +307,12 @@ def run_training_benchmark(
     if todo:
         student = _empty_model(config, config.hybrid(2))
         tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
-        results["ceilings"] = asdict(measure_ceilings(student, tokens, tokens, device, dtype))
-        results["environment"] = environment(device)
+        ceilings = measure_ceilings(student, tokens, tokens, device, dtype)
+        results["runs"].append(environment(device) | {"ceilings": asdict(ceilings)})
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
     for row in todo:
-        results["rows"][row.name] = measure_row(
-            row, config, max(results["ceilings"]["gemm"].values()), accelerator, dtype
-        )
+        record = measure_row(row, config, max(ceilings.gemm.values()), accelerator, dtype)
+        results["rows"][row.name] = record | {"run": len(results["runs"]) - 1}
         results["cost"] = cost(results["rows"])
         _save(results, folder)
     return results
@@ -414,14 +414,15 @@ def row_flops(row: TrainingRow, config: TrainingBenchmark) -> StepFlops:
 
 
 def cost(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """GPU-hours of all steps of each stage, by the first of its rows that ran, beside the published ones."""
+    """GPU-hours of all steps of each stage, by the quickest of its rows, beside the published ones."""
     page: dict[str, Any] = {"published_hours": PUBLISHED_HOURS, "steps": STEPS}
     for stage, steps in STEPS.items():
         done = [row for row in rows.values() if row["row"]["stage"] == stage and row["status"] == "ok"]
         if done:
-            hours = steps / done[0]["steps_per_second"] / 3600
+            quickest = max(done, key=lambda row: row["steps_per_second"])
+            hours = steps / quickest["steps_per_second"] / 3600
             by_batch = {str(videos): hours * videos for videos in VIDEOS_PER_STEP}
-            page[f"stage{stage}"] = {"row": done[0]["row"]["name"], "hours_by_videos_per_step": by_batch}
+            page[f"stage{stage}"] = {"row": quickest["row"]["name"], "hours_by_videos_per_step": by_batch}
     return page
 
 
@@ -439,10 +440,10 @@ def _open_results(config: TrainingBenchmark, device: torch.device, dtype: torch.
     path = folder / JSON_FILE
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        return {"settings": settings, "rows": {}}
+        return {"settings": settings, "runs": [], "rows": {}}
     try:
         results: dict[str, Any] = json.loads(path.read_text())
-        there = results["settings"]
+        there, _ = results["settings"], results["runs"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no results: remove it, or give another --output_folder") from error
     if there != settings:
