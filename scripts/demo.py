@@ -6,6 +6,7 @@ Every prompt is made twice from the same noise: by the softmax model, which keep
 that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
+import argparse
 import logging
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ def frames_of(path: Path) -> Tensor:
 @exit_on_input_error
 def main() -> int:
     """Do what inference.py does, with both models, and draw the sheet."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()

@@ -80,6 +80,7 @@ def test_the_demo_makes_a_video_with_both_models(
     prompts.write_text("a red ring bounces off the sides\n")
     monkeypatch.setattr(demo, "PROMPTS", prompts)
     monkeypatch.setattr(demo, "OUTPUT_FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 0
     printed = capsys.readouterr().out
     written = [Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
