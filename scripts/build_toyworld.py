@@ -125,11 +125,12 @@ def report_since(started: float) -> Callable[..., None]:
 
 def train_and_measure_vae(build: Build, name: str, settings: VAETraining, start: AutoencoderKLWan | None) -> Result:
     """Train a VAE and keep it under a name."""
-    kept = Progress(build.work / f"{name}.partial")
+    kept = Progress(build.work / f"{name}.partial", of=asdict(settings))
     report, videos = report_since(time.perf_counter()), build.videos(64)
     vae = train_vae(settings, build.device, report, videos, kept, start)
     save_model(vae.model, build.work / name)
     kept.finish()
+    drop_latents(build)
     videos = build.videos(256)
     return {"settings": asdict(settings), "quality": vae_quality(vae, build.device, videos, min(videos, 16))}
 
@@ -161,6 +162,13 @@ def vae_folder(build: Build) -> Path:
     return build.vae or built(build, "vae")
 
 
+def drop_latents(build: Build) -> None:
+    """Forget encoded videos: what encoded them has just been replaced."""
+    for file in build.work.glob("latents_*.safetensors"):
+        log.info("%s is dropped: it is of former weights", file)
+        file.unlink()
+
+
 def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
     """Videos through the trained VAE, with embedded captions; kept, for the steps that follow."""
     videos = build.videos(videos)
@@ -187,6 +195,7 @@ def build_text(build: Build) -> Result:
     with atomic_folder(build.work / "text") as temporary:
         encoder.model.save_pretrained(temporary / "text_encoder")
         world_tokenizer().save_pretrained(temporary / "tokenizer")
+    drop_latents(build)
     return {"settings": asdict(settings), "quality": quality}
 
 
@@ -200,7 +209,7 @@ def train_and_measure_teacher(build: Build, name: str, settings: TransformerTrai
     started = time.perf_counter()
     data = world_data(build, TRAINING_VIDEOS)
     encoding = time.perf_counter() - started
-    kept = Progress(build.work / f"{name}.partial")
+    kept = Progress(build.work / f"{name}.partial", of=asdict(settings))
     model = train_teacher(start, settings, data, report_since(time.perf_counter()), kept)
     save_model(model, build.work / name)
     kept.finish()
@@ -233,7 +242,7 @@ def build_few_step(build: Build) -> Result:
         losses.append(loss)
         report(step, loss)
 
-    kept = Progress(build.work / "few_step.partial", every=100)
+    kept = Progress(build.work / "few_step.partial", every=100, of=asdict(settings))
     student = distil_few_step(settings, teacher, data, few_step_sampler(), keep, kept)
     save_model(student, build.work / "few_step")
     kept.finish()

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import TINY, new_memory, tiny_model
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from arl2.toyworld.train_teacher import (
 from arl2.toyworld.train_text import FACTS, TextTraining, facts_of, text_quality, train_text
 from arl2.toyworld.train_vae import VAETraining, draw_clips, error_weight, object_mask, train_vae
 from arl2.toyworld.world import COLOURS, SHAPES, WALLS, sample_scenes
+from wan.errors import InputError
 from wan.model import PassOutput
 
 
@@ -127,6 +129,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         results.append({name: value.clone() for name, value in model.state_dict().items()})
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+    with pytest.raises(InputError, match="other settings"):
+        train(model, settings, data, loss_of, lambda step, loss: None, Progress(file, of={"seed": 1}))
 
 
 def test_the_vae_trains_and_measures_its_latents() -> None:

@@ -1,13 +1,17 @@
 """Keeping a training run, so that a killed one goes on where it was."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from arl2.toyworld.muon import MuonWithAdam
 from wan.checkpoint import atomic_path
+from wan.errors import InputError
 
 _SEED_STRIDE = 1_000_003
 
@@ -29,16 +33,26 @@ class Progress:
     Attributes:
         file: where; None keeps nothing.
         every: steps from one writing to the next.
+        of: what is trained, as JSON would say it; a file of something else is refused.
     """
 
     file: Path | None = None
     every: int = 500
+    of: Mapping[str, Any] = field(default_factory=dict)
 
     def resume(self, module: nn.Module, optimizer: MuonWithAdam) -> int:
-        """Load what is there; the number of steps that are done."""
+        """Load what is there; the number of steps that are done.
+
+        Raises:
+            InputError: it is of another training.
+        """
         if self.file is None or not self.file.is_file():
             return 0
         saved = torch.load(self.file, weights_only=True, map_location=next(module.parameters()).device)
+        if saved.get("of") != json.dumps(self.of):
+            raise InputError(
+                f"{self.file} is of a training with other settings, which was killed: go on with those, or delete it"
+            )
         module.load_state_dict(saved["module"])
         optimizer.load_state_dict(saved["optimizer"])
         return int(saved["steps"])
@@ -48,7 +62,7 @@ class Progress:
         if self.file is not None and done % self.every == 0 and done < steps:
             with atomic_path(self.file) as temporary:
                 content = {"steps": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(content, temporary)
+                torch.save(content | {"of": json.dumps(self.of)}, temporary)
 
     def finish(self) -> None:
         """Drop the file: the result is kept elsewhere."""
