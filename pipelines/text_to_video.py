@@ -388,7 +388,7 @@ class CausalVideoPipeline(DiffusionPipeline):
     def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
         """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
         vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
-        with aside():
+        with aside(), phase("vae"):
             decoder = vae.decode_stream()
             head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
 
