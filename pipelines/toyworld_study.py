@@ -42,7 +42,7 @@ from arl2.toyworld.ablations import Variant, install
 from arl2.toyworld.exam import Exam, ExamSettings, equal_memory_window, memory_bytes
 from arl2.toyworld.latents import encode_world, save_latent_videos
 from arl2.toyworld.leak import STRIDE
-from arl2.toyworld.study import PARTS, Kind, Row
+from arl2.toyworld.study import PARTS, Kind, Row, Window
 from arl2.toyworld.study_objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.world import HEIGHT, NUM_FRAMES, WIDTH
 from pipelines.config import MemoryConfig, MemoryKind, load_config
@@ -336,9 +336,10 @@ class Study:
         """A model as a row is sampled."""
         stride, layers = spatial_stride(self.settings.model), round(self.sizes["num_layers"] * 0.75)
         tokens = model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
-        equal = equal_memory_window(model, layers, (NUM_FRAMES - 1) // STRIDE + 1, tokens)
+        trained = (NUM_FRAMES - 1) // STRIDE + 1
+        equal = equal_memory_window(model, layers, trained, tokens)
         sampler = self.config(Stage2Config, row.name).sampler()
-        return Contender(model, sampler, row.window.frames(equal), row.window.sink_frames)
+        return Contender(model, sampler, row.window.frames(equal, trained), row.window.sink_frames)
 
     def model_of(self, row: Row) -> HybridWanModel:
         """A row's model with what was trained, in float32."""
@@ -428,7 +429,7 @@ class Study:
         Raises:
             InputError: a row of another layer than the product's.
         """
-        if row.variant is not Variant.PLAIN or row.window.frames(0) is not None:
+        if row.variant is not Variant.PLAIN or row.window is not Window.FULL:
             raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
         file = self.path("export", row.name, ".safetensors")
         save_hybrid_weights(self.model_of(row), file, torch.float16)

@@ -115,6 +115,14 @@ def test_rows_are_told_apart() -> None:
     assert len({row.name for row in rows}) == len(rows)
     assert {row.of for row in rows if row.kind in (Kind.RAW, Kind.AGAIN)} == {MAIN}
     assert all((row.window is not Window.FULL) for row in rows if row.kind is Kind.WINDOW)
+    frames = {window: (window.frames(9, 21), window.sink_frames) for window in Window}
+    assert frames == {
+        Window.FULL: (None, 0),
+        Window.OWN_BLOCK: (3, 0),
+        Window.EQUAL: (9, 0),
+        Window.EQUAL_WITH_SINK: (9, 3),
+        Window.TRAINED: (21, 0),
+    }
     assert row_for([1, 3]).name == "layers_1-3" and row_for([1, 3]).layers == (1, 3)
 
 

@@ -19,18 +19,19 @@ class Kind(StrEnum):
 
 
 class Window(StrEnum):
-    """What softmax layers see: everything; their own block; or as many frames as remember what the 75 % hybrid does."""
+    """What softmax layers see: everything; their own block; as many frames as remember what the 75 % hybrid does; or as
+    many as a training video has, so that no longer video shows them a distance that they have not met."""
 
     FULL = "full"
     OWN_BLOCK = "own block"
     EQUAL = "equal memory"
     EQUAL_WITH_SINK = "equal memory, first block kept"
+    TRAINED = "length of training"
 
-    def frames(self, equal: int) -> int | None:
-        """Of the window, given that of equal memory."""
-        if self is Window.FULL:
-            return None
-        return FRAMES_PER_BLOCK if self is Window.OWN_BLOCK else equal
+    def frames(self, equal: int, trained: int) -> int | None:
+        """Of the window, given that of equal memory and the latent frames of a training video."""
+        known = {Window.FULL: None, Window.OWN_BLOCK: FRAMES_PER_BLOCK, Window.TRAINED: trained}
+        return known.get(self, equal)
 
     @property
     def sink_frames(self) -> int:
@@ -95,6 +96,8 @@ PARTS: dict[str, tuple[Row, ...]] = {
         Row("hybrid_75_trained_window_sink", window=Window.EQUAL_WITH_SINK),
         Row("hybrid_75_own_block", Kind.AGAIN, of=MAIN, window=Window.OWN_BLOCK),
         Row("hybrid_75_window", Kind.AGAIN, of=MAIN, window=Window.EQUAL),
+        Row("hybrid_75_trained_length", Kind.AGAIN, of=MAIN, window=Window.TRAINED),
+        Row("teacher_trained_length", Kind.SOFTMAX, window=Window.TRAINED),
     ),
     "ablations": (
         Row("gate_zero", variant=Variant.GATE_ZERO),
