@@ -9,12 +9,13 @@ Under torchrun the prompts are divided over the ranks.
 import logging
 
 from pipelines.arguments import inference_parser, plan_run
-from pipelines.cli import agreed_status, exit_on_input_error, rank_and_world_size
+from pipelines.cli import end_together, exit_on_input_error, rank_and_world_size
 from pipelines.generate import generate, load_pipeline
 
 log = logging.getLogger(__name__)
 
 
+@end_together
 @exit_on_input_error
 def main() -> int:
     """Parse, check, load, generate. Status 1 if some videos failed, 2 for bad input."""
@@ -22,7 +23,7 @@ def main() -> int:
     rank, world_size = rank_and_world_size()
     failed = generate(run, load_pipeline(run), rank, world_size)
     log.info("videos are in %s", run.output_folder)
-    return agreed_status(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -63,6 +63,16 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def end_together(main: Callable[[], int]) -> Callable[[], int]:
+    """Let an entry point whose ranks work apart answer with `agreed_status`, whatever it answers of its own."""
+
+    @functools.wraps(main)
+    def run() -> int:
+        return agreed_status(main())
+
+    return run
+
+
 def agreed_status(status: int) -> int:
     """The worst exit status of all processes that torchrun started, as soon as the last of them has one.
 

@@ -24,7 +24,7 @@ from pipelines.prompts import PromptJob, share
 from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.timing import PhaseTimer
 from pipelines.video import VideoWriter
-from wan.checkpoint import atomic_path, fingerprint_of
+from wan.checkpoint import fingerprint_of, write_json
 from wan.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def is_finished(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) ->
             "that run, or another --output_folder, or delete the video"
         )
     before = json.loads(page.read_text()).get("settings", {})
-    other = [name for name in before.keys() | made_with.keys() if before.get(name) != made_with.get(name)]
+    other = sorted(name for name in before.keys() | made_with.keys() if before.get(name) != made_with.get(name))
     if other:
         raise InputError(
             f"{video_path(run, job)} was made with {other[0]} {before.get(other[0])}, not {made_with.get(other[0])}: "
@@ -242,8 +242,7 @@ def generate_one(
         start = {"load_seconds": pipeline.load_seconds, "warm_up_seconds": pipeline.warm_up_seconds}
         metrics = measured.report(timer.seconds(), total, apart=not pipeline.overlaps_decoding)
         metrics |= start | provenance(run, job, made_with)
-        with atomic_path(metrics_path(run, job)) as temporary:
-            temporary.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
+        write_json(metrics_path(run, job), metrics, default=str)
 
 
 def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:

@@ -388,9 +388,11 @@ class CausalVideoPipeline(DiffusionPipeline):
     def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
         """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
         vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
-        with aside(), phase("vae"):
-            decoder = vae.decode_stream()
-            head = [] if context_BFCHW is None else [decoder.decode(context_BFCHW.to(vae.dtype))]
+        with aside():
+            decoder, head = vae.decode_stream(), list[Tensor]()
+            if context_BFCHW is not None:
+                with phase("vae"):
+                    head.append(decoder.decode(context_BFCHW.to(vae.dtype)))
 
         def decode(block: GeneratedBlock) -> VideoBlock:
             with aside():

@@ -56,7 +56,7 @@ from pipelines.training_config import (
     check_training,
     read_layers,
 )
-from wan.checkpoint import as_state_dict, atomic_path, read_weights
+from wan.checkpoint import as_state_dict, atomic_path, read_weights, write_json
 from wan.errors import InputError
 from wan.formats import read_transformer, transformer_config
 from wan.text import load_text_encoder
@@ -140,9 +140,8 @@ class Study:
         """Write a row's result."""
         card = device_name(self.settings.device)
         about = {"name": name, "seed": self.settings.seed, "device": card, "torch": torch.__version__}
-        page = json.dumps(without_infinities(result | about | {"git_commit": git_commit()}), indent=1)
-        with atomic_path(self.path("results", name, ".json")) as temporary:
-            temporary.write_text(page + "\n")
+        page = without_infinities(result | about | {"git_commit": git_commit()})
+        write_json(self.path("results", name, ".json"), page)
 
     @contextmanager
     def claimed(self, name: str, wait: bool = False) -> Iterator[bool]:
@@ -325,8 +324,7 @@ class Study:
         self.keep_weights(row.name, trainer.state.ema or trainer.state.trainables)
         if any(other.kind is Kind.RAW and other.of == row.name for rows in PARTS.values() for other in rows):
             self.keep_weights(f"{row.name}.raw", trainer.state.trainables)
-        with atomic_path(page) as temporary:
-            temporary.write_text(json.dumps(training, indent=1) + "\n")
+        write_json(page, training)
         shutil.rmtree(self.path("runs", row.name) / CHECKPOINTS)
         return training
 

@@ -42,7 +42,15 @@ from pipelines.training_config import (
     settings_that_matter,
 )
 from pipelines.video import VideoWriter, to_uint8
-from wan.checkpoint import StateDict, as_state_dict, atomic_folder, atomic_path, fingerprint_of, read_weights, some
+from wan.checkpoint import (
+    StateDict,
+    as_state_dict,
+    atomic_folder,
+    fingerprint_of,
+    read_weights,
+    some,
+    write_json,
+)
 from wan.errors import CheckpointError
 from wan.formats import WEIGHT_FILES, read_transformer, transformer_config
 from wan.vae import WanVAE, load_vae
@@ -205,8 +213,7 @@ def write_run_page(
         "world_size": accelerator.num_processes,
         "device": device_name(device),
     }
-    with atomic_path(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps(page, indent=1) + "\n")
+    write_json(folder / "run.json", page)
 
 
 def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerator: Accelerator) -> None:

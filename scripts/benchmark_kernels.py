@@ -7,7 +7,6 @@ Errors are relative to float64, beside those of the plain form in bfloat16. Atte
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,7 +26,7 @@ from arl2.inference.steps import Recall, Steps, Stream, new_steps, require_kerne
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.environment import device_name
 from wan.attention import AttentionBackend, attention
-from wan.checkpoint import atomic_path
+from wan.checkpoint import write_json
 from wan.config import wan_size
 from wan.model import Block
 from wan.rope import rotary_angles
@@ -246,8 +245,7 @@ def main() -> int:
         bench_attention(bench)
         bench_writes(bench)
     page = {"device": device_name(device), "torch": torch.__version__, "rows": bench.rows}
-    with atomic_path(arguments.json) as temporary:
-        temporary.write_text(json.dumps(page, indent=1) + "\n")
+    write_json(arguments.json, page)
     return 0
 
 

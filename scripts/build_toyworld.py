@@ -16,7 +16,6 @@ settings, seconds, card and versions in the work folder.
 """
 
 import argparse
-import json
 import logging
 import platform
 import time
@@ -56,7 +55,7 @@ from arl2.toyworld.vae_quality import vae_quality
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
-from wan.checkpoint import atomic_folder, atomic_path
+from wan.checkpoint import atomic_folder, write_json
 from wan.config import wan_size
 from wan.errors import InputError
 from wan.text import TextEncoder, load_text_encoder
@@ -96,6 +95,10 @@ class Build:
         """`number`, capped."""
         return min(number, self.most_videos)
 
+    def progress(self, name: str, settings: Any, every: int = Progress.every) -> Progress:
+        """What keeps a step's training, for it to go on after it was killed."""
+        return Progress(self.work / f"{name}.partial", every, asdict(settings))
+
     def settings(self, default: Settings) -> Settings:
         """A step's settings, with the steps and the batch that this build takes."""
         capped: dict[str, Any] = {name: self.videos(value) for name, value in asdict(default).items() if name in SIZES}
@@ -125,7 +128,7 @@ def report_since(started: float) -> Callable[..., None]:
 
 def train_and_measure_vae(build: Build, name: str, settings: VAETraining, start: AutoencoderKLWan | None) -> Result:
     """Train a VAE and keep it under a name."""
-    kept = Progress(build.work / f"{name}.partial", of=asdict(settings))
+    kept = build.progress(name, settings)
     report, videos = report_since(time.perf_counter()), build.videos(64)
     vae = train_vae(settings, build.device, report, videos, kept, start)
     save_model(vae.model, build.work / name)
@@ -209,7 +212,7 @@ def train_and_measure_teacher(build: Build, name: str, settings: TransformerTrai
     started = time.perf_counter()
     data = world_data(build, TRAINING_VIDEOS)
     encoding = time.perf_counter() - started
-    kept = Progress(build.work / f"{name}.partial", of=asdict(settings))
+    kept = build.progress(name, settings)
     model = train_teacher(start, settings, data, report_since(time.perf_counter()), kept)
     save_model(model, build.work / name)
     kept.finish()
@@ -242,7 +245,7 @@ def build_few_step(build: Build) -> Result:
         losses.append(loss)
         report(step, loss)
 
-    kept = Progress(build.work / "few_step.partial", every=100, of=asdict(settings))
+    kept = build.progress("few_step", settings, every=100)
     student = distil_few_step(settings, teacher, data, few_step_sampler(), keep, kept)
     save_model(student, build.work / "few_step")
     kept.finish()
@@ -310,8 +313,7 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        with atomic_path(page) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(page, result)
         log.info("%s: %s", name, result["quality"])
     return 0
 

@@ -20,13 +20,7 @@ from torch import Tensor
 
 from arl2.distillation.data import LatentWriter, text_file
 from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.cli import (
-    EXIT_INPUT_ERROR,
-    agreed_status,
-    choose_device,
-    exit_on_input_error,
-    rank_and_world_size,
-)
+from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
 from pipelines.video_reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
 from wan.errors import InputError
@@ -95,6 +89,7 @@ def encode_all(
     return skipped
 
 
+@end_together
 @exit_on_input_error
 @torch.no_grad()
 def main() -> int:
@@ -123,14 +118,10 @@ def main() -> int:
         vae = load_vae(model_folder, dtype=dtype, device=device)
         encoder = load_text_encoder(model_folder, dtype=dtype, device=device, **text_len)
         skipped = encode_all(videos, config, vae, encoder, writer, folder, quiet=rank != 0)
+        if videos and not writer.keys:
+            raise InputError(f"none of {len(videos)} videos could be used: the warnings above say why")
     log.info("%d samples are in %s; %d videos were skipped", len(writer.keys), folder, skipped)
-    if not videos or writer.keys:
-        return agreed_status(0)
-    error = f"none of {len(videos)} videos could be used: the warnings above say why"
-    if world_size == 1:
-        raise InputError(error)
-    log.error("rank %d: %s", rank, error)
-    return agreed_status(EXIT_INPUT_ERROR)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, num_blocks, rollout
 from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.cli import agreed_status, choose_device, exit_on_input_error, rank_and_world_size
+from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.prompts import plan_jobs, read_prompts, share
 from pipelines.text_to_video import SeededNoise
@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@end_together
 @exit_on_input_error
 @torch.no_grad()
 def main() -> int:
@@ -76,7 +77,7 @@ def main() -> int:
     size = (config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
     settings = asdict(config) | {"dtype": str(dtype), "use_ema": arguments.use_ema}
-    settings |= {"weights": fingerprint_of(weights.state)}
+    settings["weights"] = fingerprint_of(weights.state)
     failed = 0
     with LatentWriter(folder, settings) as writer, Progress(disable=rank != 0) as progress:
         for job in progress.track([job for job in jobs if job.name not in writer.keys], description="rollouts"):
@@ -93,7 +94,7 @@ def main() -> int:
                 failed += 1
                 log.error("%s is not finite: left out; check the weights, or use --dtype float32", job.name)
     log.info("%d samples are in %s", len(writer.keys), folder)
-    return agreed_status(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

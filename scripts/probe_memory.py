@@ -13,7 +13,6 @@ Ceilings (the videos themselves, and through the VAE) and the leak of the VAE st
 """
 
 import argparse
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import InferenceConfig, load_config
 from pipelines.environment import device_name
 from pipelines.text_to_video import CausalVideoPipeline
-from wan.checkpoint import atomic_path
+from wan.checkpoint import write_json
 from wan.errors import InputError
 from wan.formats import transformer_config
 from wan.text import TextEncoder
@@ -158,8 +157,7 @@ def main() -> int:
         "device": device_name(device),
         "torch": torch.__version__,
     }
-    with atomic_path(arguments.json) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.json, result)
     print_table(models)
     return 0
 

@@ -8,7 +8,6 @@ for launches, copies, the CPU. On a CPU it is operations and not kernels.
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -21,12 +20,12 @@ from rich.table import Table
 
 from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
-from pipelines.benchmark.measure import Trace, build_stage, generate_latents, generate_video, warm_up
+from pipelines.benchmark.measure import Trace, build_stage, warm_up, whole_run
 from pipelines.benchmark.profile import profiled, summary
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import load_config
 from pipelines.environment import environment
-from wan.checkpoint import atomic_path
+from wan.checkpoint import write_json
 
 SHOWN = 25
 """Kernels in the table; the JSON has all."""
@@ -52,8 +51,8 @@ def measure(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype, f
     (case,) = plan_cases(config)
     stage = build_stage(config, case, device, dtype, folder)
     warm_up(stage, case)
-    run, trace = generate_video if case.vae else generate_latents, Trace()
-    kernels = profiled(partial(run, stage, case, case.frames, trace), device)
+    trace = Trace()
+    kernels = profiled(partial(whole_run(case), stage, case, case.frames, trace), device)
     return {
         "row": case.row,
         "frames": case.frames,
@@ -99,8 +98,7 @@ def main() -> int:
         result = measure(config, device, dtype, Path(folder))
     Console().print(*pages(result), sep="\n")
     if arguments.json is not None:
-        with atomic_path(arguments.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
     return 0
 
 

@@ -47,7 +47,7 @@ from pipelines.text_to_video import SeededNoise
 from pipelines.training import train
 from pipelines.training_config import GatesConfig
 from wan.attention import require_backend
-from wan.checkpoint import atomic_path, fingerprint_of
+from wan.checkpoint import fingerprint_of, write_json
 from wan.errors import InputError
 from wan.formats import TransformerWeights, read_transformer, transformer_config
 from wan.text import TextEncoder, load_text_encoder
@@ -123,8 +123,7 @@ class KeptScores:
         for place, name in enumerate(names):
             self.videos[name] = {str(layer): values[place] for layer, values in scores.items()}
         if self._path is not None:
-            with atomic_path(self._path) as temporary:
-                temporary.write_text(json.dumps({"settings": self._settings, "videos": self.videos}, indent=1) + "\n")
+            write_json(self._path, {"settings": self._settings, "videos": self.videos})
 
     def means(self, jobs: list[PromptJob]) -> dict[int, float]:
         """Over the videos of some jobs, by layer."""
@@ -132,25 +131,21 @@ class KeptScores:
         return {int(layer): sum(row[layer] for row in rows) / len(rows) for layer in rows[0]}
 
 
-def plan(
-    arguments: argparse.Namespace, config: InferenceConfig, dtype: torch.dtype, weights: str
-) -> tuple[list[PromptJob], KeptScores]:
-    """Videos to make, and what is known of them.
-
-    Args:
-        weights: what tells the model from others.
+def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJob]:
+    """Videos to make.
 
     Raises:
-        InputError: a flag that is missing or cannot work.
+        InputError: a flag that is missing or cannot work, or a config with a window.
     """
+    needed(arguments, "checkpoint_path")
+    if config.memory.kind is MemoryKind.window:
+        raise InputError("replacement compares models with full memory: set memory.kind to full")
     if min(arguments.videos, arguments.batch) < 1:
         raise InputError("--videos and --batch must be at least 1")
     prompts = read_prompts(needed(arguments, "data_path"))
-    jobs = plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
     if arguments.json is not None:
         check_writable(arguments.json.parent)
-    settings = asdict(config) | {"seed": arguments.seed, "dtype": str(dtype), "weights": weights}
-    return jobs, KeptScores(arguments.json, settings)
+    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
 
 
 def load(
@@ -175,18 +170,12 @@ def load(
 
 
 def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
-    """Make the videos that are missing, and score all.
-
-    Raises:
-        InputError: a flag that is missing or cannot work, or a config with a window.
-    """
-    needed(arguments, "checkpoint_path")
-    if config.memory.kind is MemoryKind.window:
-        raise InputError("replacement compares models with full memory: set memory.kind to full")
+    """Make the videos that are missing, and score all."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    weights = read_transformer(str(config.checkpoint_path))
-    jobs, kept = plan(arguments, config, dtype, fingerprint_of(weights.state))
+    jobs, weights = plan(arguments, config), read_transformer(str(config.checkpoint_path))
+    made_with = {"seed": arguments.seed, "dtype": str(dtype), "weights": fingerprint_of(weights.state)}
+    kept = KeptScores(arguments.json, asdict(config) | made_with)
     missing = [job for job in jobs if job.name not in kept.videos]
     if missing:
         model, encoder = load(config, weights, dtype, device)

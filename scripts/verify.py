@@ -7,7 +7,6 @@ The folder holds pairs of .json and .safetensors, and manifests (.json alone). E
 """
 
 import argparse
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipelines.arguments import DTYPES, check_writable
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.environment import device_name
 from wan.attention import require_backend
-from wan.checkpoint import atomic_path
+from wan.checkpoint import write_json
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
@@ -78,9 +77,7 @@ def main() -> int:
     )
     if arguments.json:
         rows = [row(result) for result in results]
-        page = json.dumps({"device": name, "torch": torch.__version__, "results": rows}, indent=1)
-        with atomic_path(arguments.json) as temporary:
-            temporary.write_text(page + "\n")
+        write_json(arguments.json, {"device": name, "torch": torch.__version__, "results": rows})
     return 1 if failed else 0
 
 

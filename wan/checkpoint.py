@@ -9,9 +9,10 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -89,6 +90,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, page: object, default: Callable[[Any], object] | None = None) -> None:
+    """Write a page, which is there whole or not at all.
+
+    Args:
+        default: turns what JSON does not know into something that it does.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(page, indent=1, default=default) + "\n")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wan.checkpoint import as_state_dict, atomic_path, read_weights
+from wan.checkpoint import as_state_dict, atomic_path, read_weights, write_json
 from wan.errors import InputError
 
 INDEX = "index.json"
@@ -103,8 +103,7 @@ class LatentWriter:
             save_file({f"latents.{key}": one[0].contiguous() for key, one in self._waiting.items()}, temporary)
         self._samples += [SampleInfo(key, prompt, seed, shard) for key, (_, prompt, seed) in self._waiting.items()]
         index = {"format": FORMAT, "settings": self._settings, "samples": [asdict(one) for one in self._samples]}
-        with atomic_path(self._folder / INDEX) as temporary:
-            temporary.write_text(json.dumps(index, indent=1) + "\n")
+        write_json(self._folder / INDEX, index)
         self._waiting.clear()
 
     def __enter__(self) -> Self:

@@ -36,7 +36,7 @@ from arl2.distillation.training_state import (
     whole_checkpoints,
 )
 from arl2.model import HybridWanModel
-from wan.checkpoint import atomic_path
+from wan.checkpoint import atomic_path, write_json
 from wan.errors import InputError
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
@@ -293,8 +293,10 @@ class Trainer:
         per_layer = {f"{name}/{layer}": value for name, values in reports.items() for layer, value in values.items()}
         self._accelerator.log(metrics | per_layer, step=step)
         if self._accelerator.is_main_process:
-            with atomic_path(self._folder / "reports" / f"step-{step:08d}.json") as temporary:
-                temporary.write_text(json.dumps({"step": step, "metrics": metrics, "layers": reports}, indent=1) + "\n")
+            write_json(
+                self._folder / "reports" / f"step-{step:08d}.json",
+                {"step": step, "metrics": metrics, "layers": reports},
+            )
         self._on_report(step, self._objective.model, reports)
 
     def _write(self, losses: Any, line: dict[str, Any]) -> None:

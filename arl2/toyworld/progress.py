@@ -62,7 +62,8 @@ class Progress:
         if self.file is not None and done % self.every == 0 and done < steps:
             with atomic_path(self.file) as temporary:
                 content = {"steps": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(content | {"of": json.dumps(self.of)}, temporary)
+                content["of"] = json.dumps(self.of)
+                torch.save(content, temporary)
 
     def finish(self) -> None:
         """Drop the file: the result is kept elsewhere."""

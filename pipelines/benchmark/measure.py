@@ -173,6 +173,11 @@ def generate_latents(stage: Stage, case: Case, frames: int, trace: Trace) -> Non
     trace.take(timer)
 
 
+def whole_run(case: Case) -> Callable[[Stage, Case, int, Trace], None]:
+    """What makes a whole video of a case: with the VAE or without."""
+    return generate_video if case.vae else generate_latents
+
+
 def _roll(
     stage: Stage, memory: Memory, text: TextKV, blocks: int, first_block: int, trace: Trace, timer: SpanTimer
 ) -> None:
@@ -312,7 +317,7 @@ def measure_case(
     flops = case_flops(config, case)
     try:
         stage = build()
-        run = sample_latents if case.blocks_sampled else generate_video if case.vae else generate_latents
+        run = sample_latents if case.blocks_sampled else whole_run(case)
         seconds = warm_up(stage, case)
         for _ in range(config.repeats):
             release()
@@ -350,7 +355,7 @@ def warm_up(stage: Stage, case: Case) -> float:
         seconds that it took.
     """
     blocks = min(stage.config.warmup_blocks, stage.config.blocks(case.frames))
-    run, start = generate_video if case.vae else generate_latents, time.perf_counter()
+    run, start = whole_run(case), time.perf_counter()
     for _ in range(2 if isinstance(stage.pipeline.flow_model, GraphedModel) else 1):
         run(stage, case, stage.config.frames_after(blocks), Trace())
     seconds = time.perf_counter() - start
