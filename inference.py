@@ -8,9 +8,9 @@ Under torchrun the prompts are divided over the ranks.
 
 import logging
 
-from pipelines.arguments import inference_parser, plan_run
 from pipelines.cli import end_together, exit_on_input_error, rank_and_world_size
-from pipelines.generate import generate, load_pipeline
+from pipelines.generation.arguments import inference_parser, plan_run
+from pipelines.generation.run import generate, load_pipeline
 
 log = logging.getLogger(__name__)
 

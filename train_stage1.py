@@ -7,8 +7,8 @@ Started again, a run goes on where it was stopped.
 """
 
 from pipelines.cli import exit_on_input_error
-from pipelines.training import parse_config, train
-from pipelines.training_config import Stage1Config
+from pipelines.training.config import Stage1Config
+from pipelines.training.run import parse_config, train
 
 
 @exit_on_input_error

@@ -26,9 +26,9 @@ from arl2.model import (
     check_layers,
     keep_gates_in_float32,
 )
-from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_weights, some
-from wan.errors import CheckpointError, InputError
-from wan.formats import TransformerWeights, read_transformer
+from wan.checkpoints.formats import TransformerWeights, read_transformer
+from wan.checkpoints.loading import StateDict, as_state_dict, atomic_path, load_strict, read_weights, some
+from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
 
     Args:
         folder: of the model.
-        checkpoint: weights of any format that `wan.formats.read_transformer` reads; or a .safetensors file that holds
-            nothing but what the softmax model does not have, see `save_hybrid_weights`.
+        checkpoint: weights of any format that `wan.checkpoints.formats.read_transformer` reads; or a .safetensors
+            file that holds nothing but what the softmax model does not have, see `save_hybrid_weights`.
         use_ema: see `read_transformer`.
 
     Raises:
@@ -176,7 +176,7 @@ def build_hybrid(
     """Build the model that weights and wishes describe, and load it strictly.
 
     Args:
-        weights: from `wan.formats.read_transformer`.
+        weights: from `wan.checkpoints.formats.read_transformer`.
         config: sizes of the transformer; entries in `weights.config` take precedence.
         wanted: see `resolve_settings`.
         dtype: of the model, A_log and dt_bias stay float32; None for what every weight has, new ones float32.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arl2.gated_delta import WriteBackend, gated_delta_write, states_between
 from arl2.lora import new_lora_pair, with_adapter
-from wan.attention import attention
+from arl2.ops.gated_delta import WriteBackend, gated_delta_write, states_between
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
+from wan.ops.attention import attention
+from wan.ops.dispatch import norm_by_kernel
+from wan.ops.rope import Rotary, rotate
 from wan.parallel import ParallelLayout
-from wan.rope import Rotary, rotate
-from wan.tokens import norm_by_kernel
 
 L2_NORM_EPS = 1e-6
 

@@ -10,11 +10,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from arl2.gated_delta import WriteBackend
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
-from wan.errors import InputError
+from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel
+from wan.utils.errors import InputError
 
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)

@@ -12,10 +12,10 @@ from itertools import count, pairwise
 import torch
 from torch import Tensor
 
-from wan.errors import InputError
 from wan.flow import FlowSchedule, add_noise, flow_to_x0
 from wan.memory import Memory
 from wan.model import FlowModel, TextKV
+from wan.utils.errors import InputError
 
 Noise = Callable[[int, int], Tensor]
 """(block, step) to the noise of that block before that step, [B, F, C, H, W]."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from torch import distributed
 
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 EXIT_INPUT_ERROR = 2
 

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
-from wan.device import HALF, triton_installed
-from wan.errors import InputError
 from wan.memory import check_window
+from wan.utils.device import HALF, triton_installed
+from wan.utils.errors import InputError
 
 Config = TypeVar("Config")
 
@@ -56,12 +56,12 @@ class MemoryConfig:
 
 @dataclass
 class SpeedConfig:
-    """How the same numbers are computed; see `pipelines.text_to_video.CausalVideoPipeline.accelerate`.
+    """How the same numbers are computed; see `pipelines.generation.pipeline.CausalVideoPipeline.accelerate`.
 
     Attributes:
         compile: compile the transformer's blocks; null for where it pays, which is on a GPU with Triton.
         cuda_graphs: record passes as CUDA graphs; null for on a GPU.
-        fast_vae: decode by `wan.vae_fast`.
+        fast_vae: decode by `wan.vae.fast`.
         overlap_decoding: decode a block while the next is denoised, on a stream of its own; null for on a GPU. What is
             measured of either then includes waiting for the other.
         fp8: linear layers of the blocks in FP8: faster, less exact, only on GPUs that have it.
@@ -119,7 +119,7 @@ class InferenceConfig:
         fps: of the video file.
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
-        attention_backend: see `wan.attention.AttentionBackend`.
+        attention_backend: see `wan.ops.attention.AttentionBackend`.
         speed: of the transformer.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 SLUG_LENGTH = 60
 HASH_LENGTH = 16

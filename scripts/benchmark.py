@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipelines.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import load_config
+from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pipelines.arguments import inference_parser, plan_run
 from pipelines.cli import exit_on_input_error
-from pipelines.contact_sheet import contact_sheet
-from pipelines.generate import generate, load_pipeline, video_path
-from pipelines.video import read_video
-from wan.checkpoint import atomic_path
+from pipelines.generation.arguments import inference_parser, plan_run
+from pipelines.generation.run import generate, load_pipeline, video_path
+from pipelines.media.contact_sheet import contact_sheet
+from pipelines.media.video import read_video
+from wan.checkpoints.loading import atomic_path
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")

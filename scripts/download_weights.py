@@ -20,7 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 from pipelines.cli import exit_on_input_error
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 

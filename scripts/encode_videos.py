@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arl2.distillation.data import LatentWriter, text_file
-from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
-from pipelines.video_reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
-from wan.errors import InputError
-from wan.formats import transformer_config
+from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
+from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder, load_text_encoder
-from wan.vae import WanVAE, load_vae
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
 

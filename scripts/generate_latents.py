@@ -19,16 +19,16 @@ from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, num_blocks, rollout
-from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
+from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import plan_jobs, read_prompts, share
-from pipelines.text_to_video import SeededNoise
-from wan.attention import require_backend
-from wan.checkpoint import fingerprint_of
-from wan.formats import read_transformer, transformer_config
+from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.loading import fingerprint_of
+from wan.ops.attention import require_backend
 from wan.text import load_text_encoder
-from wan.vae import spatial_stride
+from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,13 @@ import logging
 from pathlib import Path
 
 from arl2.model import HybridSettings
-from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
-from pipelines.arguments import DTYPES
 from pipelines.cli import choose_device, exit_on_input_error
-from pipelines.random_model import random_pipeline, save_native_folder
+from pipelines.generation.arguments import DTYPES
+from pipelines.generation.random_model import random_pipeline, save_native_folder
 from wan.config import WAN_SIZES
-from wan.errors import InputError
-from wan.text import UMT5_XXL
-from wan.vae import WAN21_VAE
+from wan.text import TOY_TEXT, UMT5_XXL
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 
 log = logging.getLogger(__name__)
 

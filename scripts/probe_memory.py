@@ -24,22 +24,21 @@ from rich.console import Console
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, read_generator
-from arl2.evaluation.contender import Contender
+from arl2.evaluation.eval_setup import Contender
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.leak import leak_by_block
-from arl2.toyworld.probe import ceilings, make_probe_set, probe_model
-from arl2.toyworld.sizes import FRAMES_PER_BLOCK
-from arl2.toyworld.world import STANDARD_HIDDEN_FRAMES
+from arl2.toyworld.probe.leakage import leak_by_block
+from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import InferenceConfig, load_config
-from pipelines.environment import device_name
-from pipelines.text_to_video import CausalVideoPipeline
-from wan.checkpoint import write_json
-from wan.errors import InputError
-from wan.formats import transformer_config
+from pipelines.generation.pipeline import CausalVideoPipeline
+from pipelines.provenance import device_name
+from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.loading import write_json
 from wan.text import TextEncoder
-from wan.vae import WanVAE
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import WanVAE
 
 log = logging.getLogger(__name__)
 

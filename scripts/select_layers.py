@@ -10,7 +10,7 @@
 replacement: one layer is hybrid at a time, and the videos are compared with the teacher's, from the same noise; needs a
 stage-1 export with all layers hybrid. --json keeps the scores of every video as they come: a run that is started again
 goes on there. stage1_error: how well each layer learnt to put out what the teacher's does. gates: trains a gate a layer
-under a budget (arl2/distillation/gates.py; resumed like any training), or reads such a run, --scores. random: a
+under a budget (arl2/layer_selection/gates.py; resumed like any training), or reads such a run, --scores. random: a
 control. vbench: scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
 """
 
@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, found_settings
-from arl2.layer_selection import (
+from arl2.layer_selection.scores import (
     SHARES,
     Selection,
     random_scores,
@@ -39,19 +39,19 @@ from arl2.layer_selection import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
-from pipelines.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
+from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
-from pipelines.text_to_video import SeededNoise
-from pipelines.training import train
-from pipelines.training_config import GatesConfig
-from wan.attention import require_backend
-from wan.checkpoint import fingerprint_of, write_json
-from wan.errors import InputError
-from wan.formats import TransformerWeights, read_transformer, transformer_config
+from pipelines.training.config import GatesConfig
+from pipelines.training.run import train
+from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
+from wan.checkpoints.loading import fingerprint_of, write_json
+from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
-from wan.vae import spatial_stride
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 

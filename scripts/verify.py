@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from arl2.verification.golden import CaseResult, Precision
-from arl2.verification.run import verify_folder
-from pipelines.arguments import DTYPES, check_writable
+from arl2.evaluation.golden.run import verify_folder
+from arl2.evaluation.golden.vectors import CaseResult, Precision
 from pipelines.cli import choose_device, exit_on_input_error
-from pipelines.environment import device_name
-from wan.attention import require_backend
-from wan.checkpoint import write_json
+from pipelines.generation.arguments import DTYPES, check_writable
+from pipelines.provenance import device_name
+from wan.checkpoints.loading import write_json
+from wan.ops.attention import require_backend
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of golden files")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=VERIFY_DTYPES, default="float32")
-    parser.add_argument("--backend", default="auto", help="attention backend, see wan/attention.py")
+    parser.add_argument("--backend", default="auto", help="attention backend, see wan/ops/attention.py")
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]

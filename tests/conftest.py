@@ -1,12 +1,9 @@
 """Shared set-up: GPU tests are skipped without a GPU, every test starts from the same seed and few threads."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,11 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 LAYERS = ("wan", "arl2", "pipelines", "scripts")
 LIBRARIES = LAYERS[:3]
 FILES = sorted(path for folder in LAYERS for path in (ROOT / folder).rglob("*.py")) + sorted(ROOT.glob("*.py"))
+FLOORS = {
+    "wan": (("utils",), ("ops", "checkpoints"), (".", "vae")),
+    "arl2": (("ops",), (".",), ("inference", "distillation", "evaluation"), ("layer_selection",), ("toyworld",)),
+    "pipelines": ((".",), ("media",), ("generation",), ("training",), ("benchmark",), ("toyworld",)),
+}
+"""Rooms of a package from the ground up; "." are the modules that lie in the package itself."""
+MAX_ENTRIES = 12
 MOST_LINES = 500
 MOST_FUNCTION_LINES = 60
 MOST_ENTRY_POINT_LINES = 60
@@ -75,3 +82,71 @@ def test_nothing_touches_the_gpu_when_imported() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         top = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
         assert not any("torch.cuda." in ast.unparse(node) for node in top), path
+
+
+def modules() -> dict[str, ast.AST]:
+    """The modules of the libraries and what they hold."""
+    paths = [path for path in FILES if path.relative_to(ROOT).parts[0] in LIBRARIES]
+    return {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules among `known` that a module imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= submodules & known or {node.module}
+    return found & known
+
+
+def test_no_import_circle() -> None:
+    trees = modules()
+    graph = {name: imported_modules(tree, set(trees)) - {name} for name, tree in trees.items()}
+    left = dict(graph)
+    while left:
+        free = {name for name, needs in left.items() if not needs & left.keys()}
+        assert free, f"modules that import one another: {sorted(left)}"
+        left = {name: needs for name, needs in left.items() if name not in free}
+
+
+def floor_of(module: str) -> tuple[str, int] | None:
+    """A module's package, and the number of its floor there; None for the package itself."""
+    package, _, rest = module.partition(".")
+    if not rest:
+        return None
+    room = rest.split(".")[0] if (ROOT / package / rest.split(".")[0]).is_dir() else "."
+    return package, next(number for number, rooms in enumerate(FLOORS[package]) if room in rooms)
+
+
+def test_imports_inside_a_package_go_down() -> None:
+    """A room may use its own floor's modules of the same room, and everything on the floors below."""
+    trees = modules()
+    for name, tree in trees.items():
+        for other in imported_modules(tree, set(trees)):
+            above, below = floor_of(name), floor_of(other)
+            if above is None or below is None or above[0] != below[0]:
+                continue
+            rooms = [module.split(".")[1] for module in (name, other)]
+            is_same_room = rooms[0] == rooms[1] or "." in FLOORS[above[0]][above[1]]
+            assert below[1] < above[1] or (below[1] == above[1] and is_same_room), f"{name} imports {other}"
+
+
+def test_the_method_does_not_know_its_test_bed() -> None:
+    for name, tree in modules().items():
+        if name.startswith("arl2.") and not name.startswith("arl2.toyworld"):
+            assert not any(other.startswith("arl2.toyworld") for other in imports(tree)), name
+
+
+@pytest.mark.parametrize("root", ["wan", "arl2", "pipelines", "scripts", "tests", "configs"])
+def test_a_folder_fits_on_a_page(root: str) -> None:
+    for folder in [ROOT / root, *(path for path in (ROOT / root).rglob("*") if path.is_dir())]:
+        entries = [path for path in folder.iterdir() if path.suffix in (".py", ".yaml") and path.stem != "__init__"]
+        assert len(entries) <= MAX_ENTRIES, f"{folder.relative_to(ROOT)} holds {len(entries)} files: divide it by topic"

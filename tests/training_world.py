@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paths import ROOT
 from tiny_models import HEIGHT, TINY, WIDTH, tiny_model
 
 from arl2.distillation.data import LatentWriter
 
-ROOT = Path(__file__).parent.parent
 CONFIG = """
 model_folder: {root}/model
 data: [{root}/data]
@@ -61,7 +61,7 @@ def start(
         before: called in each process first, to change what it will do.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.training"])
+    context.set_forkserver_preload(["pipelines.training.run"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,7 +6,7 @@ Each entry is the keyword arguments of `wan.model.CausalWanModel`; the names are
 
 from typing import TypedDict
 
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 
 class WanSize(TypedDict):

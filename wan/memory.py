@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 
 class LayerMemory(Protocol):

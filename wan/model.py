@@ -14,13 +14,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan.attention import AttentionBackend, attention
-from wan.errors import CheckpointError, InputError
 from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
+from wan.ops.attention import AttentionBackend, attention
+from wan.ops.dispatch import norm_by_kernel
+from wan.ops.rope import Rotary, rotary_angles, rotate
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
-from wan.rope import Rotary, rotary_angles, rotate
-from wan.tokens import norm_by_kernel
+from wan.utils.errors import CheckpointError, InputError
 
 TextKV = list[tuple[Tensor, Tensor]]
 """Keys and values of the text for every layer, each [B, text_len, heads, head dim]."""

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from wan.attention import AttentionBackend, attention
-from wan.errors import InputError
+from wan.ops.attention import AttentionBackend, attention
+from wan.utils.errors import InputError
 
 MOST_MASKED_TOKENS = 512
 """Of a block; longer ones attend one by one. A mask hides at least half of the work, wants [L, L] bytes, and keeps the
@@ -119,7 +119,7 @@ class BlocksView:
     layout: ParallelLayout
 
     def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, backend: AttentionBackend) -> Tensor:
-        """Softmax attention of all tokens; see `wan.attention.attention`."""
+        """Softmax attention of all tokens; see `wan.ops.attention.attention`."""
         out = []
         for place, queries in enumerate(q_BLHD.split(self.layout.tokens_per_block, dim=1)):
             seen = self.layout.seen_tokens(*divmod(place, self.layout.num_blocks))

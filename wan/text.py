@@ -19,9 +19,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from wan.checkpoint import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
-from wan.errors import CheckpointError, InputError
-from wan.formats import family, read_config
+from wan.checkpoints.formats import family, read_config
+from wan.checkpoints.loading import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
+from wan.utils.errors import CheckpointError, InputError
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -40,6 +40,15 @@ UMT5_XXL: dict[str, Any] = {
     "norm_eps": 1e-6,
 }
 """Sizes of the released encoder, under the names of Wan's own code."""
+TOY_TEXT: dict[str, Any] = UMT5_XXL | {
+    "vocab_size": 256,
+    "dim": 64,
+    "dim_attn": 64,
+    "dim_ffn": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+}
+"""Sizes of the toy world's encoder."""
 
 # A block's parts: Wan's names and those of transformers.
 _BLOCK_PARTS = {

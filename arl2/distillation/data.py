@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wan.checkpoint import as_state_dict, atomic_path, read_weights, write_json
-from wan.errors import InputError
+from wan.checkpoints.loading import as_state_dict, atomic_path, read_weights, write_json
+from wan.utils.errors import InputError
 
 INDEX = "index.json"
 FORMAT = "arl2 latents, version 1"

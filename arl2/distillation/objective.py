@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.model import HybridWanModel
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 LayerReports = dict[str, dict[int, float]]
 """Name of a measurement to its value in every hybrid layer."""

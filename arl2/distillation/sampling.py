@@ -16,8 +16,8 @@ from torch import Tensor
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import Samples
 from arl2.rollout import FewStepSampler, num_blocks
-from wan.errors import InputError
 from wan.flow import shift_sigma
+from wan.utils.errors import InputError
 
 
 class LevelSource(StrEnum):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from arl2.model import HybridWanModel
-from wan.checkpoint import StateDict
+from wan.checkpoints.loading import StateDict
 
 
 def shard_trunk(model: HybridWanModel, trainables: Iterable[nn.Parameter]) -> None:

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
+from arl2.distillation.diagnostics import measured
+from arl2.distillation.losses import mean_squared_errors, mean_squares
 from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
-from arl2.distillation.reports import measured
-from arl2.distillation.squared_error import mean_squared_errors, mean_squares
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, predict_flow, remember_block
 from wan.memory import LayerMemory, Memory
 from wan.model import SelfAttention, TextKV
+from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
-from wan.rope import Rotary
 from wan.teacher_forcing import teacher_forced_flow
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
+from arl2.distillation.diagnostics import measured
 from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
-from arl2.distillation.reports import measured
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
-from wan.errors import InputError
 from wan.memory import Memory, check_window
 from wan.model import TextKV
 from wan.teacher_forcing import teacher_forced_flow
+from wan.utils.errors import InputError
 
 
 class Context(StrEnum):

@@ -25,9 +25,7 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.objective import LayerReports, Objective
-from arl2.distillation.sampling import Batches
-from arl2.distillation.training_state import (
+from arl2.distillation.checkpointing import (
     Fingerprint,
     Progress,
     TrainingState,
@@ -35,9 +33,11 @@ from arl2.distillation.training_state import (
     save_state,
     whole_checkpoints,
 )
+from arl2.distillation.objective import LayerReports, Objective
+from arl2.distillation.sampling import Batches
 from arl2.model import HybridWanModel
-from wan.checkpoint import atomic_path, write_json
-from wan.errors import InputError
+from wan.checkpoints.loading import atomic_path, write_json
+from wan.utils.errors import InputError
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
 
@@ -332,8 +332,8 @@ def products_in_tf32(on: bool) -> Iterator[None]:
     """Multiply float32 matrices in TF32 inside the context, if `on`: 10 bits of mantissa, on tensor cores.
 
     Under bfloat16 autocast only the writes to states multiply float32. Their keys and values come in bfloat16, whose 7
-    bits TF32 holds exactly; what is computed from them is rounded to nearest (`arl2.transitions.rounded`), which costs
-    a state and its gradients less than the rounding of the keys did (`tests/test_gated_delta.py`).
+    bits TF32 holds exactly; what is computed from them is rounded to nearest (`arl2.ops.tf32.rounded`), which costs
+    a state and its gradients less than the rounding of the keys did (`tests/arl2/test_gated_delta.py`).
     """
     before = torch.get_float32_matmul_precision()
     if on:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arl2.evaluation.contender import Contender
+from arl2.evaluation.eval_setup import Contender
 from arl2.rollout import Noise, num_blocks, predict_flow, remember_block, rollout
-from wan.errors import InputError
 from wan.flow import add_noise
 from wan.memory import Memory
 from wan.model import TextKV
+from wan.utils.errors import InputError
 
 
 @dataclass(frozen=True)

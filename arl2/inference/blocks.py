@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.compiling import allow_variants
-from arl2.gated_delta import WriteBackend, gated_delta_write
 from arl2.hybrid_attention import HybridAttention, StateView
+from arl2.inference.fused_ops import Recall, Steps, Stream
 from arl2.inference.linear import FusedLinear, inference_linear
-from arl2.inference.steps import Recall, Steps, Stream
 from arl2.lora import merged_weight
-from wan.attention import attention
+from arl2.ops.compiling import allow_variants
+from arl2.ops.gated_delta import WriteBackend, gated_delta_write
 from wan.memory import KVUpdate
 from wan.model import Block, CausalWanModel
-from wan.rope import Rotary
+from wan.ops.attention import attention
+from wan.ops.rope import Rotary
 
 Function = Callable[..., Any]
 
@@ -172,7 +172,7 @@ class FastHybridBlock(FastBlock):
 
 
 class Write(NamedTuple):
-    """What is written to a state: the arguments of `arl2.gated_delta.gated_delta_write` but the state."""
+    """What is written to a state: the arguments of `arl2.ops.gated_delta.gated_delta_write` but the state."""
 
     k_BLHK: Tensor
     v_BLHV: Tensor

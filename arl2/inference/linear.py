@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.lora import LoRALinear
-from wan.errors import InputError
+from wan.utils.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 ROW_MULTIPLE = 16

@@ -7,10 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from arl2.gated_delta import WriteBackend
 from arl2.inference.blocks import FastHybridBlock, PendingWrites, compiled, fast_block, flow, uncompiled
-from arl2.inference.steps import Stream, new_steps
+from arl2.inference.fused_ops import Steps, Stream
 from arl2.model import HybridWanModel
+from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
 
 WRITES_TOGETHER = 8
@@ -27,7 +27,8 @@ class InferenceModel:
         model: stays usable, and its file the same.
         compile: compile what lies between attentions; the first pass of every size takes long then.
         fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
-        kernels: compute what lies between products by kernels of our own, see `arl2.inference.steps.require_kernels`.
+        kernels: compute what lies between products by our Triton kernels, see
+            `arl2.inference.fused_ops.require_kernels`.
     """
 
     def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False, kernels: bool = False) -> None:
@@ -87,3 +88,12 @@ class InferenceModel:
             return PassOutput(None, updates)
         sizes = latents_BFCHW.shape[-2:]
         return PassOutput(self._stage(flow)(self.model, stream, time_BFD, time_BF6D, *sizes), None)
+
+
+def new_steps(fp8: bool, kernels: bool) -> Steps:
+    """The plain functions, or the same by kernels; see `require_kernels`."""
+    if not kernels:
+        return Steps(fp8)
+    from arl2.inference.fused_ops_triton import KernelSteps  # needs Triton
+
+    return KernelSteps(fp8)

@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 
-from arl2.gated_delta import WriteBackend
 from arl2.model import HybridSettings, HybridWanModel
+from arl2.ops.gated_delta import WriteBackend
 from arl2.rollout import num_blocks
-from arl2.toyworld.sizes import TOY_TEXT, TOY_VAE
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
-from pipelines.text_to_video import CausalVideoPipeline
-from wan.attention import require_backend
+from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.config import wan_size
-from wan.errors import InputError
 from wan.memory import MemorySpec
-from wan.text import UMT5_XXL
-from wan.vae import WAN21_VAE
+from wan.ops.attention import require_backend
+from wan.text import TOY_TEXT, UMT5_XXL
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 
 BLOCKS_PER_SAMPLE = 4
 """Blocks measured at every sampled place."""
@@ -29,7 +28,7 @@ class SpeedOptions(SpeedConfig):
 
     Attributes, beside those of `pipelines.config.SpeedConfig`:
         overlap_decoding: off, so that transformer and decoder are measured apart.
-        attention_backend: see `wan.attention.AttentionBackend`.
+        attention_backend: see `wan.ops.attention.AttentionBackend`.
         write_backend: who computes the writes to states.
     """
 

@@ -9,7 +9,7 @@ from torch.utils.benchmark import Timer
 
 from arl2.model import HybridWanModel
 from pipelines.benchmark.flops import Flops
-from wan.attention import AttentionBackend, attention, available_backends
+from wan.ops.attention import AttentionBackend, attention, available_backends
 
 log = logging.getLogger(__name__)
 

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arl2.inference.graphs import GraphedModel
+from arl2.inference.cuda_graphs import GraphedModel
 from arl2.model import keep_gates_in_float32
 from arl2.rollout import GeneratedBlock, remember_block, rollout
 from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, BenchmarkConfig, Case, empty_model, memory_bytes
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
-from pipelines.random_model import random_pipeline
-from pipelines.streaming import Transfer, finished
-from pipelines.text_to_video import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
-from pipelines.timing import PhaseTimer
-from pipelines.video import VideoWriter
+from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
+from pipelines.generation.random_model import random_pipeline
+from pipelines.generation.streaming import Transfer, finished
+from pipelines.generation.timing import PhaseTimer
+from pipelines.media.video import VideoWriter
 from wan.memory import Memory
 from wan.model import TextKV
 

@@ -14,9 +14,9 @@ import torch
 from pipelines.benchmark.cases import BenchmarkConfig, Case, by_row, empty_model, plan_cases
 from pipelines.benchmark.ceilings import Ceilings, measure_ceilings
 from pipelines.benchmark.measure import build_stage, measure_case, release
-from pipelines.environment import device_name, environment
-from wan.checkpoint import atomic_path
-from wan.errors import InputError
+from pipelines.provenance import device_name, environment
+from wan.checkpoints.loading import atomic_path
+from wan.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 

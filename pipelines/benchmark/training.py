@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from arl2.compiling import compile_blocks
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset, LatentWriter
 from arl2.distillation.objective import LayerReports, Objective
@@ -29,18 +28,19 @@ from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.distillation.trainer import LOSSES, Trainer, TrainerSettings
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridSettings, HybridWanModel
+from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
 from pipelines.benchmark.measure import out_of_memory, release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
-from pipelines.environment import device_name, environment
-from pipelines.random_model import random_transformer
-from pipelines.training import let_train, precision_of
-from wan.checkpoint import atomic_path
+from pipelines.generation.random_model import random_transformer
+from pipelines.provenance import device_name, environment
+from pipelines.training.run import let_train, precision_of
+from wan.checkpoints.loading import atomic_path
 from wan.config import wan_size
-from wan.errors import InputError
 from wan.memory import Memory
-from wan.vae import WAN21_VAE
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import WAN21_VAE
 
 log = logging.getLogger(__name__)
 

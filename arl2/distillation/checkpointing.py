@@ -1,0 +1,180 @@
+"""Checkpoints of a training run: whole or not there, of what trains only, the same file on any number of ranks.
+
+checkpoints/step-00000100/trainables.safetensors    official names
+                          ema.safetensors           if there is an average
+                          optimizer.safetensors     <name>.<what the optimiser keeps>
+                          state.json                step, counters, fingerprint
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wan.checkpoints.loading import StateDict, as_state_dict, atomic_folder, read_weights, some
+from wan.utils.errors import CheckpointError, InputError
+
+TRAINABLES, EMA, OPTIMIZER, STATE = "trainables.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+Fingerprint = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        skipped: steps that were skipped because loss or gradient was not finite.
+        skipped_in_row: the last of these in a row.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a run trains.
+
+    Attributes:
+        trainables: parameters by official name.
+        optimizer: over the same, in the same order.
+        ema: their average, if it is kept.
+        progress: see there.
+    """
+
+    trainables: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    progress: Progress
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Give safetensors' own error of a full disk the form of all others.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"cannot write {path} ({error}): free space or choose another folder") from error
+
+
+def save_state(state: TrainingState, folder: Path, fingerprint: Fingerprint, keep: int) -> None:
+    """Write a checkpoint of the current step and drop all but the newest `keep`.
+
+    Raises:
+        InputError: the disk is full; the older checkpoints stay.
+    """
+    path = folder / f"step-{state.progress.step:08d}"
+    kept = state.optimizer.state_dict()["state"]
+    optimizer = {
+        f"{name}.{key}": value
+        for index, name in enumerate(state.trainables)
+        for key, value in kept.get(index, {}).items()
+    }
+    with atomic_folder(path) as temporary, writing(path):
+        temporary.mkdir(parents=True)
+        save_file({name: value.detach() for name, value in state.trainables.items()}, temporary / TRAINABLES)
+        save_file(optimizer, temporary / OPTIMIZER)
+        if state.ema is not None:
+            save_file(state.ema, temporary / EMA)
+        page = {"progress": asdict(state.progress), "fingerprint": fingerprint}
+        (temporary / STATE).write_text(json.dumps(page, indent=1) + "\n")
+    for old in whole_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; what a killed writer left is none."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def require_same_run(folder: Path, fingerprint: Fingerprint) -> None:
+    """Make sure that the checkpoints in a folder, if there are any, are of this very run.
+
+    Raises:
+        InputError: they are not.
+        CheckpointError: the newest is damaged.
+    """
+    for checkpoint in whole_checkpoints(folder)[-1:]:
+        _read_page(checkpoint, fingerprint)
+
+
+def _read_page(checkpoint: Path, fingerprint: Fingerprint) -> Progress:
+    try:
+        page = json.loads((checkpoint / STATE).read_text())
+        before, progress = page["fingerprint"], Progress(**page["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read {checkpoint / STATE} ({error}): delete {checkpoint}") from error
+    check_same_run(before, json.loads(json.dumps(fingerprint)), checkpoint)
+    return progress
+
+
+def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        InputError: it belongs to a run with other settings, data or weights; the message names them.
+        CheckpointError: it is damaged.
+    """
+    progress = _read_page(checkpoint, fingerprint)
+    fill(state.trainables, _read(checkpoint / TRAINABLES), checkpoint / TRAINABLES)
+    if state.ema is not None:
+        fill(state.ema, _read(checkpoint / EMA), checkpoint / EMA)
+    _fill_optimizer(state, _read(checkpoint / OPTIMIZER))
+    state.progress = progress
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
+    """Make sure that a checkpoint is of this very run.
+
+    Raises:
+        InputError: it is not.
+    """
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"{source} was trained with other settings ({key} was {before.get(key)}, is {now.get(key)}; "
+            f"differing: {some(changed)}): put them back, or choose another run_folder"
+        )
+
+
+@torch.no_grad()
+def fill(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
+    """Copy values into tensors, all names and shapes equal.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    differing = targets.keys() ^ state.keys()
+    differing |= {name for name in targets.keys() & state.keys() if targets[name].shape != state[name].shape}
+    if differing:
+        raise CheckpointError(f"{source} does not fit the parameters to train: {some(differing)}")
+    for name, target in targets.items():
+        target.copy_(state[name])
+
+
+def _read(path: Path) -> StateDict:
+    return as_state_dict(read_weights(path), path)
+
+
+def _fill_optimizer(state: TrainingState, values: StateDict) -> None:
+    kept: dict[int, dict[str, Tensor]] = {}
+    places = {name: index for index, name in enumerate(state.trainables)}
+    for name, value in values.items():
+        parameter, _, key = name.rpartition(".")
+        kept.setdefault(places[parameter], {})[key] = value
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": kept})

@@ -1,0 +1,76 @@
+"""What hybrid layers do while they run: their gates, branches, decay and state, for people to look at."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arl2.distillation.objective import LayerReports
+from arl2.hybrid_attention import HybridAttention, StateView
+from arl2.model import HybridWanModel
+from wan.ops.attention import attention
+from wan.ops.rope import Rotary, rotate
+
+GATE_CLOSED, GATE_OPEN = 0.05, 0.95
+"""A gate beyond these is saturated: little gradient comes through."""
+
+
+@torch.no_grad()
+def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: Tensor) -> dict[str, Tensor]:
+    """Means over a pass of one layer, which reads `state_BHKV`."""
+    gate, q = module.output_gate(x_BLD).float(), module.q(x_BLD)
+    q_local = rotate(module.heads(module.norm_q(q)), rotary)
+    k_local = rotate(module.heads(module.norm_k(module.k(x_BLD))), rotary)
+    local = attention(q_local, k_local, module.heads(module.v(x_BLD)), backend=module.backend)
+    remembered = gate[..., None] * module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float()
+    return {
+        "gate_mean": gate.mean(),
+        "gate_saturation": ((gate < GATE_CLOSED) | (gate > GATE_OPEN)).float().mean(),
+        "intra_power": local.float().square().mean(),
+        "inter_power": remembered.square().mean(),
+        "decay": -module.log_decay(x_BLD).mean(),
+        "state_norm": state_BHKV.flatten(2).norm(dim=2).mean(),
+    }
+
+
+@contextmanager
+def measured(model: HybridWanModel, tokens_per_frame: int) -> Iterator[LayerReports]:
+    """Measure the hybrid layers in every pass inside the context that attends; filled when it ends.
+
+    RMS of the branches is that before the output projection; half-lives are ln 2 over the mean log decay.
+    """
+    sums: dict[int, dict[str, Tensor]] = {}
+    passes: dict[int, int] = defaultdict(int)
+
+    def hook(layer: int) -> Callable[..., None]:
+        def note(module: HybridAttention, arguments: tuple[Any, ...], result: tuple[Tensor | None, Any]) -> None:
+            x, rotary, view = arguments[:3]
+            if module.enabled and result[0] is not None and isinstance(view, StateView):
+                now, before = measure(module, x, rotary, view.state_BHKV), sums.get(layer, {})
+                sums[layer] = {name: value + before.get(name, 0) for name, value in now.items()}
+                passes[layer] += 1
+
+        return note
+
+    # First among the hooks: a sharded layer's own would take its parameters away.
+    attentions = model.hybrid_attentions().items()
+    handles = [module.register_forward_hook(hook(layer), prepend=True) for layer, module in attentions]
+    reports: LayerReports = defaultdict(dict)
+    try:
+        yield reports
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, values in sorted(sums.items()):
+        mean = {name: float(value) / passes[layer] for name, value in values.items()}
+        tokens = math.log(2) / max(mean["decay"], 1e-12)
+        for name in ("gate_mean", "gate_saturation", "state_norm"):
+            reports[name][layer] = mean[name]
+        reports["intra_rms"][layer] = math.sqrt(mean["intra_power"])
+        reports["inter_rms"][layer] = math.sqrt(mean["inter_power"])
+        reports["half_life_tokens"][layer] = tokens
+        reports["half_life_frames"][layer] = tokens / tokens_per_frame

@@ -1,0 +1,41 @@
+"""Manifests: do our models of real size have exactly the parameter names and shapes of the releases?"""
+
+from typing import Any
+
+import torch
+
+from arl2.evaluation.golden.backbone import new_model
+from arl2.evaluation.golden.vectors import CaseResult, Golden
+from wan.checkpoints.loading import some
+from wan.text import native_umt5_names
+from wan.vae.wan_vae import native_vae_names
+
+Names = dict[str, tuple[int, ...]]
+
+
+def our_names(config: dict[str, Any], listed: Names) -> Names:
+    """Names and shapes of the model that a manifest describes; nothing is allocated.
+
+    Args:
+        config: the manifest's configuration.
+        listed: its names and shapes, which say where a transformer is hybrid and has adapters.
+    """
+    if "vocab_size" in config:
+        return native_umt5_names(config)
+    if "z_dim" in config:
+        return native_vae_names(config)
+    with torch.device("meta"):
+        model = new_model(config, {name: torch.empty(shape) for name, shape in listed.items()})
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def check_manifest(golden: Golden) -> CaseResult:
+    """Compare names and shapes both ways."""
+    listed = {name: tuple(shape) for name, shape in golden.info["parameters"].items()}
+    ours = our_names(golden.info["config"], listed)
+    result = CaseResult(golden.path.stem, "names", compared=len(listed))
+    if listed.keys() != ours.keys():
+        result.failure = f"missing {some(listed.keys() - ours.keys())}; unexpected {some(ours.keys() - listed.keys())}"
+    elif wrong := [name for name, shape in listed.items() if ours[name] != shape]:
+        result.failure = f"shape of {wrong[0]} is {ours[wrong[0]]}, the manifest has {listed[wrong[0]]}"
+    return result

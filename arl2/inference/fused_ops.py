@@ -1,0 +1,149 @@
+"""What a block computes between the products of its matrices and its attentions: plain here, by kernels where they run.
+
+One object of `arl2.inference.model.new_steps` serves all blocks of a model.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from arl2.hybrid_attention import HybridAttention, l2_norm
+from arl2.inference.linear import Rows, quantized
+from wan.model import Block, modulate, plus_gated
+from wan.ops.rope import Rotary, rotate
+from wan.utils.device import HALF, triton_installed
+from wan.utils.errors import InputError
+
+Operand = Tensor | Rows
+"""What a product takes: tokens, or with FP8 their e4m3 form."""
+NormedBy = Sequence[tuple[nn.Module, Tensor]]
+"""Projections [B, L, D], each with its norm; all norms have the same epsilon."""
+
+FFN_GATE = 5
+"""Place of the feed-forward's gate among the six modulations of a block."""
+
+
+class Stream(NamedTuple):
+    """Tokens between two blocks: x + added·gate, still to be summed, so that the next block's norm is one step with it.
+
+    Attributes:
+        x_BLD: tokens.
+        added_BLD: output of the feed-forward that is to be added; None for nothing.
+        modulation: that of the block it comes from, which holds the gate.
+    """
+
+    x_BLD: Tensor
+    added_BLD: Tensor | None
+    modulation: Tensor | None
+
+    def total(self, time_BF6D: Tensor) -> Tensor:
+        """The tokens [B, L, D]."""
+        if self.added_BLD is None or self.modulation is None:
+            return self.x_BLD
+        gate = self.modulation[:, FFN_GATE, None] + time_BF6D[:, :, FFN_GATE]
+        return plus_gated(self.x_BLD, self.added_BLD, gate)
+
+
+class Recall(NamedTuple):
+    """A read of a state that is still to be done.
+
+    Attributes:
+        state_BHKV: the state.
+        query_BLD: the projection that the queries to it are made of.
+        inverse_rms_BL: what norms its rows, from `Steps.normed_heads`.
+        gate_BLH: the output gate before its sigmoid.
+        rotary: rotation of the tokens.
+    """
+
+    state_BHKV: Tensor
+    query_BLD: Tensor
+    inverse_rms_BL: Tensor | None
+    gate_BLH: Tensor
+    rotary: Rotary
+
+
+class Steps:
+    """The plain functions, for any device and type.
+
+    Args:
+        fp8: whether products take e4m3.
+    """
+
+    def __init__(self, fp8: bool) -> None:
+        self.fp8 = fp8
+
+    def operand(self, x: Tensor) -> Operand:
+        """Tokens as a product takes them."""
+        return quantized(x) if self.fp8 else x
+
+    def before_self_attention(self, block: Block, stream: Stream, time_BF6D: Tensor) -> tuple[Tensor, Operand]:
+        """The tokens, and normed and modulated ones."""
+        shift, scale, *_ = block_modulation(block, time_BF6D)
+        x = stream.total(time_BF6D)
+        return x, self.operand(modulate(block.norm1(x), shift, scale))
+
+    def before_cross_attention(
+        self, block: Block, x_BLD: Tensor, mixed_BLD: Tensor, time_BF6D: Tensor
+    ) -> tuple[Tensor, Operand]:
+        """The tokens with the output of self-attention, and their norm."""
+        x = plus_gated(x_BLD, mixed_BLD, block_modulation(block, time_BF6D)[2])
+        return x, self.operand(block.norm3(x))
+
+    def before_feed_forward(
+        self, block: Block, x_BLD: Tensor, crossed_BLD: Tensor, time_BF6D: Tensor
+    ) -> tuple[Tensor, Operand]:
+        """The tokens with the output of cross-attention, and what the feed-forward takes."""
+        *_, shift, scale, _ = block_modulation(block, time_BF6D)
+        x = x_BLD + crossed_BLD
+        return x, self.operand(modulate(block.norm2(x), shift, scale))
+
+    def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
+        """The hidden values of the feed-forward."""
+        return self.operand(gelu(ffn_in(tokens)))
+
+    def normed_heads(
+        self, normed: NormedBy, measured: NormedBy, num_heads: int, rotary: Rotary | None = None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Queries and keys for attention, and what norms the rows of those for a state.
+
+        Args:
+            normed: what to norm over all channels and rotate.
+            measured: the others.
+            num_heads: number of heads.
+            rotary: None rotates nothing.
+
+        Returns:
+            each of the first [B, L, H, D]; and for each of the second a factor a row, or None where it is not wanted.
+        """
+        heads = [norm(x_BLD).unflatten(-1, (num_heads, -1)) for norm, x_BLD in normed]
+        return heads if rotary is None else [rotate(x, rotary) for x in heads], [None for _ in measured]
+
+    def put_keys(
+        self, layer: HybridAttention, key_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary, out_BLHK: Tensor
+    ) -> None:
+        """Put the keys k̂ of a state where they are wanted; see `Recall` for the arguments."""
+        out_BLHK.copy_(l2_norm(rotate(layer.mapped(layer.norm_k(key_BLD), layer.phi_k), rotary)))
+
+    def recalled(self, layer: HybridAttention, mixed_BLHD: Tensor, recall: Recall) -> Tensor:
+        """The output of attention in the block, and to it what was read of the state, gated."""
+        query = l2_norm(rotate(layer.mapped(layer.norm_q(recall.query_BLD), layer.phi_q), recall.rotary))
+        return mixed_BLHD + recall.gate_BLH.sigmoid()[..., None] * layer.read(recall.state_BHKV, query)
+
+
+def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of self-attention, then of the feed-forward, each [B, F, D]."""
+    return (block.modulation[:, None] + time_BF6D).unbind(dim=2)
+
+
+def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Make sure that the kernels run.
+
+    Raises:
+        InputError: no GPU, no Triton, or not in half precision.
+    """
+    if device.type != "cuda" or not triton_installed():
+        raise InputError("kernels need a GPU and Triton: leave them off")
+    if dtype not in HALF:
+        raise InputError(f"kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}: leave them off")

@@ -1,0 +1,189 @@
+"""Layer gates: which layers can do without softmax, learned under a budget.
+
+Every layer l computes both mixers, and a switch m_l picks one: m_l·hybrid + (1 - m_l)·softmax. Switches are drawn for
+every video from probabilities p_l, which are all that trains, by the distillation loss of stage 2 on the frozen hybrids
+of stage 1, plus a penalty that holds the mean of p_l at the budget. A draw is hard (0 or 1): a layer is judged as
+it will be used; its gradient is that of a soft one (straight-through, binary concrete: Maddison et al., arXiv
+1611.00712). Layers with a high p_l are the ones to convert.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from arl2.distillation.batch import BatchNoise, VideoBatch
+from arl2.distillation.objective import LayerReports
+from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
+from arl2.hybrid_attention import HybridAttention
+from arl2.model import HybridWanModel
+from wan.memory import LayerMemory, MemorySpec
+from wan.model import SelfAttention
+from wan.ops.rope import Rotary
+from wan.parallel import ParallelLayout
+from wan.utils.errors import InputError
+
+HYBRID_SHARE = "hybrid_share"
+"""Name of the p_l in reports."""
+
+
+class MixedView(NamedTuple):
+    """What each of the two mixers sees of earlier blocks, or what each returned to remember."""
+
+    hybrid: Any
+    softmax: Any
+
+
+class MixedMemory:
+    """The memories of both mixers of a layer."""
+
+    def __init__(self, hybrid: LayerMemory, softmax: LayerMemory) -> None:
+        self._both = (hybrid, softmax)
+
+    def read(self, tokens: int) -> MixedView:
+        """What both hold."""
+        return MixedView(*(memory.read(tokens) for memory in self._both))
+
+    def commit(self, update: MixedView) -> None:
+        """Give each its own."""
+        for memory, part in zip(self._both, update, strict=True):
+            memory.commit(part)
+
+    def detach(self) -> None:
+        """Cut back-propagation into earlier commits."""
+        for memory in self._both:
+            memory.detach()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for memory in self._both:
+            memory.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return sum(memory.num_bytes for memory in self._both)
+
+
+class MixedAttention(HybridAttention):
+    """Both mixers at once; `mix_among` turns a hybrid layer into this.
+
+    Attributes:
+        mix_B11: the switch of every video, 1 for the hybrid.
+    """
+
+    mix_B11: Tensor
+
+    def new_memory(self, spec: MemorySpec) -> LayerMemory:
+        """Memories of both mixers; the softmax layer's while the hybrid is not enabled."""
+        if not self.enabled:
+            return super().new_memory(spec)
+        return MixedMemory(super().new_memory(spec), SelfAttention.new_memory(self, spec))
+
+    def parallel_view(self, layout: ParallelLayout) -> Any:
+        """See `SelfAttention.parallel_view`."""
+        if not self.enabled:
+            return super().parallel_view(layout)
+        return MixedView(super().parallel_view(layout), SelfAttention.parallel_view(self, layout))
+
+    def forward(
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+    ) -> tuple[Tensor | None, Any]:
+        """See `HybridAttention.forward`; the update is a `MixedView`."""
+        if not isinstance(view, MixedView):
+            return super().forward(x_BLD, rotary, view, attend, remember)
+        hybrid, state = super().forward(x_BLD, rotary, view.hybrid, attend, remember)
+        softmax, kv = SelfAttention.forward(self, x_BLD, rotary, view.softmax, attend, remember)
+        update = MixedView(state, kv) if remember else None
+        if hybrid is None or softmax is None:
+            return None, update
+        mix = self.mix_B11.to(hybrid.dtype)
+        return mix * hybrid + (1 - mix) * softmax, update
+
+
+def mix_among(model: HybridWanModel) -> dict[int, MixedAttention]:
+    """Turn a model's hybrid layers into mixed ones, all hybrid at first; its parameters and their names stay."""
+    for module in model.hybrid_attentions().values():
+        module.__class__ = MixedAttention
+        cast(MixedAttention, module).mix_B11 = torch.ones(1, 1, 1)
+    return {layer: cast(MixedAttention, module) for layer, module in model.hybrid_attentions().items()}
+
+
+@dataclass(frozen=True)
+class GateSettings(Stage2Settings):
+    """How gates are learned.
+
+    Attributes:
+        budget: share of the layers that are to be hybrid, between 0 and 1.
+        budget_weight: of (mean p - budget)², beside the distillation loss over the power of its target.
+        temperature: of the soft switch whose gradient is taken.
+    """
+
+    budget: float = 0.5
+    budget_weight: float = 10.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.budget < 1:
+            raise InputError(f"layer gates for a budget of {self.budget}: give a share of the layers between 0 and 1")
+        if self.blocks_per_graph is not None:
+            raise InputError("layer gates have one graph for all blocks: drop blocks_per_graph")
+        if self.context is not Context.DATA:
+            raise InputError("layer gates are trained on context data")
+
+
+class LayerGates(Stage2):
+    """The objective of layer gates.
+
+    Args:
+        model: hybrid in all layers, with what stage 1 trained.
+        settings: see there.
+
+    Attributes:
+        logits: of p, by layer.
+    """
+
+    settings: GateSettings
+
+    def __init__(self, model: HybridWanModel, settings: GateSettings) -> None:
+        super().__init__(model, settings)
+        self._mixed = mix_among(model)
+        start = torch.logit(torch.tensor(settings.budget)).item()
+        self.logits = {layer: nn.Parameter(torch.full((), start)) for layer in self._mixed}
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """One logit a layer; they belong to no module."""
+        return {f"layer_gates.{layer}": logit for layer, logit in self.logits.items()}
+
+    def probabilities(self) -> dict[int, float]:
+        """p by layer."""
+        return {layer: float(logit.detach().sigmoid()) for layer, logit in self.logits.items()}
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """The error relative to the teacher's power, and the penalty."""
+        self._draw(noise)
+        (error,) = super().losses(batch, noise)
+        power = torch.stack(self._power).sum() / noise.levels_BNP.numel()
+        share = torch.stack([logit.sigmoid() for logit in self.logits.values()]).mean()
+        yield error / power + self.settings.budget_weight * (share - self.settings.budget).square()
+
+    def metrics(self) -> dict[str, float]:
+        """As stage 2's, and the mean of p."""
+        share = sum(self.probabilities().values()) / len(self.logits)
+        return super().metrics() | {"mean_share": share}
+
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """p by layer."""
+        return {HYBRID_SHARE: self.probabilities()}
+
+    def _draw(self, noise: BatchNoise) -> None:
+        """Draw the switches of every video from its own noise, so that a step is the same whenever it is computed."""
+        normal_BL = noise.noise_BNPFCHW.flatten(1)[:, : len(self.logits)].float()
+        uniform_BL = torch.special.ndtr(normal_BL).clamp(1e-6, 1 - 1e-6)
+        for column, (layer, logit) in enumerate(self.logits.items()):
+            soft = ((logit + torch.logit(uniform_BL[:, column])) / self.settings.temperature).sigmoid()
+            hard = (soft > 0.5).to(soft.dtype)
+            self._mixed[layer].mix_B11 = (hard + (soft - soft.detach()))[:, None, None]

@@ -1,0 +1,1 @@
+"""The gated delta rule, its products and precision, and compilation."""

@@ -1,0 +1,1 @@
+"""The memory probe and the benchmark made of it."""

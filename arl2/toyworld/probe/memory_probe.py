@@ -1,0 +1,237 @@
+"""The memory probe: does a model still know, once an object comes out again, what it was?
+
+Videos go on from given real frames, or are generated from captions that name nothing; then what comes out from behind
+the wall is read from the pixels and compared with what went in.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arl2.evaluation.eval_setup import Contender
+from arl2.rollout import remember_block, rollout
+from arl2.toyworld.world.captions import caption_scenes, names_answer
+from arl2.toyworld.world.latents import embed_captions, encode_pixels
+from arl2.toyworld.world.reader import CHANCE, Reading, judge, read_generated, read_video
+from arl2.toyworld.world.render import as_pixels, hidden_spans, render, visible_fraction
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, Scenes, sample_scenes
+from wan.text import TextEncoder
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import WanVAE
+
+PROBE_MIX = {"occlusion": 0.5, "binding": 0.5}
+FIRST_SEED = -10_000_000
+"""Seeds of the probe rise from here; training uses seeds from 0."""
+MEASURES = ("colour", "shape", "both")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Scenes to be judged on, with real latents.
+
+    Attributes:
+        text_BTD: embeddings of captions that name nothing.
+        telling_text_BTD: of captions that name colour and shape of every object.
+        context_blocks: blocks that a continued video is given.
+        times: length of the videos to make, in lengths of the real ones.
+        noise_seed: of the models' noise.
+    """
+
+    scenes: Scenes
+    latents_BFCHW: Tensor
+    text_BTD: Tensor
+    telling_text_BTD: Tensor
+    context_blocks: int = 2
+    times: int = 1
+    noise_seed: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the videos to make."""
+        return self.latents_BFCHW.shape[1] * self.times
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames that a continued video is given."""
+        return self.context_blocks * FRAMES_PER_BLOCK
+
+    def noise(self, continued: bool, block: int, step: int) -> Tensor:
+        """Noise of all videos, whatever part of them is made at a time, [B, F, C, h, w]."""
+        seed = zlib.crc32(f"{int(self.scenes.seed[0])}/{self.noise_seed}/{continued}/{block}/{step}".encode())
+        shape = (len(self.scenes), FRAMES_PER_BLOCK, *self.latents_BFCHW.shape[2:])
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.latents_BFCHW.device)
+
+
+def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hidden_frames: int) -> ProbeSet:
+    """Scenes that hide one or two objects behind a wall.
+
+    Raises:
+        InputError: a caption names an answer: the probe would be void.
+    """
+    first = FIRST_SEED + seed * videos
+    scenes = sample_scenes(
+        torch.arange(first, first + videos, device=vae.device), mix=PROBE_MIX, hidden_frames=hidden_frames
+    )
+    captions = caption_scenes(scenes, informative=False)
+    told = [caption for caption in captions if names_answer(caption)]
+    if told:
+        raise InputError(f"the caption {told[0]!r} names the answer: the probe's captions must not")
+    latents = torch.cat([encode_pixels(vae, as_pixels(render(scenes[rows]))) for rows in _batches(videos)])
+    text, telling = (
+        embed_captions(encoder, spoken).to(vae.device)
+        for spoken in (captions, caption_scenes(scenes, informative=True))
+    )
+    return ProbeSet(scenes, latents, text, telling)
+
+
+BATCH = 32
+"""Videos at a time; large ones fill a GPU better, and change nothing else."""
+
+
+def _batches(videos: int, size: int = BATCH) -> Iterator[slice]:
+    for first in range(0, videos, size):
+        yield slice(first, min(first + size, videos))
+
+
+@torch.no_grad()
+def generate_latents(
+    contender: Contender, probe: ProbeSet, rows: slice, text_BTD: Tensor, continued: bool = False
+) -> Tensor:
+    """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
+    model, real = contender.transformer, probe.latents_BFCHW[rows]
+    given = probe.given_frames if continued else 0
+    like = real[:, :1].expand(-1, probe.frames, -1, -1, -1)
+    memory = model.memory_for(like, contender.window_frames, contender.sink_frames)
+    text = model.embed_text(text_BTD[rows].to(model.dtype))
+    for start in range(0, given, FRAMES_PER_BLOCK):
+        remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
+
+    def noise(block: int, step: int) -> Tensor:
+        return probe.noise(continued, block, step)[rows]
+
+    blocks = (probe.frames - given) // FRAMES_PER_BLOCK
+    made = [block.latents_BFCHW for block in rollout(model, contender.sampler, noise, text, memory, blocks, given)]
+    return torch.cat([real[:, :given].float(), *(part.float() for part in made)], dim=1)
+
+
+@torch.no_grad()
+def make_videos(
+    contender: Contender, vae: WanVAE, probe: ProbeSet, text_BTD: Tensor, continued: bool = False, batch: int = BATCH
+) -> tuple[Tensor, Tensor]:
+    """Latents of all videos of a probe as in `generate_latents`, and their pixels [B, T, 3, H, W]."""
+    parts = []
+    for rows in _batches(len(probe.scenes), batch):
+        latents = generate_latents(contender, probe, rows, text_BTD, continued)
+        parts.append((latents, vae.decode(latents.to(vae.dtype)).float()))
+    latents, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return latents, pixels
+
+
+def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 % by default; of nothing, from 0 to 1."""
+    if not total:
+        return 0.0, 1.0
+    share, z2 = right / total, z * z
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    return middle - half, middle + half
+
+
+def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int | list[float]]:
+    """Accuracy among what counts, with its interval and chance."""
+    hits, total = int((right & counts).sum()), int(counts.sum())
+    return {
+        "accuracy": hits / total if total else math.nan,
+        "interval": list(interval(hits, total)),
+        "objects": total,
+        "chance": chance,
+    }
+
+
+def table(verdict: dict[str, Tensor], counts: Tensor) -> dict[str, dict[str, float | int | list[float]]]:
+    """Every measure among what counts."""
+    return {name: share(verdict[name], counts, CHANCE[name]) for name in MEASURES}
+
+
+def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """What is right after the first re-emergence: in all, by how long it was hidden, and by the number of objects."""
+    verdict = judge(reading, scenes)
+    if verdict["count"].shape[-1] < 2:
+        raise InputError("no object comes out again within these videos: make them longer")
+    before, after = ({name: values[..., phase].cpu() for name, values in verdict.items()} for phase in (0, 1))
+    spans = hidden_spans(visible_fraction(scenes) == 0)[:, :, 0]
+    duration = (spans[..., 1] - spans[..., 0] + 1).cpu()
+    two = scenes.exists.sum(1, keepdim=True).cpu() == 2
+    groups: dict[str, Tensor] = {"one object": ~two.expand_as(duration), "two objects": two.expand_as(duration)}
+    for low in sorted({int(value) // 4 * 4 for value in duration[after["count"]].tolist()}):
+        groups[f"hidden {low} to {low + 3} frames"] = (duration >= low) & (duration < low + 4)
+    return {
+        "after": table(after, after["count"]),
+        "before": table(before, before["count"]),
+        "place": share(after["place"], after["count"], math.nan),
+        "groups": {name: table(after, after["count"] & group) for name, group in groups.items()},
+    }
+
+
+def judge_every_pass(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """What is right after every re-emergence of long videos: pass by pass, and after the last of every object."""
+    verdict = {name: values.cpu() for name, values in judge(reading, scenes).items()}
+    counts = verdict["count"][..., 1:]
+    if not counts.any():
+        raise InputError("no object comes out again within these videos: make them longer")
+    passes = [
+        table({name: verdict[name][..., phase] for name in MEASURES}, verdict["count"][..., phase])
+        for phase in range(1, verdict["count"].shape[-1])
+        if verdict["count"][..., phase].any()
+    ]
+    last = 1 + (counts * torch.arange(1, counts.shape[-1] + 1)).argmax(-1, keepdim=True)
+    after_last = {name: verdict[name].gather(-1, last)[..., 0] for name in MEASURES}
+    return {"after_last": table(after_last, counts.any(-1)), "passes": passes}
+
+
+def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
+    """Whether the object that comes out is the one that went in, in videos of which only the caption is given."""
+    same = {name: values.cpu() for name, values in reading.same_object().items()}
+    return {"same_object": table(same, scenes.exists.cpu())}
+
+
+def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float | int | list[float]]]:
+    """Whether every object, when first seen, is the one that the caption names; of two, at the place it names."""
+    colour, shape = reading.colour[..., 0] == scenes.colour, reading.shape[..., 0] == scenes.shape
+    return table({"colour": colour.cpu(), "shape": shape.cpu(), "both": (colour & shape).cpu()}, scenes.exists.cpu())
+
+
+@torch.no_grad()
+def probe_model(contender: Contender, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
+    """All three forms for one model: continued, generated without being told, generated as told."""
+    scenes, two = probe.scenes, probe.scenes.exists[:, 1]
+
+    def shown(text_BTD: Tensor, continued: bool = False) -> Tensor:
+        return make_videos(contender, vae, probe, text_BTD, continued)[1]
+
+    continued = judge_continued(read_video(shown(probe.text_BTD, continued=True), scenes), scenes)
+    generated = judge_generated(read_generated(shown(probe.text_BTD), two), scenes)
+    obeyed = judge_obeyed(read_generated(shown(probe.telling_text_BTD), two), scenes)
+    both = continued["after"]
+    assert isinstance(both, dict)
+    return both["both"] | {"continued": continued, "generated": generated, "obeyed": obeyed}
+
+
+@torch.no_grad()
+def ceilings(vae: WanVAE, probe: ProbeSet) -> dict[str, dict[str, object]]:
+    """The probe on the videos themselves, and on the videos through the VAE."""
+    pixels = torch.cat([as_pixels(render(probe.scenes[rows])).cpu() for rows in _batches(len(probe.scenes))])
+    decoded = [
+        vae.decode(probe.latents_BFCHW[rows].to(vae.dtype)).float().cpu() for rows in _batches(len(probe.scenes))
+    ]
+    result = {}
+    for name, shown in (("ground_truth", pixels), ("ground_truth_through_vae", torch.cat(decoded))):
+        continued = judge_continued(read_video(shown.to(vae.device), probe.scenes), probe.scenes)
+        after = continued["after"]
+        assert isinstance(after, dict)
+        result[name] = after["both"] | {"continued": continued}
+    return result

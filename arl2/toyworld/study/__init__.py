@@ -1,0 +1,1 @@
+"""The study of distillation: rows, ablations, objectives."""

@@ -1,0 +1,107 @@
+"""Objectives of the study that are not the product's: noisy writes, and softmax models that see a window."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from arl2.distillation.batch import BatchNoise, VideoBatch, noisy_video
+from arl2.distillation.objective import LayerReports, frozen_teacher
+from arl2.distillation.stage2 import Stage2, Stage2Settings
+from arl2.model import HybridWanModel
+from wan.parallel import ParallelLayout
+from wan.teacher_forcing import teacher_forced_flow
+
+
+class WindowStudent(Stage2):
+    """A softmax model learns to predict from a window what the original predicts from everything.
+
+    All of its parameters train: it gets no less freedom than a hybrid.
+
+    Args:
+        model: the student, with the original's weights.
+        teacher: the original.
+        settings: of stage 2; path parallel.
+        window_frames, sink_frames: see `wan.memory.MemorySpec`.
+    """
+
+    def __init__(
+        self,
+        model: HybridWanModel,
+        teacher: HybridWanModel,
+        settings: Stage2Settings,
+        window_frames: int,
+        sink_frames: int,
+    ) -> None:
+        super().__init__(model, settings)
+        self._teacher, self._window, self._sink = teacher, window_frames, sink_frames
+
+    def parameters_to_train(self) -> dict[str, nn.Parameter]:
+        """All."""
+        return dict(self.model.named_parameters())
+
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """Nothing: no layer is hybrid."""
+        return {}
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """The squared difference of student and teacher, a mean over comparisons."""
+        self._error, self._power = [], []
+        size, clean = self.settings.frames_per_block, batch.latents_BFCHW
+        noisy, times = noisy_video(batch, noise, size)
+        with frozen_teacher(self._teacher):
+            text = batch.text_BTD.to(self._teacher.patch_embedding.weight.dtype)
+            wanted = teacher_forced_flow(self._teacher, noisy, times, text, size, clean)
+        flow = teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean, self._window, self._sink)
+        yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+
+
+class NoisyWriteStage2(Stage2):
+    """Stage 2 of `arl2.toyworld.study.ablations.NoisyWrites`, all blocks at once.
+
+    The sequence holds the clean video and one noisy video a step of the generator, from most to least noise, since all
+    of them write. One of a block's levels, drawn at random, is compared with the teacher, as in every other run.
+    Batches must have all of the generator's levels.
+    """
+
+    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
+        """Nothing: the loop would make passes in another order."""
+        return {}
+
+    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+        """See `Stage2.losses`."""
+        self._error, self._power = [], []
+        size, clean = self.settings.frames_per_block, batch.latents_BFCHW
+        frames, _, height, width = clean.shape[1:]
+        order_BNP = noise.levels_BNP.argsort(dim=2, descending=True)
+        falling = BatchNoise(noise.levels_BNP.gather(2, order_BNP), noise.noise_BNPFCHW)
+        passes = [_noisy_at(batch, falling, place, size) for place in range(noise.places)]
+        layout = ParallelLayout(
+            frames, size, self.model.tokens_per_frame(height, width), 1 + noise.places, clean.device
+        )
+        latents = torch.cat([clean, *(noisy for noisy, _ in passes)], dim=1)
+        times = torch.cat([torch.zeros_like(passes[0][1]), *(timesteps for _, timesteps in passes)], dim=1)
+        # Where the level that was drawn first stands among the falling ones.
+        place_BN = order_BNP.argsort(dim=2)[..., 0]
+        with frozen_teacher(self.model):
+            text = self.model.embed_text(batch.text_BTD)
+            noisy, timesteps = (_picked(torch.stack([one[i] for one in passes], 1), place_BN, size) for i in (0, 1))
+            wanted = teacher_forced_flow(self.model, noisy, timesteps, text, size, clean)
+        positions = torch.arange(frames, device=clean.device).repeat(layout.halves)
+        flow = self.model(latents, times, text, self.model.parallel_views(layout), positions).flow
+        student = _picked(flow[:, frames:].unflatten(1, (noise.places, frames)), place_BN, size)
+        levels = noise.levels_BNP[..., 0]
+        yield self._passes_error(student, wanted, levels) / levels.shape[1]
+
+
+def _noisy_at(batch: VideoBatch, noise: BatchNoise, place: int, frames_per_block: int) -> tuple[Tensor, Tensor]:
+    """All blocks at one of their levels, [B, F, C, h, w], and the timesteps of all frames, [B, F]."""
+    one = BatchNoise(noise.levels_BNP[:, :, place, None], noise.noise_BNPFCHW[:, :, place, None])
+    return noisy_video(batch, one, frames_per_block)
+
+
+def _picked(videos_BPF: Tensor, place_BN: Tensor, frames_per_block: int) -> Tensor:
+    """One of P versions of every block, [B, F, …] of [B, P, F, …]."""
+    place = place_BN.repeat_interleave(frames_per_block, dim=1)[:, None]
+    index = place.reshape(*place.shape, *(1,) * (videos_BPF.ndim - 3)).expand(-1, 1, *videos_BPF.shape[2:])
+    return videos_BPF.gather(1, index)[:, 0]

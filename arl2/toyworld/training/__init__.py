@@ -1,0 +1,1 @@
+"""Training the toy world's VAE, text encoder and transformer."""

@@ -1,0 +1,1 @@
+"""The world itself: scenes, captions, pictures, a reader of pictures, latents."""

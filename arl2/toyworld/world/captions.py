@@ -1,0 +1,103 @@
+"""What is said of a scene, from a small closed vocabulary: everything, or nothing that the memory probe asks for."""
+
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from arl2.toyworld.world.scenes import COLOURS, KINDS, SHAPES, WALLS, Scenes, draw_integer
+
+INFORMATIVE_SHARE = 0.5
+
+Option = TypeVar("Option")
+
+_NOUNS = (("shape", "shapes"), ("object", "objects"))
+_VERBS = (("slides", "slide"), ("moves", "move"), ("glides", "glide"), ("rolls", "roll"), ("goes", "go"))
+# {who}, {verb} and {wall} are filled in; of {a|b} one object takes the first, two take the second.
+_WALL_TEMPLATES = (
+    "{who} {verb} behind {wall} and {comes|come} out again",
+    "{who} {verb} behind {wall} and {comes|come} out on the other side",
+    "{who} {verb} behind {wall} and {appears|appear} again",
+    "{who} {is|are} hidden behind {wall} and {comes|come} out again",
+)
+_TEMPLATES = {
+    "occlusion": _WALL_TEMPLATES,
+    "binding": _WALL_TEMPLATES,
+    "bounce": (
+        "{who} {bounces|bounce} off the sides",
+        "{who} {verb} from side to side",
+        "{who} {verb} around and {bounces|bounce} off the sides",
+    ),
+    "leave": (
+        "{who} {leaves|leave} the frame and {returns|return}",
+        "{who} {verb} out of the frame and {comes|come} back",
+    ),
+}
+_ARTICLES = ("a", "an", "the", "two")
+_PLACES = "above and below"
+
+
+def _words() -> set[str]:
+    templates = " ".join(template for kind in _TEMPLATES.values() for template in kind)
+    words = set(re.findall(r"\w+", templates)) - {"who", "verb"}
+    return words.union(*_NOUNS, *_VERBS, _ARTICLES, _PLACES.split(), COLOURS, SHAPES, WALLS)
+
+
+VOCABULARY = tuple(sorted(_words()))
+"""Every word that a caption can hold; there is no punctuation."""
+ANSWERS = frozenset(COLOURS) | frozenset(SHAPES)
+
+
+def names_answer(caption: str) -> bool:
+    """Whether a caption names a colour or shape of an object: what the memory probe must not be told."""
+    return not ANSWERS.isdisjoint(caption.lower().split())
+
+
+def caption_scenes(scenes: Scenes, informative: bool | Tensor | None = None) -> list[str]:
+    """Captions of scenes, each a function of its scene's seed and of `informative`.
+
+    Args:
+        scenes: a batch of B.
+        informative: whether to name colours and shapes, one for all or [B], bool; if not given, half of the scenes
+            do, by seed. Of two objects an informative caption also says which is above.
+    """
+    seeds = scenes.seed
+    if informative is None:
+        informative = draw_integer(seeds, "informative", 1000) < 1000 * INFORMATIVE_SHARE
+    elif isinstance(informative, bool):
+        informative = torch.full_like(seeds, informative, dtype=torch.bool)
+    choices = {name: draw_integer(seeds, f"caption {name}", 2**20).tolist() for name in ("who", "verb", "wall", "text")}
+    objects = zip(scenes.colour.tolist(), scenes.shape.tolist(), scenes.exists.sum(1).tolist(), strict=True)
+    captions = []
+    for row, ((colours, shapes, number), kind, wall, named) in enumerate(
+        zip(objects, scenes.kind.tolist(), scenes.wall.tolist(), informative.tolist(), strict=True)
+    ):
+        choice = {name: values[row] for name, values in choices.items()}
+        who = _name(colours[:number], shapes[:number]) if named else _pick(_NOUNS, choice["who"])[number - 1]
+        if not named:
+            who = f"{'two' if number == 2 else _article(who)} {who}"
+        template = _agree(_pick(_TEMPLATES[KINDS[kind]], choice["text"]), number)
+        the_wall = _pick(("the wall", f"the {tuple(WALLS)[wall]} wall"), choice["wall"])
+        captions.append(template.format(who=who, verb=_pick(_VERBS, choice["verb"])[number - 1], wall=the_wall))
+    return captions
+
+
+def _pick(options: Sequence[Option], choice: int) -> Option:
+    return options[choice % len(options)]
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _name(colours: Sequence[int], shapes: Sequence[int]) -> str:
+    names = [f"{tuple(COLOURS)[colour]} {SHAPES[shape]}" for colour, shape in zip(colours, shapes, strict=True)]
+    names = [f"{_article(name)} {name}" for name in names]
+    return names[0] if len(names) == 1 else f"{names[0]} above and {names[1]} below"
+
+
+def _agree(template: str, number: int) -> str:
+    """Choose between the forms for one object and for two."""
+    return re.sub(r"{(\w+)\|(\w+)}", lambda forms: forms[number], template)

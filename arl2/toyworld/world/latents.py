@@ -1,0 +1,103 @@
+"""Videos of the toy world as the transformer sees them: latents, and embeddings of their captions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from arl2.toyworld.world.captions import VOCABULARY, caption_scenes
+from arl2.toyworld.world.render import as_pixels, render
+from arl2.toyworld.world.scenes import sample_scenes
+from wan.checkpoints.loading import atomic_path
+from wan.config import WAN_SIZES
+from wan.text import TOY_TEXT, TextEncoder, umt5_config, word_tokenizer
+from wan.vae.wan_vae import WanVAE
+from wan.vae.whole_clip import encode_clip
+
+
+def world_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the world's vocabulary."""
+    return word_tokenizer(VOCABULARY)
+
+
+def toy_text_encoder(seed: int = 0) -> TextEncoder:
+    """A small UMT5 with random weights, for `arl2.toyworld.training.train_text`, and the world's tokenizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = UMT5EncoderModel(umt5_config(TOY_TEXT)).eval().requires_grad_(False)
+    return TextEncoder(model, world_tokenizer(), WAN_SIZES["toy"]["text_len"])
+
+
+def embed_captions(encoder: TextEncoder, captions: Sequence[str], batch: int = 1024) -> Tensor:
+    """Embeddings [N, text_len, text_dim]; equal captions are computed once."""
+    distinct = sorted(set(captions))
+    rows = {caption: row for row, caption in enumerate(distinct)}
+    parts = [encoder.encode(distinct[first : first + batch]) for first in range(0, len(distinct), batch)]
+    return torch.cat(parts)[[rows[caption] for caption in captions]]
+
+
+@torch.no_grad()
+def encode_pixels(vae: WanVAE, pixels_BTCHW: Tensor) -> Tensor:
+    """Normalised latents [B, F, C, h, w] of whole videos, in one forward."""
+    mean, std = vae.statistics()
+    latents = encode_clip(vae.model, pixels_BTCHW.transpose(1, 2).to(vae.dtype))[0]
+    return ((latents - mean) / std).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class LatentVideos:
+    """A training set on one device, or a batch of it.
+
+    Attributes:
+        latents_NFCHW: normalised latents, in half precision in a training set and in float32 in a batch.
+        text_NTD: embeddings of the captions.
+        untold_NTD: of what the captions would be if they named nothing, for guidance.
+    """
+
+    latents_NFCHW: Tensor
+    text_NTD: Tensor
+    untold_NTD: Tensor
+
+    def __len__(self) -> int:
+        return self.latents_NFCHW.shape[0]
+
+    def batch(self, generator: torch.Generator, size: int, frames: int | None = None) -> "LatentVideos":
+        """Some videos at random, or the first `frames` latent frames of them."""
+        rows = torch.randint(len(self), (size,), generator=generator).to(self.latents_NFCHW.device)
+        latents = self.latents_NFCHW[rows, :frames]
+        return LatentVideos(latents.float(), self.text_NTD[rows].float(), self.untold_NTD[rows].float())
+
+
+def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int = 0, batch: int = 32) -> LatentVideos:
+    """Draw, caption and encode videos of the standard length with seeds from `first_seed` on; half name nothing.
+
+    On a GPU the VAE computes in bfloat16, as in its own training: training sets take minutes otherwise.
+    """
+    latents = []
+    captions: list[str] = []
+    untold: list[str] = []
+    for first in range(first_seed, first_seed + videos, batch):
+        seeds = torch.arange(first, min(first + batch, first_seed + videos), device=vae.device)
+        scenes = sample_scenes(seeds)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
+            latents.append(encode_pixels(vae, as_pixels(render(scenes))).half())
+        captions += caption_scenes(scenes)
+        untold += caption_scenes(scenes, informative=False)
+    text, silent = (embed_captions(encoder, said).to(vae.device).half() for said in (captions, untold))
+    return LatentVideos(torch.cat(latents), text, silent)
+
+
+def save_latent_videos(data: LatentVideos, file: Path) -> None:
+    """Keep a training set."""
+    with atomic_path(file) as temporary:
+        save_file({"latents": data.latents_NFCHW, "text": data.text_NTD, "untold": data.untold_NTD}, temporary)
+
+
+def load_latent_videos(file: Path, device: torch.device) -> LatentVideos:
+    """Read a training set that `save_latent_videos` kept."""
+    stored = load_file(file, device=str(device))
+    return LatentVideos(stored["latents"], stored["text"], stored["untold"])

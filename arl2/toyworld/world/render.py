@@ -1,0 +1,158 @@
+"""Drawing scenes: soft-edged shapes over a flat background, and a wall before them; on CPU or GPU, all at once."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from arl2.toyworld.world.scenes import (
+    AREA,
+    BACKGROUNDS,
+    COLOURS,
+    HEIGHT,
+    SHAPES,
+    STRIPE_COLOUR,
+    STRIPE_HEIGHT,
+    STRIPED,
+    WALLS,
+    WIDTH,
+    Scenes,
+)
+
+RING_HOLE = 0.5
+"""Inner radius over outer radius."""
+TRIANGLE_BASE = 21.6
+CROSS_SIZE = 22.5
+CHUNK_FRAMES = {"cpu": 16, "cuda": 32 * 1024}
+"""How many frames are drawn at once: on a CPU what its cache holds, on a GPU what fills it."""
+
+
+def _inside(distance: Tensor, limit: float) -> Tensor:
+    """How much of a pixel lies within `limit`: an edge one pixel soft."""
+    return (limit + 0.5 - distance).clamp(0, 1)
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    outer = math.sqrt(AREA / math.pi / (1 - RING_HOLE**2))
+    distance = (x.square() + y.square()).sqrt()
+    return _inside(distance, outer) - _inside(distance, RING_HOLE * outer)
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    half = math.sqrt(AREA) / 2
+    return _inside(x.abs(), half) * _inside(y.abs(), half)
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    half_base, height = TRIANGLE_BASE / 2, 2 * AREA / TRIANGLE_BASE
+    length = math.hypot(half_base, height)
+    beyond_side = x.abs() * (height / length) - (y + height / 2) * (half_base / length)
+    return _inside(beyond_side, 0) * _inside(y, height / 2)
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    half = CROSS_SIZE / 2
+    half_arm = (CROSS_SIZE - math.sqrt(CROSS_SIZE**2 - AREA)) / 2
+    x, y = x.abs(), y.abs()
+    x_arm, y_arm = _inside(x, half_arm), _inside(y, half_arm)
+    return _inside(x, half) * y_arm + x_arm * _inside(y, half) - x_arm * y_arm
+
+
+_DRAW = {"ring": _ring, "square": _square, "triangle": _triangle, "cross": _cross}
+
+
+def shape_coverage(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """How much of the pixel at (x, y) from the shape's centre the shape covers, 0 to 1; x and y broadcast."""
+    return _DRAW[shape](x, y)
+
+
+def coverage(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+    """How much of every pixel each object would cover if there were no wall, [B, O, T, H, W], float32, 0 to 1."""
+    centres = scenes.centres(frames)
+    x = torch.arange(WIDTH, device=scenes.device) + 0.5
+    y = torch.arange(HEIGHT, device=scenes.device) + 0.5
+    drawn = centres.new_zeros(*centres.shape[:3], HEIGHT, WIDTH)
+    for index, shape in enumerate(SHAPES):
+        rows = (scenes.exists & (scenes.shape == index)).nonzero(as_tuple=True)
+        centre = centres[rows][..., None, None]
+        drawn[rows] = shape_coverage(shape, x - centre[:, :, 0], y[:, None] - centre[:, :, 1])
+    return drawn
+
+
+def wall_columns(scenes: Scenes) -> Tensor:
+    """Which columns the wall covers, [B, W], bool."""
+    x = torch.arange(WIDTH, device=scenes.device)
+    return (x >= scenes.wall_left[:, None]) & (x < scenes.wall_right[:, None])
+
+
+def _chunks(scenes: Scenes, frames: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Pairs of scenes and frames that together are at most CHUNK_FRAMES frames."""
+    limit = CHUNK_FRAMES["cuda" if scenes.device.type == "cuda" else "cpu"]
+    frame_step = min(len(frames), limit)
+    scene_step = max(1, limit // frame_step)
+    for first in range(0, len(scenes), scene_step):
+        for begin in range(0, len(frames), frame_step):
+            yield slice(first, first + scene_step), slice(begin, begin + frame_step)
+
+
+def render(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+    """Draw videos, uint8 [B, T, 3, H, W], on the scenes' device.
+
+    Args:
+        scenes: what to draw.
+        frames: which ones, [T]; all of a video of the default length if not given.
+    """
+    frames = scenes.frames() if frames is None else frames.to(scenes.device)
+    video = torch.empty(len(scenes), len(frames), 3, HEIGHT, WIDTH, dtype=torch.uint8, device=scenes.device)
+    for rows, columns in _chunks(scenes, frames):
+        video[rows, columns] = _draw(scenes[rows], frames[columns])
+    return video
+
+
+def as_pixels(video: Tensor) -> Tensor:
+    """Bytes as the models take them: float32 in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def visible_fraction(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+    """How much of each object is seen in front of the background, [B, O, T], 0 to 1; exactly 0 if no pixel of it is."""
+    frames = scenes.frames() if frames is None else frames.to(scenes.device)
+    visible = torch.empty(*scenes.exists.shape, len(frames), device=scenes.device)
+    for rows, columns in _chunks(scenes, frames):
+        seen = coverage(scenes[rows], frames[columns]).sum(-2) * ~wall_columns(scenes[rows])[:, None, None]
+        visible[rows, :, columns] = (seen.sum(-1) / AREA).clamp(max=1)
+    return visible
+
+
+def hidden_spans(hidden: Tensor) -> Tensor:
+    """First and last frame of each run of hidden frames, [B, O, P, 2] for up to P runs, -1 where there are fewer.
+
+    Args:
+        hidden: [B, O, T], bool, for example `visible_fraction(scenes) == 0`.
+    """
+    edge = torch.zeros_like(hidden[..., :1])
+    begins = hidden & ~torch.cat((edge, hidden[..., :-1]), -1)
+    ends = hidden & ~torch.cat((hidden[..., 1:], edge), -1)
+    spans = torch.full((*hidden.shape[:-1], int(begins.sum(-1).max()), 2), -1, device=hidden.device)
+    for side, marks in enumerate((begins, ends)):
+        scene, thing, frame = marks.nonzero(as_tuple=True)
+        spans[scene, thing, marks.cumsum(-1)[marks] - 1, side] = frame
+    return spans
+
+
+def _draw(scenes: Scenes, frames: Tensor) -> Tensor:
+    colours, backgrounds, walls = (
+        torch.tensor(list(table.values()), dtype=torch.float32, device=scenes.device)
+        for table in (COLOURS, BACKGROUNDS, WALLS)
+    )
+    background = backgrounds[scenes.background]
+    contrast = (colours[scenes.colour] - background[:, None])[:, :, None, :, None, None]
+    image = background[:, None, :, None, None]
+    for index, covered in enumerate(coverage(scenes, frames).unbind(1)):
+        image = image + covered[:, :, None] * contrast[:, index]
+    stripe = torch.arange(HEIGHT, device=scenes.device) // STRIPE_HEIGHT % 2 == 1
+    striped = (scenes.wall == STRIPED)[:, None] & stripe
+    stripe_colour = torch.tensor(STRIPE_COLOUR, dtype=torch.float32, device=scenes.device)
+    wall = torch.where(striped[:, None], stripe_colour[:, None], walls[scenes.wall][..., None])
+    return torch.where(wall_columns(scenes)[:, None, None, None], wall[:, None, ..., None], image).round().byte()

@@ -1,0 +1,445 @@
+"""Text to video: prompt → block-autoregressive rollout → streamed decode, in the manner of a diffusers pipeline."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from arl2.checkpoint import build_hybrid, read_generator
+from arl2.inference.cuda_graphs import GraphedModel
+from arl2.inference.fused_ops import require_kernels
+from arl2.inference.linear import require_fp8
+from arl2.inference.memory_pool import MemoryPool
+from arl2.inference.model import InferenceModel
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
+from pipelines.config import MemoryConfig, SpeedConfig, check_size
+from pipelines.generation.streaming import SideStream, Transfer, finished
+from pipelines.media.video import to_uint8
+from wan.checkpoints.formats import read_config, transformer_config
+from wan.memory import Memory, MemorySpec
+from wan.model import FlowModel
+from wan.ops.attention import AttentionBackend
+from wan.text import TextEncoder, load_text_encoder
+from wan.utils.errors import InputError
+from wan.vae.tiny import load_tiny_decoder
+from wan.vae.wan_vae import WanVAE, load_vae
+
+log = logging.getLogger(__name__)
+
+SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", "timestep_shift", "context_noise")
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class NonFiniteBlockError(RuntimeError):
+    """A generated block holds NaN or infinity; its video cannot go on.
+
+    Attributes:
+        block: index of the block.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__(f"block {block} is not finite: check the weights, or use --dtype float32")
+        self.block = block
+
+
+@dataclass(frozen=True)
+class VideoBlock:
+    """Some frames of a video, as soon as they exist.
+
+    Attributes:
+        index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
+        pixels_BTCHW: decoded frames in [-1, 1].
+        latents_BFCHW: the block's latents, normalised.
+        frames_BTHWC: the frames as bytes, on their way to the CPU.
+        finite: whether the latents are, likewise.
+    """
+
+    index: int
+    pixels_BTCHW: Tensor
+    latents_BFCHW: Tensor
+    frames_BTHWC: Transfer
+    finite: Transfer
+
+
+@dataclass
+class VideoOutput(BaseOutput):
+    """What a call returns.
+
+    Attributes:
+        frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;
+            "latent" [B, F, C, h, w].
+    """
+
+    frames: Any
+
+
+class SeededNoise:
+    """The noise of some videos: a function of their seeds, the block and the step.
+
+    Drawn on the CPU, so that it is the same on every device, and whatever was generated before.
+
+    Args:
+        seeds: one a video.
+        shape: of one block of one video, (F, C, h, w).
+        device: where it is wanted, in float32.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self._seeds = seeds
+        self._shape = shape
+        self._device = device
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        # From pinned memory, which the GPU copies without the CPU waiting for it.
+        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
+        for seed, of_video in zip(self._seeds, noise, strict=True):
+            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            torch.randn(self._shape, generator=generator, out=of_video)
+        return noise.to(self._device, non_blocking=True)
+
+
+class CausalVideoPipeline(DiffusionPipeline):
+    """Text to video with a causal Wan transformer, hybrid or softmax.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the parts.
+        frames_per_block: latent frames generated at a time.
+        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+        context_noise: timestep of the clean pass.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: HybridWanModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        frames_per_block: int = 3,
+        denoising_steps: Sequence[int] = (1000, 750, 500, 250),
+        warp_denoising_steps: bool = True,
+        timestep_shift: float = 5.0,
+        context_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            frames_per_block=frames_per_block,
+            denoising_steps=list(denoising_steps),
+            warp_denoising_steps=warp_denoising_steps,
+            timestep_shift=timestep_shift,
+            context_noise=context_noise,
+        )
+        self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
+        self.wan_vae = WanVAE(vae)
+        self._fast: FlowModel | None = None
+        self._pool: MemoryPool | None = None
+        self._side: SideStream | None = None
+        self.load_seconds: float | None = None
+        self.warm_up_seconds: float | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        checkpoint_path: str | Path | None = None,
+        use_ema: bool = False,
+        hybrid: HybridSettings = HybridSettings(),
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Self:
+        """Load every part, strictly and offline, from a native Wan 2.1 folder or a diffusers folder.
+
+        `load_seconds` keeps how long it took.
+
+        Args:
+            pretrained_model_name_or_path: the folder; never asks a hub.
+            checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
+            use_ema: take `generator_ema` of a checkpoint that has both.
+            hybrid: hybrid layers and adapters; by default those of the weights.
+            torch_dtype, device: of all parts.
+            seed: of parameters that a conversion adds.
+            sampling: settings of this class that replace those stored in the folder.
+
+        Raises:
+            CheckpointError, InputError: something is missing, damaged or does not fit.
+        """
+        begin, folder = time.perf_counter(), Path(pretrained_model_name_or_path)
+        weights = read_generator(folder, checkpoint_path, use_ema)
+        transformer, _ = build_hybrid(
+            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
+        )
+        vae = load_vae(folder, dtype=torch_dtype, device=device)
+        text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
+        pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+        pipeline.load_seconds = time.perf_counter() - begin
+        log.info("model loaded in %.1f s", pipeline.load_seconds)
+        return pipeline
+
+    @property
+    def flow_model(self) -> FlowModel:
+        """What computes the transformer's passes: itself, or its fast form."""
+        return self._fast or self.transformer
+
+    @property
+    def overlaps_decoding(self) -> bool:
+        """Whether a block is decoded while the next is denoised."""
+        return self._side is not None
+
+    def accelerate(self, speed: SpeedConfig) -> None:
+        """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
+
+        Feed-forward adapters are merged for good. Call it when everything is on its device.
+
+        Args:
+            speed: what to switch on; if nothing of the transformer, the plain one computes.
+
+        Raises:
+            InputError: the device cannot.
+        """
+        device, config = self.transformer.device, self.transformer.config
+        speed = speed.on(device, self.transformer.dtype)
+        for switch in ("cuda_graphs", "overlap_decoding"):
+            if vars(speed)[switch] and device.type != "cuda":
+                raise InputError(f"{switch} needs a GPU: leave it off")
+        if speed.fp8:
+            require_fp8(device, config.dim, config.ffn_dim)
+        if speed.kernels:
+            require_kernels(device, self.transformer.dtype)
+        self._fast = self._pool = None
+        self._side = SideStream(device) if speed.overlap_decoding else None
+        self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
+        if speed.tiny_vae is not None:
+            self.wan_vae.tiny = load_tiny_decoder(
+                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
+            )
+        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
+            return
+        self.transformer.merge_ffn_lora()
+        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels))
+        self._pool = MemoryPool(self.transformer)
+        if not speed.cuda_graphs:
+            self._fast = fast
+            return
+        # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.
+        launched = fast.without_kernels() if speed.kernels and speed.compile else fast
+        self._fast = GraphedModel(fast, device, launched)
+
+    @torch.no_grad()
+    def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:
+        """Run two blocks on noise, so that kernels are compiled, tuned and loaded.
+
+        Over a full memory passes that are recorded and those that are not have kernels of their own: the second block
+        has some of both.
+
+        Returns:
+            seconds that it took, which `warm_up_seconds` keeps.
+        """
+        begin, config, device = time.perf_counter(), self.transformer.config, self._execution_device
+        size = self._latent_size(height, width)
+        embeds = torch.zeros(batch_size, config.text_len, config.text_dim, device=device, dtype=self.transformer.dtype)
+        text, state = self.transformer.embed_text(embeds), self.new_memory(batch_size, height, width, None, memory)
+        latents = torch.randn(batch_size, self.config.frames_per_block, config.in_dim, *size, device=device)
+        for start in (0, self.config.frames_per_block):
+            for _ in range(2):
+                predict_flow(self.flow_model, latents, torch.full((), 500.0, device=device), text, state, start)
+            remember_block(self.flow_model, latents, text, state, start, self.config.context_noise)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.warm_up_seconds = time.perf_counter() - begin
+        log.info("transformer warmed up in %.1f s", self.warm_up_seconds)
+        return self.warm_up_seconds
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [B, text_len, text_dim]; rows of padding are zero.
+
+        Raises:
+            InputError: a prompt is empty, or the text encoder was not loaded.
+        """
+        if any(not prompt.strip() for prompt in prompts):
+            raise InputError("the prompt is empty: write what the video should show")
+        if self.text_encoder is None or self.tokenizer is None:
+            raise InputError("this pipeline has no text encoder: pass prompt_embeds")
+        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len=self.transformer.config.text_len)
+        return encoder.encode(prompts)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a video of `num_frames` frames.
+
+        Raises:
+            InputError: the VAE cannot make that number.
+        """
+        stride = self.wan_vae.temporal_compression
+        if num_frames < 1 or (num_frames - 1) % stride:
+            raise InputError(f"{num_frames} frames cannot be decoded: give 1 plus a multiple of {stride}")
+        return (num_frames - 1) // stride + 1
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        stride = self.wan_vae.spatial_compression
+        check_size(height, width, stride, self.transformer.patch_size)
+        return height // stride, width // stride
+
+    def new_memory(
+        self, batch_size: int, height: int, width: int, latent_frames: int | None, memory: MemoryConfig
+    ) -> Memory:
+        """An empty memory for videos of this size.
+
+        Args:
+            latent_frames: of the whole video, to be allocated at once; None if it is not known.
+            memory: full or windowed.
+        """
+        memory.check(self.config.frames_per_block)
+        window_frames, sink_frames = memory.window
+        spec = MemorySpec(
+            batch_size=batch_size,
+            tokens_per_frame=self.transformer.tokens_per_frame(*self._latent_size(height, width)),
+            device=self._execution_device,
+            dtype=self.transformer.dtype,
+            frames=latent_frames or self.config.frames_per_block,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+        )
+        return (self._pool or self.transformer).new_memory(spec)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int | None = 81,
+        height: int = 480,
+        width: int = 832,
+        *,
+        prompt_embeds: Tensor | None = None,
+        image: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        memory: MemoryConfig | None = None,
+        phase: Phase = lambda name: nullcontext(),
+    ) -> Iterator[VideoBlock]:
+        """Generate a video and hand out its frames block by block.
+
+        Args:
+            prompt: one, or one a video of the batch; `prompt_embeds` from `encode_prompt` may take its place.
+            num_frames: frames of the video; None to go on for ever (give `memory` a window then).
+            height, width: pixels.
+            image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; remembered first.
+            seeds: one a video; without them, drawn from `generator` (or from torch's own).
+            memory: of the softmax layers; full by default.
+            phase: entered around "text", "denoise", "remember" and "vae", to time them.
+
+        Yields:
+            blocks in order; the first brings the given frames too. On a GPU the next block is computed meanwhile: take
+            `frames_BTHWC`, since any other copy to the CPU would wait for that too.
+
+        Raises:
+            InputError: sizes that do not fit.
+            NonFiniteBlockError: the model produced NaN or infinity.
+        """
+        device, frames_per_block = self._execution_device, self.config.frames_per_block
+        size = self._latent_size(height, width)
+        if prompt_embeds is None:
+            if prompt is None:
+                raise InputError("give a prompt or prompt_embeds")
+            with phase("text"):
+                prompt_embeds = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt)
+        batch = prompt_embeds.shape[0]
+        if seeds is None:
+            seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
+        if len(seeds) != batch:
+            raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
+        context = None if image is None else self.wan_vae.encode(image.to(device, self.wan_vae.dtype))
+        context_frames = 0 if context is None else context.shape[1]
+        blocks, latent_frames = None, None
+        if num_frames is not None:
+            latent_frames = self.latent_frames(num_frames)
+            blocks = num_blocks(latent_frames - context_frames, frames_per_block)
+        state = self.new_memory(batch, height, width, latent_frames, memory or MemoryConfig())
+        text = self.transformer.embed_text(prompt_embeds.to(device, self.transformer.dtype))
+        if context is not None:
+            for start in range(0, context_frames, frames_per_block):
+                remember_block(self.flow_model, context[:, start : start + frames_per_block], text, state, start)
+        noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
+        generated = rollout(
+            self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
+        )
+        for block in finished(self._decoder(context, phase), generated, device):
+            if not block.finite.wait():
+                raise NonFiniteBlockError(block.index)
+            block.frames_BTHWC.join()
+            yield block
+
+    def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
+        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
+        vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
+        with aside():
+            decoder, head = vae.decode_stream(), list[Tensor]()
+            if context_BFCHW is not None:
+                with phase("vae"):
+                    head.append(decoder.decode(context_BFCHW.to(vae.dtype)))
+
+        def decode(block: GeneratedBlock) -> VideoBlock:
+            with aside():
+                finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
+                with phase("vae"):
+                    pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
+                head.clear()
+                frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
+            return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
+
+        return decode
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        *,
+        generator: torch.Generator | None = None,
+        output_type: str = "np",
+        **options: Any,
+    ) -> VideoOutput:
+        """Generate a whole video; see `stream` for the arguments, and `VideoOutput` for output types."""
+        if output_type not in ("pt", "np", "pil", "latent"):
+            raise InputError(f"unknown output_type {output_type!r}: give pt, np, pil or latent")
+        pixels, latents = [], []
+        with self.progress_bar(total=num_frames) as bar:
+            for block in self.stream(prompt, num_frames, height, width, generator=generator, **options):
+                # Frames wait on the CPU, so that the GPU's memory does not grow with the video.
+                pixels.append(block.pixels_BTCHW.float().cpu())
+                latents.append(block.latents_BFCHW)
+                bar.update(block.pixels_BTCHW.shape[1])
+        if output_type == "latent":
+            return VideoOutput(torch.cat(latents, dim=1))
+        processor = VideoProcessor(vae_scale_factor=self.wan_vae.spatial_compression)
+        return VideoOutput(processor.postprocess_video(torch.cat(pixels, dim=1).transpose(1, 2), output_type))
+
+    def use_attention_backend(self, backend: AttentionBackend) -> None:
+        """Let `backend` compute all softmax attention of the transformer."""
+        self.transformer.use_attention_backend(backend)
+
+
+def stored_sampling(folder: Path) -> dict[str, Any]:
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    return {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}

@@ -1,0 +1,1 @@
+"""Reading and writing videos, charts and contact sheets."""

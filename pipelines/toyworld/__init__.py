@@ -1,0 +1,1 @@
+"""The toy world's study: what runs, and its table."""

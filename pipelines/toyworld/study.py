@@ -1,0 +1,464 @@
+"""Making, examining and keeping the models of the toy world's study of distillation; see `arl2.toyworld.study.rows`.
+
+    work/latents_<n>_from_0.safetensors    training videos, kept in the device's memory while training
+    work/study/results/<row>.json          everything known of a row; a row that has one is done
+    work/study/weights/<row>.safetensors   what was trained, in half precision
+    work/study/runs/<row>/                 the trainer's folder; its checkpoints go once the weights are kept
+
+Rows of another seed than 0 have `.seed<n>` behind their names. Stage 1 is that of seed 0 for all.
+
+Several processes may work on one folder, on one GPU or many: each takes the next row that no other has taken.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arl2.checkpoint import build_hybrid, save_hybrid_weights
+from arl2.distillation.checkpointing import fill
+from arl2.distillation.data import ResidentLatents
+from arl2.distillation.objective import Objective
+from arl2.distillation.stage1 import stage1_parameters
+from arl2.distillation.stage2 import stage2_parameters
+from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
+from arl2.evaluation.eval_setup import Contender
+from arl2.layer_selection.gates import LayerGates
+from arl2.layer_selection.scores import Selection, read_stage1_errors, replacement_scores
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.toyworld.probe.leakage import STRIDE
+from arl2.toyworld.probe.memory_benchmark import Exam, ExamSettings, equal_memory_window, memory_bytes
+from arl2.toyworld.study.ablations import Variant, install
+from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
+from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
+from arl2.toyworld.world.latents import encode_world, save_latent_videos
+from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
+from pipelines.config import MemoryConfig, MemoryKind, load_config
+from pipelines.provenance import ROOT, device_name, git_commit
+from pipelines.training.config import (
+    GatesConfig,
+    Stage1Config,
+    Stage2Config,
+    TrainingConfig,
+    check_training,
+    read_layers,
+)
+from pipelines.training.run import new_accelerator, new_objective, new_trainer
+from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.loading import as_state_dict, atomic_path, read_weights, write_json
+from wan.text import load_text_encoder
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import load_vae, spatial_stride
+
+log = logging.getLogger(__name__)
+
+CONFIGS = ROOT / "configs" / "toyworld"
+KEPT_IN_FLOAT32 = ("A_log", "dt_bias")
+Result = dict[str, Any]
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+class OutOfTimeError(Exception):
+    """The time of this sitting is over; everything is kept, and the next one goes on."""
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a sitting is given.
+
+    Attributes:
+        work: folder of everything.
+        model: the toy world's bundle.
+        device: where to compute.
+        training_videos: how many are drawn, if there is no file of them yet.
+        exam: how large exams are.
+        seed: of stage 2.
+        steps: of every training but stage 1, in the place of the config's.
+        stage1_steps: of stage 1.
+        overrides: further settings of every training, `key=value`.
+        layers_file: of scripts/select_layers.py, in the place of stage 1's errors.
+        deadline: when to stop, on the clock of `time.monotonic`.
+    """
+
+    work: Path
+    model: Path
+    device: torch.device
+    training_videos: int = 24576
+    exam: ExamSettings = field(default_factory=ExamSettings)
+    seed: int = 0
+    steps: int | None = None
+    stage1_steps: int | None = None
+    overrides: tuple[str, ...] = ()
+    layers_file: Path | None = None
+    deadline: float = math.inf
+
+    @property
+    def folder(self) -> Path:
+        """Of what is to be kept."""
+        return self.work / "study"
+
+    def is_over(self) -> bool:
+        """Whether the time is."""
+        return time.monotonic() > self.deadline
+
+
+class Study:
+    """Makes what is missing; see the module.
+
+    Args:
+        settings: see there.
+    """
+
+    def __init__(self, settings: StudySettings) -> None:
+        self.settings = settings
+        self._exam_seconds = 0.0
+
+    def path(self, kind: str, name: str, suffix: str = "") -> Path:
+        """Of a row's file or folder; stage 1 is that of seed 0."""
+        seed = self.settings.seed if name != "stage1" else 0
+        return self.settings.folder / kind / (name + (f".seed{seed}" if seed else "") + suffix)
+
+    def result(self, name: str) -> Result | None:
+        """What is known of a row, if it is done."""
+        path = self.path("results", name, ".json")
+        page: Result | None = json.loads(path.read_text()) if path.is_file() else None
+        return page
+
+    def keep(self, name: str, result: Result) -> None:
+        """Write a row's result."""
+        card = device_name(self.settings.device)
+        about = {"name": name, "seed": self.settings.seed, "device": card, "torch": torch.__version__}
+        page = without_infinities(result | about | {"git_commit": git_commit()})
+        write_json(self.path("results", name, ".json"), page)
+
+    @contextmanager
+    def claimed(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Keep other processes off a row; see `locked`."""
+        with locked(self.path("locks", name), wait) as free:
+            yield free
+
+    # What all rows share.
+
+    def make_data(self) -> Path:
+        """The file of training videos, made if there is none."""
+        settings = self.settings
+        with locked(settings.work / "data.lock", wait=True):
+            found = sorted(settings.work.glob("latents_*_from_0.safetensors"))
+            return max(found, key=lambda path: path.stat().st_size) if found else self._encode()
+
+    def _encode(self) -> Path:
+        settings = self.settings
+        started = time.perf_counter()
+        vae = load_vae(settings.model, device=settings.device)
+        encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
+        file = settings.work / f"latents_{settings.training_videos}_from_0.safetensors"
+        save_latent_videos(encode_world(vae, encoder, settings.training_videos), file)
+        log.info("%d videos encoded in %.0f s", settings.training_videos, time.perf_counter() - started)
+        return file
+
+    @cached_property
+    def data_file(self) -> Path:
+        """See `make_data`."""
+        return self.make_data()
+
+    @cached_property
+    def data(self) -> ResidentLatents:
+        """The training videos."""
+        return ResidentLatents(self.data_file, self.settings.device)
+
+    @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """Of the transformer."""
+        return transformer_config(self.settings.model)
+
+    @cached_property
+    def exam(self) -> Exam:
+        """The exam, with what the teacher makes of it."""
+        settings = self.settings
+        encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
+        vae = load_vae(settings.model, device=settings.device)
+        teacher = Contender(self.build(HybridSettings(), torch.float32), self.config(Stage2Config, "teacher").sampler())
+        return Exam(vae, encoder, teacher, settings.exam)
+
+    def build(self, hybrid: HybridSettings, dtype: torch.dtype) -> HybridWanModel:
+        """The generator with some hybrid layers, frozen; what is new is untrained."""
+        settings = self.settings
+        weights = read_transformer(settings.model)
+        return build_hybrid(weights, self.sizes, hybrid, dtype=dtype, device=settings.device, seed=settings.seed)[0]
+
+    def config(self, kind: type[Config], name: str, changes: tuple[str, ...] = ()) -> Config:
+        """A training's config: that of configs/toyworld, and what the study changes."""
+        settings = self.settings
+        stage = {Stage1Config: "stage1", Stage2Config: "stage2", GatesConfig: "gates"}[kind]
+        steps = settings.stage1_steps if kind is Stage1Config else settings.steps
+        fixed = [
+            *(f"model_folder={settings.model}", f"run_folder={self.path('runs', name)}", "tracker=none"),
+            *("sample_every=0", "save_every=200", "keep=1", f"device={settings.device}", f"seed={settings.seed}"),
+            *([f"init_from={self.path('weights', 'stage1', '.safetensors')}"] if kind is not Stage1Config else []),
+            *([f"steps={steps}"] if steps is not None else []),
+        ]
+        config = load_config(kind, CONFIGS / f"{stage}.yaml", [*fixed, *changes, *settings.overrides])
+        return replace(config, report_every=config.steps, seed=0 if kind is Stage1Config else settings.seed)
+
+    # Training.
+
+    def train(self, name: str, config: TrainingConfig, objective: Objective) -> tuple[Trainer, Result]:
+        """Train to the end, from where an earlier sitting stopped.
+
+        Raises:
+            OutOfTimeError: the sitting ended before.
+        """
+        trainer = new_trainer(config, self.data, new_accelerator(config), objective)
+        if not trainer.run(self.settings.is_over):
+            raise OutOfTimeError
+        lines = [json.loads(line) for line in (Path(config.run_folder) / LOSSES).read_text().splitlines()]
+        tail = [line["loss"] for line in lines[-max(1, len(lines) // 20) :] if line["loss"] is not None]
+        seconds = [line["seconds"] for line in lines]
+        training = {
+            "steps": config.steps,
+            "batch": config.batch,
+            "seconds": sum(seconds),
+            "seconds_a_step": sorted(seconds)[len(seconds) // 2],
+            "last_loss": sum(tail) / len(tail),
+            "metrics": objective.metrics(),
+        }
+        log.info("%s: %d steps, %.0f s, loss %.4g", name, config.steps, sum(seconds), training["last_loss"])
+        return trainer, training
+
+    def keep_weights(self, name: str, values: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
+        """Write what was trained."""
+        kept = {
+            key: value.detach().to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else dtype).cpu().contiguous()
+            for key, value in values.items()
+        }
+        with atomic_path(self.path("weights", name, ".safetensors")) as temporary:
+            save_file(kept, temporary)
+
+    def stage1(self) -> None:
+        """Train all layers by stage 1, or wait until another process has."""
+        with self.claimed("stage1", wait=True):
+            if self.result("stage1") is None:
+                self._stage1()
+
+    def _stage1(self) -> None:
+        config = self.config(Stage1Config, "stage1")
+        config.data = [str(self.data_file)]
+        check_training(config, self.data)
+        model = install(self.build(config.hybrid(self.sizes["num_layers"]), self.training_dtype), Variant.PLAIN)
+        trainer, training = self.train("stage1", config, new_objective(config, model))
+        self.keep_weights("stage1", trainer.state.trainables, torch.float32)
+        report = sorted((self.path("runs", "stage1") / "reports").glob("step-*.json"))[-1]
+        self.keep("stage1", {"training": training, "layers": json.loads(report.read_text())["layers"]})
+        shutil.rmtree(self.path("runs", "stage1") / CHECKPOINTS)
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """Of frozen weights."""
+        return torch.bfloat16 if self.settings.device.type == "cuda" else torch.float32
+
+    def layers_of(self, row: Row) -> list[int]:
+        """A row's hybrid layers.
+
+        Raises:
+            InputError: stage 1 is not done.
+        """
+        if row.layers or row.share == 100 or row.kind in (Kind.SOFTMAX, Kind.WINDOW):
+            return list(row.layers) or list(range(self.sizes["num_layers"] if row.share == 100 else 0))
+        if self.settings.layers_file is not None:
+            return read_layers(self.settings.layers_file, row.share)
+        page = self.path("results", "stage1", ".json")
+        if not page.is_file():
+            raise InputError(f"no {page}: run --part stage1 first, which says which layers to convert")
+        return Selection("stage1_error", read_stage1_errors(page, self.sizes["num_layers"])).layers(row.share)
+
+    def row_config(self, row: Row) -> Stage2Config:
+        """Stage 2 of a row."""
+        changes = (*row.settings, f"hybrid_layers={self.layers_of(row) or [0]}")
+        return self.config(Stage2Config, row.name, changes)
+
+    def hybrid_of(self, row: Row, config: Stage2Config) -> HybridSettings:
+        """A row's hybrid layers and adapters."""
+        if row.kind in (Kind.SOFTMAX, Kind.WINDOW):
+            return HybridSettings()
+        hybrid = config.hybrid(self.sizes["num_layers"])
+        return replace(hybrid, lora_rank=None) if row.kind is Kind.STAGE1 else hybrid
+
+    def objective_of(self, row: Row, config: Stage2Config) -> Objective:
+        """What a row's training minimises."""
+        model = install(self.build(self.hybrid_of(row, config), self.training_dtype), row.variant)
+        contender = self.contender(row, model)
+        if row.kind is Kind.STAGE2 and contender.window_frames is not None:
+            config.memory = MemoryConfig(MemoryKind.window, contender.window_frames, contender.sink_frames)
+        if row.kind is Kind.WINDOW:
+            teacher = self.build(HybridSettings(), self.training_dtype)
+            assert contender.window_frames is not None
+            settings = config.objective_settings()
+            return WindowStudent(model, teacher, settings, contender.window_frames, contender.sink_frames)
+        if row.variant is Variant.NOISY_WRITES:
+            config.levels.per_block = len(config.denoising_steps)
+            return NoisyWriteStage2(model, config.objective_settings())
+        return new_objective(config, model)
+
+    def train_row(self, row: Row) -> Result:
+        """Train a row if its weights are not there; returns figures of the training."""
+        page = self.path("weights", row.name, ".json")
+        if page.is_file():
+            training: Result = json.loads(page.read_text())
+            return training
+        config = self.row_config(row)
+        config.data = [str(self.data_file)]
+        check_training(config, self.data)
+        trainer, training = self.train(row.name, config, self.objective_of(row, config))
+        self.keep_weights(row.name, trainer.state.ema or trainer.state.trainables)
+        if any(other.kind is Kind.RAW and other.of == row.name for rows in PARTS.values() for other in rows):
+            self.keep_weights(f"{row.name}.raw", trainer.state.trainables)
+        write_json(page, training)
+        shutil.rmtree(self.path("runs", row.name) / CHECKPOINTS)
+        return training
+
+    # Examining.
+
+    def contender(self, row: Row, model: HybridWanModel) -> Contender:
+        """A model as a row is sampled."""
+        stride, layers = spatial_stride(self.settings.model), round(self.sizes["num_layers"] * 0.75)
+        tokens = model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
+        trained = (NUM_FRAMES - 1) // STRIDE + 1
+        equal = equal_memory_window(model, layers, trained, tokens)
+        sampler = self.config(Stage2Config, row.name).sampler()
+        return Contender(model, sampler, row.window.frames(equal, trained), row.window.sink_frames)
+
+    def model_of(self, row: Row) -> HybridWanModel:
+        """A row's model with what was trained, in float32."""
+        model = install(self.build(self.hybrid_of(row, self.row_config(row)), torch.float32), row.variant)
+        if row.kind is Kind.SOFTMAX:
+            return model
+        others = {Kind.STAGE1: "stage1", Kind.RAW: f"{row.of}.raw", Kind.AGAIN: row.of}
+        name = others.get(row.kind, row.name)
+        file = self.path("weights", name, ".safetensors")
+        if row.of:
+            with self.claimed(row.of, wait=True):
+                pass  # another process may be training it
+        if not file.is_file():
+            raise InputError(f"no {file}: run the part that trains {name} first")
+        targets = dict(model.named_parameters()) if row.kind is Kind.WINDOW else stage2_parameters(model)
+        state = as_state_dict(read_weights(file), file)
+        fill(targets, {key: value for key, value in state.items() if key in targets or row.trains}, file)
+        return model
+
+    def examine(self, row: Row, training: Result | None) -> Result:
+        """Take the exam, and keep the result.
+
+        Raises:
+            OutOfTimeError: no exam fits into what is left of the sitting.
+        """
+        if time.monotonic() + self._exam_seconds > self.settings.deadline:
+            raise OutOfTimeError
+        started = time.perf_counter()
+        model = self.model_of(row)
+        contender, real = self.contender(row, model), self.exam.probe.latents_BFCHW
+        result: Result = {"row": vars(row) | {"layers": self.layers_of(row)}, "training": training}
+        result |= {f"memory_bytes_{times}x": memory_bytes(model, real, contender, times) for times in (1, 4)}
+        result |= {"window_frames": contender.window_frames, "sink_frames": contender.sink_frames}
+        result |= {"exam": self.exam.take(contender, row.noise_seed), "exam_settings": vars(self.settings.exam)}
+        seconds = time.perf_counter() - started
+        self._exam_seconds = seconds
+        self.keep(row.name, result | {"exam_seconds": seconds})
+        log.info("%s: examined in %.0f s", row.name, seconds)
+        return result
+
+    def run_row(self, row: Row) -> None:
+        """Train and examine a row that has no result, unless another process is at it."""
+        with self.claimed(row.name) as free:
+            if not free:
+                log.info("%s: another process is at it", row.name)
+            elif self.result(row.name) is None:
+                self.examine(row, self.train_row(row) if row.trains else None)
+
+    def run_ceilings(self) -> None:
+        """The probe on the videos themselves."""
+        with self.claimed("ceilings") as free:
+            if free and self.result("ceilings") is None:
+                self.keep("ceilings", {"ceilings": self.exam.ceilings()})
+
+    # Choosing layers.
+
+    def replacement(self, videos: int = 64) -> dict[int, float]:
+        """Scores by replacing one layer at a time, after stage 1."""
+        model = self.build(HybridSettings(tuple(range(self.sizes["num_layers"]))), torch.float32)
+        install(model, Variant.PLAIN)
+        file = self.path("weights", "stage1", ".safetensors")
+        fill(stage1_parameters(model), as_state_dict(read_weights(file), file), file)
+        probe, sampler = self.exam.probe, self.config(Stage2Config, "replacement").sampler()
+        rows = slice(0, videos)
+        blocks = probe.frames // self.config(Stage2Config, "replacement").frames_per_block
+        scores = replacement_scores(
+            model, sampler, probe.text_BTD[rows], lambda block, step: probe.noise(False, block, step)[rows], blocks
+        )
+        return {layer: sum(values) / len(values) for layer, values in scores.items()}
+
+    def gates(self) -> tuple[dict[int, float], Result]:
+        """Scores by trained layer gates."""
+        config = self.config(GatesConfig, "gates")
+        config.data = [str(self.data_file)]
+        check_training(config, self.data)
+        model = self.build(config.hybrid(self.sizes["num_layers"]), self.training_dtype)
+        objective = new_objective(config, model)
+        assert isinstance(objective, LayerGates)
+        _, training = self.train("gates", config, objective)
+        return {layer: 1 - share for layer, share in objective.probabilities().items()}, training
+
+    # Shipping.
+
+    def export(self, row: Row) -> Path:
+        """Write what a row has more than the generator, in half precision, as `checkpoint_path` takes it.
+
+        Raises:
+            InputError: a row of another layer than the product's.
+        """
+        if row.variant is not Variant.PLAIN or row.window is not Window.FULL:
+            raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
+        file = self.path("export", row.name, ".safetensors")
+        save_hybrid_weights(self.model_of(row), file, torch.float16)
+        return file
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a file's lock, which ends with the process however that ends.
+
+    Args:
+        path: of an empty file that stays.
+        wait: until it is free.
+
+    Yields:
+        whether it is held; always, after waiting.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def without_infinities(value: Any) -> Any:
+    """What JSON can say: None in the place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

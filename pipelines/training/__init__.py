@@ -1,0 +1,1 @@
+"""Training runs: typed configs, the run folder, resuming, export."""

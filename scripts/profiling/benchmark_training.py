@@ -1,0 +1,72 @@
+"""Measure what a training step costs: speed, operations, memory by phase, and the hours of a whole run.
+
+    python scripts/profiling/benchmark_training.py  # Wan 1.3B, 21 latents of 480×832: one H100
+    python scripts/profiling/benchmark_training.py --rows stage2-checkpointed --steps 5
+    python scripts/profiling/benchmark_training.py --size toy --height 64 --width 96 --hybrid_layers 6 --device cpu
+
+Weights and data are random. Every row is written as soon as it is measured, and the same command goes on where a killed
+one stopped; a row for which memory runs out says so.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.generation.arguments import DTYPES, choose_dtype
+
+DEFAULTS = TrainingBenchmark()
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The rows, for people."""
+    page = Table("row", "s/step", "TFLOP/s", "of matmul", "peak GB", "bars", caption="of the model / of the hardware")
+    for name, row in results["rows"].items():
+        peak = f"{row['memory']['step_peak'] / 1e9:.1f}"
+        if row["status"] != "ok":
+            page.add_row(name, row["status"], "", "", peak)
+            continue
+        kinds = [row[kind] for kind in ("model", "hardware")]
+        rates = " / ".join(f"{kind['flops_per_second'] / 1e12:.3g}" for kind in kinds)
+        shares = " / ".join(f"{kind['share_of_matmul']:.0%}" for kind in kinds)
+        bars = ", ".join(f"{bar} {'met' if row[f'bar_{bar}'] else 'missed'}" for bar in ("memory", "speed"))
+        page.add_row(name, f"{1 / row['steps_per_second']:.3g}", rates, shares, peak, bars)
+    return page
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    names = [row.name for row in ROWS]
+    add("--rows", nargs="+", choices=names, default=names)
+    add("--size", default=DEFAULTS.size, help="of the transformer")
+    for name in ("height", "width", "frames", "frames_per_block", "hybrid_layers", "lora_rank", "steps", "seed"):
+        add(f"--{name}", type=int, default=vars(DEFAULTS)[name])
+    add("--output_folder", type=Path, default=Path("output/benchmark_training"))
+    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="of the frozen weights; bfloat16 on a GPU, float32 on a CPU by default")
+    arguments = parser.parse_args()
+    config = TrainingBenchmark(
+        **{name: value for name, value in vars(arguments).items() if name in vars(DEFAULTS)},
+        warmup_steps=DEFAULTS.warmup_steps,
+    )
+    device, folder, console = choose_device(arguments.device), arguments.output_folder, Console()
+    dtype = choose_dtype(arguments.dtype, device)
+    rows = tuple(row for row in ROWS if row.name in arguments.rows)
+    results = run_training_benchmark(config, rows, device, dtype, folder)
+    console.print(table(results))
+    for stage in ("stage1", "stage2"):
+        for videos, hours in results["cost"].get(stage, {}).get("hours_by_videos_per_step", {}).items():
+            console.print(f"{stage}, {videos} videos a step: {hours:.1f} GPU-hours")
+    console.print(f"results in {folder / JSON_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""Tell where the time of generating a video goes: GPU seconds by kernel, and by what the kernels do.
+
+    python scripts/profiling/profile_generation.py --row hybrid-75-window --frames 249 --no_vae --json profile.json
+    python scripts/profiling/profile_generation.py --config configs/toyworld/benchmark.yaml --row hybrid-100 --frames 21
+
+Weights are random, as in scripts/benchmark.py, whose configs and rows these are. While the GPU is not busy, it waits:
+for launches, copies, the CPU. On a CPU it is operations and not kernels.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
+from pipelines.benchmark.measure import Trace, build_stage, warm_up, whole_run
+from pipelines.benchmark.profile import profiled, summary
+from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.config import load_config
+from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
+from pipelines.provenance import environment
+from wan.checkpoints.loading import write_json
+
+SHOWN = 25
+"""Kernels in the table; the JSON has all."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", type=Path, default=Path("configs/benchmark.yaml"))
+    add("--row", required=True, help="name of a row of the config")
+    add("--frames", type=int, default=249, help="pixel frames of the video")
+    add("--no_vae", action="store_true", help="only the transformer")
+    add("--json", type=Path, help="where to write everything")
+    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    add_speed_flags(parser)
+    return parser.parse_args()
+
+
+def measure(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """Profile the config's only case."""
+    (case,) = plan_cases(config)
+    stage = build_stage(config, case, device, dtype, folder)
+    warm_up(stage, case)
+    trace = Trace()
+    kernels = profiled(partial(whole_run(case), stage, case, case.frames, trace), device)
+    return {
+        "row": case.row,
+        "frames": case.frames,
+        "vae": case.vae,
+        "blocks": config.blocks(case.frames),
+        "seconds": sum(kernel["seconds"] for kernel in kernels),
+        "seconds_until_last_block": trace.arrivals[-1],
+        "kinds": summary(kernels),
+        "kernels": kernels,
+        "environment": environment(device),
+    }
+
+
+def pages(result: dict[str, Any]) -> list[Table]:
+    """What people look at: by kind, and the longest kernels."""
+    blocks, total = result["blocks"], result["seconds"]
+    busy = total / result["seconds_until_last_block"]
+    title = (
+        f"{result['row']}, {result['frames']} frames: {total:.2f} s of kernels, {busy:.0%} of that to the last block"
+    )
+    by_kind, by_kernel = Table("kind", title=title), Table("kernel")
+    kinds = list(result["kinds"].items())
+    kernels = [(kernel["name"], kernel) for kernel in result["kernels"][:SHOWN]]
+    for page, parts in ((by_kind, kinds), (by_kernel, kernels)):
+        for header in ("a block", "ms a block", "share"):
+            page.add_column(header, justify="right")
+        for name, part in parts:
+            milliseconds = 1000 * part["seconds"] / blocks
+            page.add_row(name, f"{part['count'] / blocks:.1f}", f"{milliseconds:.2f}", f"{part['seconds'] / total:.1%}")
+    return [by_kind, by_kernel]
+
+
+@exit_on_input_error
+def main() -> int:
+    """Parse, profile, report."""
+    arguments = parse()
+    config = select(load_config(BenchmarkConfig, arguments.config), [arguments.row], [arguments.frames])
+    speed = apply_speed_flags(config.speed, arguments)
+    config = replace(config, vae=config.vae and not arguments.no_vae, blocks_sampled=None, speed=speed)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(config, device, dtype, Path(folder))
+    Console().print(*pages(result), sep="\n")
+    if arguments.json is not None:
+        write_json(arguments.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

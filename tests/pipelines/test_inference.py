@@ -1,0 +1,350 @@
+"""inference.py from end to end on a toy model, and every bad input: one line that names cause and cure, status 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import inference
+from arl2.model import HybridSettings
+from arl2.rollout import FewStepSampler, denoise_block, remember_block
+from pipelines.cli import choose_device
+from pipelines.config import MemoryConfig, MemoryKind
+from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
+from pipelines.generation.random_model import random_pipeline
+from pipelines.media.video import read_video
+from wan.memory import MemorySpec
+from wan.utils.errors import InputError
+from wan.vae.wan_vae import TOY_VAE
+
+SIZE = {"height": 32, "width": 48}
+CONFIG = """
+model_folder: {folder}
+num_output_frames: 6
+height: 32
+width: 48
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    random_pipeline("toy", HybridSettings((0, 1, 2)), vae_config=TOY_VAE | {"dim": 4}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> CausalVideoPipeline:
+    return CausalVideoPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(folder=folder))
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, config: Path, *flags: str | Path) -> int:
+    output = [] if "--output_folder" in flags else ["--output_folder", config.parent / "out"]
+    arguments = ["inference.py", "--config_path", config, *output, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    return inference.main()
+
+
+def test_videos_are_written_measured_and_not_made_twice(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+) -> None:
+    prompts, metrics = tmp_path / "prompts.txt", tmp_path / "metrics"
+    prompts.write_text("a red shape\na/../b 🙂\na red shape\n")
+    flags = ("--data_path", prompts, "--metrics_dir", metrics, "--memory", "window")
+    assert run(monkeypatch, config, *flags) == 0
+    videos = sorted((tmp_path / "out").iterdir())
+    assert len(videos) == 3 and len({read_video(video).tobytes() for video in videos}) == 3
+    assert read_video(videos[0]).shape == (21, 32, 48, 3)
+    page = json.loads((metrics / f"{videos[0].stem}.json").read_text())
+    assert page["load_seconds"] > 0
+    assert page["frames"] == 21 and page["settings"]["memory"]["kind"] == "window"
+    assert set(page["seconds"]) == {"text", "denoise", "clean_pass", "vae", "total"}
+    parts = sum(page["seconds"][name] for name in ("text", "denoise", "clean_pass", "vae"))
+    assert 0 < parts < page["seconds"]["total"] and 0 < page["time_to_first_frame"] < page["seconds"]["total"]
+    before = {video: video.stat().st_mtime_ns for video in videos}
+    videos[1].unlink()
+    assert run(monkeypatch, config, *flags) == 0
+    assert {video: video.stat().st_mtime_ns != before[video] for video in videos} == dict(
+        zip(videos, (False, True, False), strict=True)
+    )
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_rates_of_parts_are_told_where_they_work_one_after_the_other(
+    overlaps: bool, monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(CausalVideoPipeline, "overlaps_decoding", overlaps)
+    assert run(monkeypatch, config, "--prompt", "a red shape", "--metrics_dir", tmp_path / "metrics") == 0
+    page = json.loads(next((tmp_path / "metrics").iterdir()).read_text())
+    assert page["fps"].keys() == ({"end_to_end"} if overlaps else {"end_to_end", "dit", "vae"})
+
+
+def test_videos_of_other_settings_or_weights_are_not_taken_for_finished(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, config = shutil.copytree(folder, tmp_path / "model"), tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(folder=own))
+    assert run(monkeypatch, config, "--prompt", "x") == 0
+    assert run(monkeypatch, config, "--prompt", "x", "--memory", "window") == 2
+    assert "was made with memory" in capsys.readouterr().err
+    weights = own / "transformer" / "diffusion_pytorch_model.safetensors"
+    changed = {name: value + 0.01 for name, value in load_file(weights).items()}
+    save_file(changed, weights)
+    assert run(monkeypatch, config, "--prompt", "x") == 2
+    assert "was made with weights" in capsys.readouterr().err
+    assert run(monkeypatch, config, "--prompt", "x", "--metrics_dir", tmp_path / "elsewhere") == 2
+    assert "which would say what made it, is not" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ranks_make_the_same_videos_as_one_process(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\n")
+    assert run(monkeypatch, config, "--data_path", prompts, "--output_folder", tmp_path / "single") == 0
+    prompts.write_text("three\none\ntwo\n")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert run(monkeypatch, config, "--data_path", prompts, "--output_folder", tmp_path / "ranks") == 0
+    single, ranks = ({p.name: p.read_bytes() for p in (tmp_path / f).glob("*.mp4")} for f in ("single", "ranks"))
+    assert len(single) == 3 and single == ranks
+
+
+def test_a_killed_run_leaves_no_half_file_under_a_videos_name(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "inference.py", "--config_path", config, "--prompt", "x", "--device", "cpu"]
+    command += ["--output_folder", tmp_path / "out", "--num_output_frames", "300", "--memory", "window"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    partial = None
+    while partial is None and process.poll() is None:
+        partial = next((tmp_path / "out").glob(".*.part"), None) if (tmp_path / "out").is_dir() else None
+    process.kill()
+    process.wait()
+    assert partial is not None and not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_an_image_starts_a_video_of_a_frame_wise_model(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "image.png")
+    config.write_text(config.read_text() + "frames_per_block: 1\n")
+    flags = ("--i2v", "--image", tmp_path / "image.png", "--prompt", "a shape", "--num_output_frames", "3")
+    assert run(monkeypatch, config, *flags) == 0
+    assert read_video(next((tmp_path / "out").glob("*.mp4"))).shape == (9, 32, 48, 3)
+    assert run(monkeypatch, config, *flags) == 0, "finished"
+    assert run(monkeypatch, config, *(flags[3:])) == 2
+    assert "was made with image" in capsys.readouterr().err
+    Image.fromarray(np.full((64, 64, 3), 50, np.uint8)).save(tmp_path / "image.png")
+    assert run(monkeypatch, config, *flags) == 2
+    assert "was made with image" in capsys.readouterr().err
+
+
+def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path], str]]:
+    """Name to (config text, flags, what the message must say)."""
+    good = CONFIG.format(folder=folder)
+    prompt: list[str | Path] = ["--prompt", "x"]
+    (tmp / "empty.txt").write_text("\n")
+    (tmp / "file").write_text("")
+    torch.save({"generator": {"encoder.conv1.weight": torch.zeros(1)}}, tmp / "vae.pt")
+    torch.save({"generator": {"patch_embedding.weight": torch.zeros(1)}}, tmp / "short.pt")
+    return {
+        "malformed config": ("a: [", prompt, "not valid YAML"),
+        "a list for a config": ("- a: 1\n", prompt, "it is a list"),
+        "unknown key": (good + "shfit: 3\n", prompt, "shfit"),
+        "wrong type": (good + "fps: many\n", prompt, "fps"),
+        "unknown memory": (good + "memory: {kind: some}\n", prompt, "memory.kind"),
+        "missing model folder": ("model_folder: /nowhere\n", prompt, "no model folder"),
+        "missing prompt file": (good, ["--data_path", tmp / "none.txt"], "no prompt file"),
+        "empty prompt file": (good, ["--data_path", tmp / "empty.txt"], "no prompts"),
+        "empty prompt": (good, ["--prompt", " "], "empty"),
+        "missing checkpoint": (good, [*prompt, "--checkpoint_path", tmp / "none.pt"], "no checkpoint"),
+        "another family": (good, [*prompt, "--checkpoint_path", tmp / "vae.pt"], "a VAE"),
+        "missing keys": (good, [*prompt, "--checkpoint_path", tmp / "short.pt"], "missing"),
+        "layer out of range": (good, [*prompt, "--hybrid_layers", "0", "8"], "out of range"),
+        "layer repeated": (good, [*prompt, "--hybrid_layers", "1", "1"], "more than once"),
+        "layer not in the weights": (good, [*prompt, "--hybrid_layers", "5"], "not in [5]"),
+        "frames not divisible": (good, [*prompt, "--num_output_frames", "7"], "multiple, such as 6"),
+        "no frames": (good, [*prompt, "--num_output_frames", "0"], "multiple"),
+        "i2v with chunks": (good, [*prompt, "--i2v", "--image", tmp / "file"], "chunk-wise"),
+        "image without i2v": (good, [*prompt, "--image", tmp / "file"], "--i2v"),
+        "no GPU": (good, [*prompt, "--device", "cuda:99"], "no GPU"),
+        "no such device": (good, [*prompt, "--device", "toaster"], "toaster"),
+        "unwritable output": (good, [*prompt, "--output_folder", tmp / "file" / "out"], "cannot write"),
+        "steps that rise": (good + "denoising_steps: [250, 500]\n", prompt, "must fall"),
+        "unknown backend": (good + "attention_backend: magic\n", prompt, "magic"),
+        "window too small": (good + "memory: {kind: window, window_frames: 4, sink_frames: 3}\n", prompt, "window"),
+        "no positive rank": (good, [*prompt, "--lora_rank", "0"], "not positive"),
+        "odd size": (good.replace("height: 32", "height: 40"), prompt, "multiple of 16"),
+    }
+
+
+CASES = sorted(bad_inputs(Path(), Path("/tmp")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gives_one_line_and_status_2(
+    case: str, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, flags, message = bad_inputs(folder, tmp_path)[case]
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    assert run(monkeypatch, config, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error, error
+    assert "Traceback" not in error and not list(tmp_path.glob("**/*.mp4"))
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(InputError, match="2 processes cannot share cuda:0"):
+        choose_device("cuda:0")
+    with pytest.raises(InputError, match="no GPU for cuda:99"):
+        choose_device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_sizes_are_checked_before_models_load(
+    monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CausalVideoPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    for change in (("height: 32", "height: 40"), ("width: 48", "width: 0"), ("frames: 6", "frames: 7")):
+        text = config.read_text()
+        config.write_text(text.replace(*change))
+        assert run(monkeypatch, config, "--prompt", "x") == 2
+        assert "multiple" in capsys.readouterr().err
+        config.write_text(text)
+
+
+def test_a_missing_config_and_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, config.with_name("none.yaml"), "--prompt", "x") == 2
+    assert "no config file" in capsys.readouterr().err
+    usage = shutil.disk_usage(config.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run(monkeypatch, config, "--prompt", "x") == 2
+    assert "full" in capsys.readouterr().err
+
+
+def test_nan_stops_one_video_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("poison\nfine\n")
+    encode = CausalVideoPipeline.encode_prompt
+
+    def poisoned(self: CausalVideoPipeline, prompts: list[str]) -> torch.Tensor:
+        embedding = encode(self, prompts)
+        return embedding * torch.nan if prompts == ["poison"] else embedding
+
+    monkeypatch.setattr(CausalVideoPipeline, "encode_prompt", poisoned)
+    assert run(monkeypatch, config, "--data_path", prompts) == 1
+    assert "block 0 is not finite" in caplog.text
+    assert [path.name.split("-")[0] for path in (tmp_path / "out").glob("*.mp4")] == ["fine"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_call_equals_the_stream_in_every_output_type(pipeline: CausalVideoPipeline) -> None:
+    options = {"num_frames": 21, **SIZE, "seeds": [5]}
+    streamed = torch.cat([block.pixels_BTCHW for block in pipeline.stream("a red shape", **options)], dim=1)
+    pipeline.set_progress_bar_config(disable=True)
+    outputs = {
+        kind: pipeline("a red shape", output_type=kind, **options).frames for kind in ("pt", "np", "pil", "latent")
+    }
+    torch.testing.assert_close(outputs["pt"], streamed / 2 + 0.5)
+    assert outputs["np"].shape == (1, 21, 32, 48, 3) and outputs["np"].dtype == np.float32
+    assert len(outputs["pil"][0]) == 21 and outputs["pil"][0][0].size == (48, 32)
+    assert outputs["latent"].shape == (1, 6, 16, 4, 6)
+    with pytest.raises(InputError, match="output_type"):
+        pipeline("x", output_type="gif", **options)
+
+
+def test_a_batch_gives_each_video_what_it_gets_alone(pipeline: CausalVideoPipeline) -> None:
+    options = {"num_frames": 21, **SIZE}
+    both = [block.latents_BFCHW for block in pipeline.stream(["a red shape", "blue"], seeds=[1, 2], **options)]
+    for index, (prompt, seed) in enumerate((("a red shape", 1), ("blue", 2))):
+        alone = [block.latents_BFCHW for block in pipeline.stream(prompt, seeds=[seed], **options)]
+        torch.testing.assert_close(torch.cat(both, 1)[index : index + 1], torch.cat(alone, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_seeds_and_embeddings_must_fit(pipeline: CausalVideoPipeline) -> None:
+    with pytest.raises(InputError, match="2 seeds for 1 videos"):
+        next(pipeline.stream("x", 9, **SIZE, seeds=[1, 2]))
+    for shape in ((1, 40, 64), (1, 4, 63)):
+        with pytest.raises(InputError, match="do not fit"):
+            next(pipeline.stream(prompt_embeds=torch.zeros(shape), num_frames=9, **SIZE))
+
+
+def test_the_generator_decides(pipeline: CausalVideoPipeline) -> None:
+    def latents(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return next(pipeline.stream("x", 9, **SIZE, generator=generator)).latents_BFCHW
+
+    assert torch.equal(latents(1), latents(1)) and not torch.equal(latents(1), latents(2))
+
+
+def test_a_windowed_stream_without_end_equals_naive_recomputation(pipeline: CausalVideoPipeline) -> None:
+    memory = MemoryConfig(MemoryKind.window, window_frames=7, sink_frames=2)
+    stream = pipeline.stream("a red shape", None, **SIZE, seeds=[3], memory=memory)
+    streamed = [next(stream).latents_BFCHW for _ in range(5)]
+    model, sampler = pipeline.transformer, FewStepSampler.from_steps([1000, 750, 500, 250], 5.0)
+    text = model.embed_text(pipeline.encode_prompt(["a red shape"]))
+    noise = SeededNoise([3], (3, 16, 4, 6), torch.device("cpu"))
+    with torch.no_grad():
+        for index in range(5):
+            # Nothing is carried over: all earlier blocks are remembered afresh by the plain memories.
+            spec = MemorySpec(
+                1, 6, torch.device("cpu"), torch.float32, 1, window_frames=7, sink_frames=2, differentiable=True
+            )
+            plain = model.new_memory(spec)
+            for earlier, latents in enumerate(streamed[:index]):
+                remember_block(model, latents, text, plain, 3 * earlier)
+            again = denoise_block(model, sampler, lambda step, i=index: noise(i, step), text, plain, 3 * index)
+            torch.testing.assert_close(again, streamed[index], rtol=1e-4, atol=1e-4)
+
+
+def test_nan_names_the_block(pipeline: CausalVideoPipeline) -> None:
+    embeds = torch.full((1, 4, 64), torch.nan)
+    with pytest.raises(NonFiniteBlockError, match="block 0"):
+        next(pipeline.stream(prompt_embeds=embeds, num_frames=9, **SIZE))
+
+
+def test_save_pretrained_and_from_pretrained_keep_everything(pipeline: CausalVideoPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    again = CausalVideoPipeline.from_pretrained(tmp_path)
+    assert again.transformer.hybrid.layers == (0, 1, 2) and again.config.timestep_shift == 5.0
+    options = {"num_frames": 9, **SIZE, "seeds": [1]}
+    first, second = (next(p.stream("a red shape", **options)).pixels_BTCHW for p in (pipeline, again))
+    assert torch.equal(first, second)
+
+
+def test_verify_script_reports_and_fails(tmp_path: Path) -> None:
+    golden = ROOT / "tests" / "golden"
+    for name in ("G7_scheduler.json", "G7_scheduler.safetensors"):
+        shutil.copy(golden / name, tmp_path)
+    command = [sys.executable, str(ROOT / "scripts" / "verify.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    passed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert passed.returncode == 0 and "3 of 3 cases passed" in passed.stdout
+    text = (tmp_path / "G7_scheduler.json").read_text().replace('"shift": 8.0', '"shift": 8.1')
+    (tmp_path / "G7_scheduler.json").write_text(text)
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert failed.returncode == 1 and "2 of 3" in failed.stdout

@@ -1,0 +1,88 @@
+"""Scripts that move weights: converting between formats, and drawing random models."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import HYBRID, tiny_model
+
+from arl2.checkpoint import save_generator
+from arl2.model import HybridWanModel
+from pipelines.generation.pipeline import CausalVideoPipeline
+from wan.checkpoints.formats import read_transformer
+
+convert_checkpoint = import_module("convert_checkpoint")
+make_random_model = import_module("make_random_model")
+
+
+def call(monkeypatch: pytest.MonkeyPatch, script: object, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    return script.main()
+
+
+def test_a_checkpoint_goes_round_the_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_model(HYBRID, torch.float32)
+    model.save_pretrained(tmp_path / "a")
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / "b.pt") == 0
+    flags = ("--config", tmp_path / "a", "--lora_alpha", HYBRID.lora_alpha)
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "b.pt", tmp_path / "c.safetensors", *flags) == 0
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "c.safetensors", tmp_path / "d", *flags) == 0
+    names = torch.load(tmp_path / "b.pt", weights_only=True)["generator"]
+    assert "model.blocks.0.self_attn.lora_q_A" in names and "model.blocks.0.ffn.0.linear.weight" in names
+    again = HybridWanModel.from_pretrained(tmp_path / "d")
+    assert again.hybrid == model.hybrid
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / "e.pt", "--merge_ffn_lora") == 0
+    merged = read_transformer(tmp_path / "e.pt").state
+    assert "blocks.0.ffn.0.weight" in merged and not any("ffn.0.lora" in name for name in merged)
+
+
+def test_conversions_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_generator(tiny_model(dtype=torch.float32), tmp_path / "a.pt")
+    for arguments, message in (
+        ((tmp_path / "a.pt", tmp_path / "b.pt"), "--config or --size"),
+        ((tmp_path / "a.pt", tmp_path / "a.pt"), "exists"),
+        ((tmp_path / "none.pt", tmp_path / "b.pt"), "no checkpoint"),
+        ((tmp_path / "a.pt", tmp_path / "b.pt", "--size", "1.3B"), "does not fit"),
+    ):
+        assert call(monkeypatch, convert_checkpoint, *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = ("--size", "toy", "--folder", tmp_path / "m", "--layout", "diffusers", "--device", "cpu")
+    assert call(monkeypatch, make_random_model, *flags, "--hybrid_layers", 1, 2) == 0
+    assert CausalVideoPipeline.from_pretrained(tmp_path / "m").transformer.hybrid.layers == (1, 2)
+    assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
+
+
+def test_kernels_are_timed_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = import_module("benchmark_kernels")
+    assert call(monkeypatch, script, "--json", tmp_path / "x.json", "--device", "cpu") == 2
+    assert "kernels need a GPU" in capsys.readouterr().err and not (tmp_path / "x.json").exists()
+
+
+def test_the_demo_makes_a_video_with_both_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = import_module("demo")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring bounces off the sides\n")
+    monkeypatch.setattr(demo, "PROMPTS", prompts)
+    monkeypatch.setattr(demo, "OUTPUT_FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert demo.main() == 0
+    printed = capsys.readouterr().out
+    written = [Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
+    assert [path.parent.name for path in written] == [*demo.MODELS, "demo"]
+    assert [path.suffix for path in written] == [".mp4", ".mp4", ".png"]
+    assert Image.open(written[2]).size == (9 * (2 * 96 + 8) + 8, 2 * (30 + 2 * 64 + 30) + 8)

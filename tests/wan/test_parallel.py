@@ -1,0 +1,48 @@
+"""All blocks at once: block by block without a mask is what the mask says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import wan.parallel
+from wan.ops.attention import AttentionBackend, attention
+from wan.parallel import BlocksView, MaskedView, ParallelLayout
+
+LAYOUTS = [(9, 3, 2, None, 0), (9, 3, 1, None, 0), (12, 2, 3, 6, 2), (12, 3, 2, 6, 0), (5, 1, 2, 4, 3), (4, 4, 2, 4, 0)]
+
+
+def layout_of(frames: int, per_block: int, halves: int, window: int | None, sink: int) -> ParallelLayout:
+    return ParallelLayout(frames, per_block, 5, halves, torch.device("cpu"), window, sink)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_what_a_block_sees_is_its_row_of_the_mask(sizes: tuple[int, int, int, int | None, int]) -> None:
+    layout = layout_of(*sizes)
+    for place, rows in enumerate(layout.mask.split(layout.tokens_per_block)):
+        seen = torch.zeros(len(layout.mask), dtype=torch.bool)
+        for part in layout.seen_tokens(*divmod(place, layout.num_blocks)):
+            assert part.start < part.stop and not seen[part].any()
+            seen[part] = True
+        assert torch.equal(rows, seen.expand_as(rows)), place
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_by_blocks_values_and_gradients_are_those_under_the_mask(sizes: tuple[int, int, int, int | None, int]) -> None:
+    layout = layout_of(*sizes)
+    tokens = len(layout.mask)
+    q, k, v = (torch.randn(2, tokens, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weight = torch.randn(2, tokens, 3, 4, dtype=torch.float64)
+
+    def with_gradients(out: Tensor) -> list[Tensor]:
+        return [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+
+    masked = with_gradients(attention(q, k, v, mask_LM=layout.mask))
+    by_blocks = with_gradients(BlocksView(layout).attention(q, k, v, AttentionBackend.AUTO))
+    torch.testing.assert_close(by_blocks, masked, rtol=1e-12, atol=1e-12)
+
+
+def test_long_blocks_go_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(9, 3, 2, None, 0)
+    assert isinstance(layout.view, MaskedView)
+    monkeypatch.setattr(wan.parallel, "MOST_MASKED_TOKENS", 14)
+    assert isinstance(layout.view, BlocksView)

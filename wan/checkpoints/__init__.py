@@ -1,0 +1,1 @@
+"""Weight files: every public layout in, strictly."""
