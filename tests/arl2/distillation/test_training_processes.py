@@ -16,7 +16,7 @@ from training_world import build_world, command, losses, run, run_and_kill, star
 
 from arl2.distillation import checkpointing as training_state
 from arl2.model import HybridWanModel
-from pipelines.training.run import run as training
+from pipelines.training import run as training
 
 HALF_A_BATCH = ("batch=1", "steps=4")
 

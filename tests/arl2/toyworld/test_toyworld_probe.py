@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from arl2.toyworld import probe as probe_module
+from arl2.toyworld.probe import memory_probe as probe_module
 from arl2.toyworld.probe.leakage import hidden_blocks, leak_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, interval, judge_obeyed, make_probe_set
 from arl2.toyworld.world.latents import toy_text_encoder

@@ -18,7 +18,7 @@ from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.evaluation.eval_setup import Contender
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld import exam as exam_module
+from arl2.toyworld.probe import memory_benchmark as exam_module
 from arl2.toyworld.probe.memory_benchmark import Exam, ExamSettings, equal_memory_window, memory_bytes
 from arl2.toyworld.probe.memory_probe import judge_every_pass, make_probe_set
 from arl2.toyworld.study.rows import MAIN, PARTS, Kind, Window, row_for
