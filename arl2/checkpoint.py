@@ -27,8 +27,9 @@ from arl2.model import (
     keep_gates_in_float32,
 )
 from wan.checkpoints.formats import TransformerWeights, read_transformer
-from wan.checkpoints.loading import StateDict, as_state_dict, atomic_path, load_strict, read_weights, some
+from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_weights, summarize_names
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ def _report(weights: TransformerWeights, settings: HybridSettings, untrained: li
             "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
             len(untrained),
             len(settings.layers),
-            some(untrained),
+            summarize_names(untrained),
         )
 
 

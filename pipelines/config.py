@@ -56,7 +56,7 @@ class MemoryConfig:
 
 @dataclass
 class SpeedConfig:
-    """How the same numbers are computed; see `pipelines.generation.pipeline.CausalVideoPipeline.accelerate`.
+    """How the same numbers are computed; see `CausalVideoPipeline.optimize_for_inference`.
 
     Attributes:
         compile: compile the transformer's blocks; null for where it pays, which is on a GPU with Triton.

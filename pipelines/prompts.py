@@ -84,6 +84,6 @@ def plan_jobs(prompts: Sequence[str], seed: int) -> list[PromptJob]:
     return jobs
 
 
-def share(jobs: Sequence[PromptJob], rank: int, world_size: int) -> list[PromptJob]:
+def shard_jobs(jobs: Sequence[PromptJob], rank: int, world_size: int) -> list[PromptJob]:
     """The jobs of one rank; over all ranks every job comes once."""
     return list(jobs[rank::world_size])

@@ -18,9 +18,9 @@ from arl2.checkpoint import build_hybrid, save_generator
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.cli import exit_on_input_error
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import atomic_folder
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_folder
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from pipelines.generation.arguments import inference_parser, plan_run
 from pipelines.generation.run import generate, load_pipeline, video_path
 from pipelines.media.contact_sheet import contact_sheet
 from pipelines.media.video import read_video
-from wan.checkpoints.loading import atomic_path
+from wan.utils.files import atomic_path
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")

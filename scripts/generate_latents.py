@@ -23,7 +23,7 @@ from pipelines.cli import choose_device, end_together, exit_on_input_error, rank
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import plan_jobs, read_prompts, share
+from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
@@ -63,7 +63,7 @@ def main() -> int:
     rank, world_size = rank_and_world_size()
     folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder
     check_writable(folder)
-    jobs = share(
+    jobs = shard_jobs(
         plan_jobs(read_prompts(arguments.data_path) * arguments.videos_per_prompt, arguments.seed), rank, world_size
     )
     model_folder = Path(config.model_folder)

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, read_generator
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.probe.leakage import leak_by_block
+from arl2.toyworld.probe.leakage import leakage_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
 from pipelines.cli import choose_device, exit_on_input_error
@@ -35,9 +35,9 @@ from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from wan.checkpoints.formats import transformer_config
-from wan.checkpoints.loading import write_json
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
+from wan.utils.files import write_json
 from wan.vae.wan_vae import WanVAE
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 MULTI_STEPS = tuple(range(1000, 0, -1000 // 16))
 
 
-def contenders(
+def eval_setups(
     pipeline: CausalVideoPipeline, config: InferenceConfig, multi_step_folder: Path | None, also: Sequence[str]
-) -> dict[str, Contender]:
+) -> dict[str, EvalSetup]:
     """The rows of the table.
 
     Raises:
@@ -55,15 +55,15 @@ def contenders(
     """
     model, sampler = pipeline.transformer, pipeline.sampler
     rows = {
-        "teacher": Contender(model, sampler),
-        "local_only": Contender(model, sampler, window_frames=FRAMES_PER_BLOCK),
-        "window_sink": Contender(
+        "teacher": EvalSetup(model, sampler),
+        "local_only": EvalSetup(model, sampler, window_frames=FRAMES_PER_BLOCK),
+        "window_sink": EvalSetup(
             model, sampler, window_frames=config.memory.window_frames, sink_frames=config.memory.sink_frames
         ),
     }
     if multi_step_folder is not None:
         multi_step = HybridWanModel.from_pretrained(multi_step_folder).to(model.device)
-        rows["teacher_multi_step"] = Contender(
+        rows["teacher_multi_step"] = EvalSetup(
             multi_step, FewStepSampler.from_steps(MULTI_STEPS, config.timestep_shift)
         )
     for name, _, path in (one.partition("=") for one in also):
@@ -72,11 +72,11 @@ def contenders(
         folder = Path(config.model_folder)
         weights, sizes = read_generator(folder, path), transformer_config(folder)
         built = build_hybrid(weights, sizes, HybridSettings(), dtype=torch.float32, device=pipeline.device)
-        rows[name] = Contender(built[0], sampler)
+        rows[name] = EvalSetup(built[0], sampler)
     return rows
 
 
-def chosen(rows: dict[str, Contender], only: Sequence[str] | None) -> dict[str, Contender]:
+def chosen(rows: dict[str, EvalSetup], only: Sequence[str] | None) -> dict[str, EvalSetup]:
     """The rows called `only`, or all.
 
     Raises:
@@ -139,19 +139,19 @@ def main() -> int:
         warp_denoising_steps=config.warp_denoising_steps,
         timestep_shift=config.timestep_shift,
     )
-    rows = chosen(contenders(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
+    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
     probe = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
     models: dict[str, dict[str, Any]] = {}
-    for name, contender in rows.items():
-        models[name] = probe_model(contender, vae, probe)
+    for name, setup in rows.items():
+        models[name] = probe_model(setup, vae, probe)
         right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
         log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
     models |= ceilings(vae, probe)
     result = {
         "models": models,
-        "leak": leak_by_block(probe.latents_BFCHW, probe.scenes),
+        "leak": leakage_by_block(probe.latents_BFCHW, probe.scenes),
         "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
         "device": device_name(device),
         "torch": torch.__version__,

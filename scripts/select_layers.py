@@ -47,10 +47,11 @@ from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of, write_json
+from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
+from wan.utils.files import write_json
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)

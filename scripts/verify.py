@@ -20,8 +20,8 @@ from arl2.evaluation.golden.vectors import CaseResult, Precision
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.generation.arguments import DTYPES, check_writable
 from pipelines.provenance import device_name
-from wan.checkpoints.loading import write_json
 from wan.ops.attention import require_backend
+from wan.utils.files import write_json
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from wan.ops.attention import AttentionBackend, attention
 from wan.utils.errors import InputError
 
-MOST_MASKED_TOKENS = 512
+MAX_MASKED_TOKENS = 512
 """Of a block; longer ones attend one by one. A mask hides at least half of the work, wants [L, L] bytes, and keeps the
 fastest kernels away."""
 
@@ -87,7 +87,7 @@ class ParallelLayout:
     @property
     def view(self) -> "MaskedView | BlocksView":
         """What a softmax layer needs to know of it."""
-        return MaskedView(self.mask) if self.tokens_per_block <= MOST_MASKED_TOKENS else BlocksView(self)
+        return MaskedView(self.mask) if self.tokens_per_block <= MAX_MASKED_TOKENS else BlocksView(self)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from wan.checkpoints.formats import family, read_config
-from wan.checkpoints.loading import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
+from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import atomic_path
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"

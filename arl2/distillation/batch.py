@@ -41,7 +41,7 @@ class BatchNoise:
     noise_BNPFCHW: Tensor
 
     @property
-    def places(self) -> int:
+    def num_noise_levels(self) -> int:
         """Comparisons of a block."""
         return self.levels_BNP.shape[2]
 
@@ -51,7 +51,7 @@ class BatchNoise:
 
     def of_rollout(self, block: int, step: int) -> Tensor:
         """Noise of a block before a step of the student's own rollout, [B, F, C, h, w]."""
-        return self.noise_BNPFCHW[:, block, self.places + step]
+        return self.noise_BNPFCHW[:, block, self.num_noise_levels + step]
 
     def applied(self, clean_BFCHW: Tensor, block: int, place: int) -> tuple[Tensor, Tensor]:
         """A block with noise, and its timesteps [B, 1]."""

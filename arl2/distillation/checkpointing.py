@@ -8,19 +8,19 @@ checkpoints/step-00000100/trainables.safetensors    official names
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan.checkpoints.loading import StateDict, as_state_dict, atomic_folder, read_weights, some
-from wan.utils.errors import CheckpointError, InputError
+from wan.checkpoints.loading import StateDict, as_state_dict, read_weights, summarize_names
+from wan.utils.errors import CheckpointError
+from wan.utils.files import atomic_folder
+from wan.utils.settings import require_same_settings
 
 TRAINABLES, EMA, OPTIMIZER, STATE = "trainables.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 Fingerprint = dict[str, Any]
@@ -58,19 +58,6 @@ class TrainingState:
     progress: Progress
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Give safetensors' own error of a full disk the form of all others.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        raise InputError(f"cannot write {path} ({error}): free space or choose another folder") from error
-
-
 def save_state(state: TrainingState, folder: Path, fingerprint: Fingerprint, keep: int) -> None:
     """Write a checkpoint of the current step and drop all but the newest `keep`.
 
@@ -84,19 +71,18 @@ def save_state(state: TrainingState, folder: Path, fingerprint: Fingerprint, kee
         for index, name in enumerate(state.trainables)
         for key, value in kept.get(index, {}).items()
     }
-    with atomic_folder(path) as temporary, writing(path):
-        temporary.mkdir(parents=True)
+    with atomic_folder(path) as temporary:
         save_file({name: value.detach() for name, value in state.trainables.items()}, temporary / TRAINABLES)
         save_file(optimizer, temporary / OPTIMIZER)
         if state.ema is not None:
             save_file(state.ema, temporary / EMA)
         page = {"progress": asdict(state.progress), "fingerprint": fingerprint}
         (temporary / STATE).write_text(json.dumps(page, indent=1) + "\n")
-    for old in whole_checkpoints(folder)[:-keep]:
+    for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; what a killed writer left is none."""
     return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
 
@@ -108,7 +94,7 @@ def require_same_run(folder: Path, fingerprint: Fingerprint) -> None:
         InputError: they are not.
         CheckpointError: the newest is damaged.
     """
-    for checkpoint in whole_checkpoints(folder)[-1:]:
+    for checkpoint in complete_checkpoints(folder)[-1:]:
         _read_page(checkpoint, fingerprint)
 
 
@@ -118,7 +104,8 @@ def _read_page(checkpoint: Path, fingerprint: Fingerprint) -> Progress:
         before, progress = page["fingerprint"], Progress(**page["progress"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {checkpoint / STATE} ({error}): delete {checkpoint}") from error
-    check_same_run(before, json.loads(json.dumps(fingerprint)), checkpoint)
+    cure = "put them back, or choose another run_folder"
+    require_same_settings(before, fingerprint, f"{checkpoint} was trained", cure)
     return progress
 
 
@@ -130,30 +117,15 @@ def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint)
         CheckpointError: it is damaged.
     """
     progress = _read_page(checkpoint, fingerprint)
-    fill(state.trainables, _read(checkpoint / TRAINABLES), checkpoint / TRAINABLES)
+    copy_tensors_(state.trainables, _read(checkpoint / TRAINABLES), checkpoint / TRAINABLES)
     if state.ema is not None:
-        fill(state.ema, _read(checkpoint / EMA), checkpoint / EMA)
+        copy_tensors_(state.ema, _read(checkpoint / EMA), checkpoint / EMA)
     _fill_optimizer(state, _read(checkpoint / OPTIMIZER))
     state.progress = progress
 
 
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], source: Path) -> None:
-    """Make sure that a checkpoint is of this very run.
-
-    Raises:
-        InputError: it is not.
-    """
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        key = changed[0]
-        raise InputError(
-            f"{source} was trained with other settings ({key} was {before.get(key)}, is {now.get(key)}; "
-            f"differing: {some(changed)}): put them back, or choose another run_folder"
-        )
-
-
 @torch.no_grad()
-def fill(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
+def copy_tensors_(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
     """Copy values into tensors, all names and shapes equal.
 
     Raises:
@@ -162,7 +134,7 @@ def fill(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
     differing = targets.keys() ^ state.keys()
     differing |= {name for name in targets.keys() & state.keys() if targets[name].shape != state[name].shape}
     if differing:
-        raise CheckpointError(f"{source} does not fit the parameters to train: {some(differing)}")
+        raise CheckpointError(f"{source} does not fit the parameters to train: {summarize_names(differing)}")
     for name, target in targets.items():
         target.copy_(state[name])
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wan.checkpoints.loading import as_state_dict, atomic_path, read_weights, write_json
+from wan.checkpoints.loading import as_state_dict, read_weights
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path, write_json
 
 INDEX = "index.json"
 FORMAT = "arl2 latents, version 1"

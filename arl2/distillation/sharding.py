@@ -1,4 +1,4 @@
-"""The frozen trunk divided over ranks by FSDP2, so that 14B fits; what trains stays whole on every rank."""
+"""The frozen backbone divided over ranks by FSDP2, so that 14B fits; what trains stays whole on every rank."""
 
 import warnings
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from arl2.model import HybridWanModel
 from wan.checkpoints.loading import StateDict
 
 
-def shard_trunk(model: HybridWanModel, trainables: Iterable[nn.Parameter]) -> None:
+def shard_backbone(model: HybridWanModel, trainables: Iterable[nn.Parameter]) -> None:
     """Shard all parameters but the trainables, which must be on the device already.
 
     What is called on its own, and not through a block's forward, is a unit of its own: stage 1 calls the

@@ -29,7 +29,7 @@ from wan.teacher_forcing import teacher_forced_flow
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
 """Parts of a hybrid layer that stage 1 trains."""
-LEAST_POWER = 1e-8
+MIN_POWER = 1e-8
 """A target weaker than this is not divided by."""
 
 
@@ -38,12 +38,12 @@ class Stage1Settings(ObjectiveSettings):
     """What the method leaves open.
 
     Attributes:
-        read_clean: whether the clean pass counts in the loss too.
+        loss_on_clean_pass: whether the clean pass counts in the loss too.
         relative: divide every squared error by the mean square of what was to be matched, video by video; otherwise
             layers of large outputs have the largest gradients under the one learning rate.
     """
 
-    read_clean: bool = True
+    loss_on_clean_pass: bool = True
     relative: bool = True
 
 
@@ -170,15 +170,15 @@ class Stage1(Objective):
             if settings.starts_graph(block.number):
                 yield passes
                 passes = []
-            if settings.read_clean or not block.last:
+            if settings.loss_on_clean_pass or not block.last:
                 with frozen_teacher(self.model), observed(self._layers) as seen:
                     remember_block(self.model, block.clean, text, memory, block.start)
-                passes.append(Pass(seen, settings.read_clean, writes=not block.last))
+                passes.append(Pass(seen, settings.loss_on_clean_pass, writes=not block.last))
         if passes:
             yield passes
 
     def _noisy_passes(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Iterator[Pass]:
-        for place in range(noise.places):
+        for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
             with frozen_teacher(self.model), observed(self._layers) as seen:
                 predict_flow(self.model, noisy, timestep, text, memory, block.start)
@@ -209,14 +209,14 @@ class Stage1(Objective):
             x, rotary, target = seen.pop(layer)
             output, _ = module(x, rotary, module.parallel_view(layout), True, False)
             passes = 2 * layout.num_blocks
-            if not self.settings.read_clean:
+            if not self.settings.loss_on_clean_pass:
                 output, target, passes = output.chunk(2, dim=1)[1], target.chunk(2, dim=1)[1], layout.num_blocks
             yield share * self._passes_error(layer, output, target, passes)
 
     def _share(self, batch: VideoBatch, noise: BatchNoise) -> float:
         """One over the number of layers and passes."""
         blocks = num_blocks(batch.latents_BFCHW.shape[1], self.settings.frames_per_block)
-        return 1 / (len(self._layers) * blocks * (noise.places + self.settings.read_clean))
+        return 1 / (len(self._layers) * blocks * (noise.num_noise_levels + self.settings.loss_on_clean_pass))
 
     def _forget(self) -> None:
         self._error, self._power = {}, {}
@@ -228,5 +228,5 @@ class Stage1(Objective):
         self._error[layer] = error_BP.detach().mean(0).sum() + self._error.get(layer, 0)
         self._power[layer] = power_BP.mean(0).sum() + self._power.get(layer, 0)
         if self.settings.relative:
-            error_BP = error_BP / power_BP.clamp(min=LEAST_POWER)
+            error_BP = error_BP / power_BP.clamp(min=MIN_POWER)
         return error_BP.mean(0).sum()

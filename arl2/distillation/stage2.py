@@ -1,8 +1,8 @@
 """Stage 2: the hybrid model learns to predict what the frozen original predicts, end to end.
 
-Student and teacher share one trunk; the teacher is the same model with its softmax layers and without adapters, and has
-a memory of its own. Both remember the same latents: those of the data, or those that the student makes itself. Source:
-ARL², arXiv 2605.16579; what it leaves open is in `Stage2Settings`.
+Student and teacher share one backbone; the teacher is the same model with its softmax layers and without adapters, and
+has a memory of its own. Both remember the same latents: those of the data, or those that the student makes itself.
+Source: ARL², arXiv 2605.16579; what it leaves open is in `Stage2Settings`.
 """
 
 from collections.abc import Iterator
@@ -126,7 +126,7 @@ class Stage2(Objective):
             text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
         memory = model.memory_for(batch.latents_BFCHW, *settings.window, differentiable=True)
         errors: list[Tensor] = []
-        share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.places)
+        share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
             if settings.context is Context.STUDENT:
                 block = block._replace(clean=self._own_block(block, noise, text, memory))
@@ -146,7 +146,7 @@ class Stage2(Objective):
         self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory
     ) -> Iterator[Tensor]:
         """The error of a block at every level."""
-        for place in range(noise.places):
+        for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
             with frozen_teacher(self.model):
                 wanted = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)

@@ -4,8 +4,8 @@ What trains is about 2 % of the model. It is replicated in float32, and its grad
 all-reduce a step. Not DDP: an objective back-propagates its loss in parts, and stage 1 reaches each layer's parameters
 in passes of their own, which DDP's bookkeeping of "one forward, one backward" does not allow without
 `no_sync` and unused-parameter searches. So a step is the same code on any number of ranks, replicas stay equal bit for
-bit (all apply one reduced gradient), and a checkpoint is the same file. The frozen trunk is replicated, or sharded by
-`arl2.distillation.sharding`.
+bit (all apply one reduced gradient), and a checkpoint is the same file. The frozen backbone is replicated, or sharded
+by `arl2.distillation.sharding`.
 """
 
 import json
@@ -29,15 +29,15 @@ from arl2.distillation.checkpointing import (
     Fingerprint,
     Progress,
     TrainingState,
+    complete_checkpoints,
     load_state,
     save_state,
-    whole_checkpoints,
 )
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.sampling import Batches
 from arl2.model import HybridWanModel
-from wan.checkpoints.loading import atomic_path, write_json
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path, write_json
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
 
@@ -120,7 +120,7 @@ class Trainer:
         batches: the data.
         settings: see there.
         folder: of the run.
-        fingerprint: everything that must not change between sittings.
+        fingerprint: everything that must not change between sessions.
         on_report: called on every rank with the steps done, the model and the figures of its layers.
 
     Attributes:
@@ -171,7 +171,7 @@ class Trainer:
 
     def _run(self, stop: Callable[[], bool]) -> bool:
         settings, state = self._settings, self.state
-        saved = whole_checkpoints(self._folder / CHECKPOINTS)
+        saved = complete_checkpoints(self._folder / CHECKPOINTS)
         if saved:
             load_state(state, saved[-1], self._fingerprint)
         if self._accelerator.is_main_process:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.rollout import Noise, num_blocks, predict_flow, remember_block, rollout
 from wan.flow import add_noise
 from wan.memory import Memory
@@ -154,20 +154,20 @@ def pixel_deviation(
     return PixelDeviation(errors, float(temporal_flicker(student).mean()), float(temporal_flicker(teacher).mean()))
 
 
-def _memory_for(contender: Contender, noise_BFCHW: Tensor, blocks: int) -> Memory:
+def _memory_for(setup: EvalSetup, noise_BFCHW: Tensor, blocks: int) -> Memory:
     """An empty memory for videos of some blocks like the given one; as long as is known, so that it need not grow."""
     batch, frames = noise_BFCHW.shape[:2]
     like = noise_BFCHW[:, :1].expand(batch, blocks * frames, *noise_BFCHW.shape[2:])
-    return contender.transformer.memory_for(like, contender.window_frames, contender.sink_frames)
+    return setup.transformer.memory_for(like, setup.window_frames, setup.sink_frames)
 
 
-def _embedded(contender: Contender, text_BTD: Tensor) -> TextKV:
-    return contender.transformer.embed_text(text_BTD.to(contender.transformer.patch_embedding.weight))
+def _embedded(setup: EvalSetup, text_BTD: Tensor) -> TextKV:
+    return setup.transformer.embed_text(text_BTD.to(setup.transformer.patch_embedding.weight))
 
 
 @torch.no_grad()
 def roll_out(
-    contender: Contender,
+    setup: EvalSetup,
     text_BTD: Tensor,
     noise: Noise,
     blocks: int,
@@ -178,33 +178,31 @@ def roll_out(
     """Latents of videos that a model makes on its own context, [B, F, C, h, w].
 
     Args:
-        contender: the model as it stands, layers that are switched off included; its window is that of softmax layers.
+        setup: the model as it stands, layers that are switched off included; its window is that of softmax layers.
         text_BTD: text embeddings.
         noise: of every block and step; a function, so that it can be the same for two models.
         blocks: how many; any number, also more than were trained on.
         as_teacher: be the softmax model.
         context_noise: timestep of the clean pass.
     """
-    with contender.transformer.as_teacher() if as_teacher else nullcontext():
-        memory, text = _memory_for(contender, noise(0, 0), blocks), _embedded(contender, text_BTD)
-        made = rollout(
-            contender.transformer, contender.sampler, noise, text, memory, blocks, context_noise=context_noise
-        )
+    with setup.transformer.as_teacher() if as_teacher else nullcontext():
+        memory, text = _memory_for(setup, noise(0, 0), blocks), _embedded(setup, text_BTD)
+        made = rollout(setup.transformer, setup.sampler, noise, text, memory, blocks, context_noise=context_noise)
         return torch.cat([block.latents_BFCHW for block in made], dim=1)
 
 
-def teacher_of(student: Contender) -> Contender:
+def teacher_of(student: EvalSetup) -> EvalSetup:
     """The softmax model behind a student, with full memory; to be run with `as_teacher`."""
     return replace(student, window_frames=None, sink_frames=0)
 
 
 def rollout_deviation(
-    student: Contender,
+    student: EvalSetup,
     text_BTD: Tensor,
     noise: Noise,
     blocks: int,
     *,
-    teacher: Contender | None = None,
+    teacher: EvalSetup | None = None,
     context_noise: float = 0.0,
 ) -> Deviation:
     """Let student and teacher make the same videos, each on its own context, and compare the latents.
@@ -223,13 +221,13 @@ def rollout_deviation(
 
 @torch.no_grad()
 def _forced_flows(
-    contender: Contender, latents_BFCHW: Tensor, text_BTD: Tensor, noise: Noise, context_noise: float
+    setup: EvalSetup, latents_BFCHW: Tensor, text_BTD: Tensor, noise: Noise, context_noise: float
 ) -> Iterator[list[Tensor]]:
     """A model's velocities of every block at the sampler's noise levels, on the context of the given latents."""
-    model, sampler = contender.transformer, contender.sampler
+    model, sampler = setup.transformer, setup.sampler
     frames = noise(0, 0).shape[1]
     blocks = num_blocks(latents_BFCHW.shape[1], frames)
-    memory, text = _memory_for(contender, noise(0, 0), blocks), _embedded(contender, text_BTD)
+    memory, text = _memory_for(setup, noise(0, 0), blocks), _embedded(setup, text_BTD)
     for number, clean in enumerate(latents_BFCHW.split(frames, dim=1)):
         flows = []
         for step, (time, level) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
@@ -243,12 +241,12 @@ def _forced_flows(
 
 @torch.no_grad()
 def teacher_forced_deviation(
-    student: Contender,
+    student: EvalSetup,
     latents_BFCHW: Tensor,
     text_BTD: Tensor,
     noise: Noise,
     *,
-    teacher: Contender | None = None,
+    teacher: EvalSetup | None = None,
     context_noise: float = 0.0,
 ) -> BlockErrors:
     """Compare what student and teacher take for the clean latents, while both remember the same given ones.

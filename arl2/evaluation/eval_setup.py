@@ -7,7 +7,7 @@ from arl2.rollout import FewStepSampler
 
 
 @dataclass(frozen=True)
-class Contender:
+class EvalSetup:
     """What generates, and how.
 
     Attributes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention, StateView
-from arl2.inference.fused_ops import Recall, Steps, Stream
+from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, inference_linear
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
@@ -43,16 +43,16 @@ class FastBlock(nn.Module):
 
     Args:
         block: whose parameters it shares.
-        steps: what it computes between products; its products are in FP8 if these say so.
-        stage: what makes the functions between attentions fast: `compiled` or `uncompiled`.
+        ops: what it computes between products; its products are in FP8 if these say so.
+        compile_fn: what makes the functions between attentions fast: `compiled` or `uncompiled`.
     """
 
-    def __init__(self, block: Block, steps: Steps, stage: Callable[[Function], Function]) -> None:
+    def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
         super().__init__()
-        fp8 = steps.fp8
+        fp8 = ops.fp8
         self.block = block
-        self.steps = steps
-        self.stage = stage
+        self.ops = ops
+        self.compile_fn = compile_fn
         self.attention = block.self_attn
         self.projections = FusedLinear(self.parts(), fp8)
         self.out = inference_linear(self.attention.o, fp8)
@@ -67,17 +67,17 @@ class FastBlock(nn.Module):
 
     def forward(
         self,
-        stream: Stream,
+        stream: DeferredResidual,
         time_BF6D: Tensor,
         rotary: Rotary,
         view: Any,
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-        room: "Write | None" = None,
-    ) -> tuple[Stream, Any]:
-        """See `wan.model.Block.forward`; only a hybrid block needs `room`."""
-        x, q, k, v = self.stage(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
+        delta_out: "DeltaInputs | None" = None,
+    ) -> tuple[DeferredResidual, Any]:
+        """See `wan.model.Block.forward`; only a hybrid block needs `delta_out`."""
+        x, q, k, v = self.compile_fn(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
         update = KVUpdate(k, v) if remember else None
         if not attend:
             return stream, update
@@ -89,25 +89,25 @@ class FastBlock(nn.Module):
         self,
         x_BLD: Tensor,
         mixed_BLHD: Tensor,
-        recall: Recall | None,
+        read_state: StateRead | None,
         time_BF6D: Tensor,
         text_kv: tuple[Tensor, Tensor],
-    ) -> Stream:
+    ) -> DeferredResidual:
         """What follows self-attention."""
-        x, q = self.stage(after_attention)(self, x_BLD, mixed_BLHD, recall, time_BF6D)
+        x, q = self.compile_fn(after_attention)(self, x_BLD, mixed_BLHD, read_state, time_BF6D)
         crossed = attention(q, *text_kv, backend=self.block.cross_attn.backend)
-        x, added = self.stage(after_cross_attention)(self, x, crossed, time_BF6D)
-        return Stream(x, added, self.block.modulation)
+        x, added = self.compile_fn(after_cross_attention)(self, x, crossed, time_BF6D)
+        return DeferredResidual(x, added, self.block.modulation)
 
 
 class FastHybridBlock(FastBlock):
     """A block with hybrid attention. Its adapters, and φ_v, are folded into the projections as they are now."""
 
-    def __init__(self, block: Block, steps: Steps, stage: Callable[[Function], Function]) -> None:
+    def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
         attention = block.self_attn
         assert isinstance(attention, HybridAttention)
         self.adapted = attention.lora_q_A is not None and attention.lora_enabled
-        super().__init__(block, steps, stage)
+        super().__init__(block, ops, compile_fn)
         self.hybrid = attention
 
     def parts(self) -> dict[str, nn.Linear]:
@@ -151,27 +151,27 @@ class FastHybridBlock(FastBlock):
 
     def forward(
         self,
-        stream: Stream,
+        stream: DeferredResidual,
         time_BF6D: Tensor,
         rotary: Rotary,
         view: StateView,
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-        room: "Write | None" = None,
-    ) -> tuple[Stream, Any]:
-        """See `wan.model.Block.forward`; what to remember goes to `room` instead of becoming an update."""
-        assert remember == (room is not None)
-        reading = self.stage(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, room)
+        delta_out: "DeltaInputs | None" = None,
+    ) -> tuple[DeferredResidual, Any]:
+        """See `wan.model.Block.forward`; what to remember goes to `delta_out` instead of becoming an update."""
+        assert remember == (delta_out is not None)
+        reading = self.compile_fn(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, delta_out)
         if reading is None:
             return stream, None
         x, q, k, v, query, inverse_rms, gate = reading
         mixed = attention(q, k, v, backend=self.hybrid.backend)
-        recall = Recall(view.state_BHKV, query, inverse_rms, gate, rotary)
-        return self.rest(x, mixed, recall, time_BF6D, text_kv), None
+        read_state = StateRead(view.state_BHKV, query, inverse_rms, gate, rotary)
+        return self.rest(x, mixed, read_state, time_BF6D, text_kv), None
 
 
-class Write(NamedTuple):
+class DeltaInputs(NamedTuple):
     """What is written to a state: the arguments of `arl2.ops.gated_delta.gated_delta_write` but the state."""
 
     k_BLHK: Tensor
@@ -180,7 +180,7 @@ class Write(NamedTuple):
     beta_BLH: Tensor
 
 
-class PendingWrites:
+class BatchedStateWrites:
     """The writes of several layers, done as one of a larger batch; each layer puts its own where the kernel reads it.
 
     A write walks through its tokens chunk by chunk, which leaves most of a GPU idle; nothing in a pass waits for it.
@@ -198,18 +198,18 @@ class PendingWrites:
         # A tensor each: the compiler wants what it writes to apart.
         k, v = (x_BLD.new_empty(*like_tokens, dim // heads) for _ in range(2))
         log_decay, beta = (x_BLD.new_empty(like_tokens, dtype=wide) for _ in range(2))
-        self._all = Write(k, v, log_decay, beta)
+        self._all = DeltaInputs(k, v, log_decay, beta)
         self._states: list[Tensor] = []
 
-    def room(self, state_BHKV: Tensor) -> Write:
+    def buffer(self, state_BHKV: Tensor) -> DeltaInputs:
         """Where the layer with this state puts what it writes; one after the other."""
         place = len(self._states)
         self._states.append(state_BHKV)
-        return Write(*(x[place] for x in self._all))
+        return DeltaInputs(*(x[place] for x in self._all))
 
     @property
     def full(self) -> bool:
-        """Whether all layers have asked for room."""
+        """Whether all layers have asked for delta_out."""
         return len(self._states) == len(self._all.k_BLHK)
 
     def states(self, backend: WriteBackend) -> list[Tensor]:
@@ -219,10 +219,10 @@ class PendingWrites:
         return list(states.chunk(len(self._states)))
 
 
-def fast_block(block: Block, steps: Steps, stage: Callable[[Function], Function]) -> FastBlock:
+def fast_block(block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> FastBlock:
     """The counterpart of a block as it is switched now."""
     hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
-    return (FastHybridBlock if hybrid else FastBlock)(block, steps, stage)
+    return (FastHybridBlock if hybrid else FastBlock)(block, ops, compile_fn)
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -247,55 +247,60 @@ def mapped_linear(linear: nn.Linear, weight: Tensor, phi: nn.Conv1d) -> nn.Linea
 
 
 def softmax_tokens(
-    fast: FastBlock, stream: Stream, time_BF6D: Tensor, rotary: Rotary, attend: bool
+    fast: FastBlock, stream: DeferredResidual, time_BF6D: Tensor, rotary: Rotary, attend: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The tokens, and q (if wanted), k and v of a softmax layer, ready for attention, [B, L, H, D]."""
-    layer, steps = fast.attention, fast.steps
-    x, tokens = steps.before_self_attention(fast.block, stream, time_BF6D)
+    layer, ops = fast.attention, fast.ops
+    x, tokens = ops.before_self_attention(fast.block, stream, time_BF6D)
     *q, k, v = fast.projections(tokens, ("q", "k", "v") if attend else ("k", "v"))
     normed = [(layer.norm_k, k), *((layer.norm_q, each) for each in q)]
-    (k, *q), _ = steps.normed_heads(normed, (), layer.num_heads, rotary)
+    (k, *q), _ = ops.normed_heads(normed, (), layer.num_heads, rotary)
     return x, q[0] if attend else None, k, layer.heads(v)
 
 
 def hybrid_tokens(
-    fast: FastHybridBlock, stream: Stream, time_BF6D: Tensor, rotary: Rotary, attend: bool, room: Write | None
+    fast: FastHybridBlock,
+    stream: DeferredResidual,
+    time_BF6D: Tensor,
+    rotary: Rotary,
+    attend: bool,
+    delta_out: DeltaInputs | None,
 ) -> tuple[Tensor | None, ...] | None:
-    """What a hybrid layer attends with: the tokens, their q, k and v, and of a `Recall` query, norm and gate.
+    """What a hybrid layer attends with: the tokens, their q, k and v, and of a `StateRead` query, norm and gate.
 
     Args:
         attend: whether that is wanted.
-        room: where to put the k̂, v̂, log decay and write strength of the tokens, if they are wanted.
+        delta_out: where to put the k̂, v̂, log decay and write strength of the tokens, if they are wanted.
     """
-    layer, steps = fast.hybrid, fast.steps
-    x, tokens = steps.before_self_attention(fast.block, stream, time_BF6D)
-    names = (fast.attending if attend else ()) + (() if room is None else fast.remembering)
+    layer, ops = fast.hybrid, fast.ops
+    x, tokens = ops.before_self_attention(fast.block, stream, time_BF6D)
+    names = (fast.attending if attend else ()) + (() if delta_out is None else fast.remembering)
     names = tuple(dict.fromkeys(names))
     out = dict(zip(names, fast.projections(tokens, names), strict=True))
     query, key = ("q_state", "k_state") if fast.adapted else ("q", "k")
     normed = [(layer.norm_q, out["q"]), (layer.norm_k, out["k"])] if attend else []
     asked = [(layer.norm_q, out[query])] if attend else []
-    written = [] if room is None else [(layer.norm_k, out[key])]
-    heads, inverse_rms = steps.normed_heads(normed, asked + written, layer.num_heads, rotary)
-    if room is not None:
-        steps.put_keys(layer, out[key], inverse_rms[-1], rotary, room.k_BLHK)
-        room.v_BLHV.copy_(layer.heads(out["v_state"]))
-        room.log_decay_BLH.copy_(layer.log_decay_of(out["decay"]))
-        room.beta_BLH.copy_(layer.beta_of(out["beta"]))
+    written = [] if delta_out is None else [(layer.norm_k, out[key])]
+    heads, inverse_rms = ops.normed_heads(normed, asked + written, layer.num_heads, rotary)
+    if delta_out is not None:
+        ops.put_keys(layer, out[key], inverse_rms[-1], rotary, delta_out.k_BLHK)
+        delta_out.v_BLHV.copy_(layer.heads(out["v_state"]))
+        delta_out.log_decay_BLH.copy_(layer.log_decay_of(out["decay"]))
+        delta_out.beta_BLH.copy_(layer.beta_of(out["beta"]))
     return (x, *heads, layer.heads(out["v"]), out[query], inverse_rms[0], out["gate"]) if attend else None
 
 
 def after_attention(
-    fast: FastBlock, x_BLD: Tensor, mixed_BLHD: Tensor, recall: Recall | None, time_BF6D: Tensor
+    fast: FastBlock, x_BLD: Tensor, mixed_BLHD: Tensor, read_state: StateRead | None, time_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens after self-attention, and their queries to the text [B, L, H, D]."""
-    block, steps, cross = fast.block, fast.steps, fast.block.cross_attn
-    if recall is not None:
+    block, ops, cross = fast.block, fast.ops, fast.block.cross_attn
+    if read_state is not None:
         assert isinstance(fast, FastHybridBlock)
-        mixed_BLHD = steps.recalled(fast.hybrid, mixed_BLHD, recall)
-    mixed = fast.out(steps.operand(mixed_BLHD.flatten(2)))
-    x, tokens = steps.before_cross_attention(block, x_BLD, mixed, time_BF6D)
-    (q,), _ = steps.normed_heads([(cross.norm_q, fast.cross_q(tokens))], (), cross.num_heads)
+        mixed_BLHD = ops.add_state_read(fast.hybrid, mixed_BLHD, read_state)
+    mixed = fast.out(ops.operand(mixed_BLHD.flatten(2)))
+    x, tokens = ops.before_cross_attention(block, x_BLD, mixed, time_BF6D)
+    (q,), _ = ops.normed_heads([(cross.norm_q, fast.cross_q(tokens))], (), cross.num_heads)
     return x, q
 
 
@@ -303,12 +308,14 @@ def after_cross_attention(
     fast: FastBlock, x_BLD: Tensor, crossed_BLHD: Tensor, time_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The tokens after cross-attention, and what the feed-forward adds to them once it is gated."""
-    block, steps = fast.block, fast.steps
-    crossed = fast.cross_out(steps.operand(crossed_BLHD.flatten(2)))
-    x, tokens = steps.before_feed_forward(block, x_BLD, crossed, time_BF6D)
-    return x, fast.ffn_out(steps.hidden(fast.ffn_in, block.ffn[1], tokens))
+    block, ops = fast.block, fast.ops
+    crossed = fast.cross_out(ops.operand(crossed_BLHD.flatten(2)))
+    x, tokens = ops.before_feed_forward(block, x_BLD, crossed, time_BF6D)
+    return x, fast.ffn_out(ops.hidden(fast.ffn_in, block.ffn[1], tokens))
 
 
-def flow(model: CausalWanModel, stream: Stream, time_BFD: Tensor, time_BF6D: Tensor, height: int, width: int) -> Tensor:
+def flow(
+    model: CausalWanModel, stream: DeferredResidual, time_BFD: Tensor, time_BF6D: Tensor, height: int, width: int
+) -> Tensor:
     """See `wan.model.CausalWanModel.flow`."""
     return model.flow(stream.total(time_BF6D), time_BFD, height, width)

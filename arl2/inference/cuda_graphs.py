@@ -10,11 +10,11 @@ from arl2.hybrid_attention import StateView
 from wan.memory import KVUpdate, SlotView
 from wan.model import FlowModel, PassOutput, TextKV
 
-MOST_GRAPHS = 64
+MAX_GRAPHS = 64
 """Recorded passes kept at a time. A window whose ring divides into blocks takes two a slot, full memory two a block."""
 FORGOTTEN_AFTER = 128
 """Blocks after which a recording that was not replayed may go for another."""
-MOST_KEYS = 1024
+MAX_KEYS = 1024
 """Passes remembered as met, two a block of a full memory; beyond, all are forgotten, and recorded a little later."""
 
 Key = tuple[Hashable, ...]
@@ -138,7 +138,7 @@ class GraphedModel:
         inputs, held_text = self._hold_inputs(kind, given), self._hold_text(text)
         graph = self._graphs.pop(key)[0] if recorded else self._record(kind, inputs, held_text, views, remember)
         self._graphs[key] = graph, block
-        if not recorded and len(self._graphs) > MOST_GRAPHS:
+        if not recorded and len(self._graphs) > MAX_GRAPHS:
             self._forget_all_passing_but(key)
         graph.replay()
         return self._outputs[kind]
@@ -149,7 +149,7 @@ class GraphedModel:
         Args:
             later: whether later blocks of the video find the same places in their memory.
         """
-        if len(self._first_met) > MOST_KEYS:
+        if len(self._first_met) > MAX_KEYS:
             self._first_met.clear()
         first = self._first_met.get(key)
         self._first_met.setdefault(key, block)
@@ -169,7 +169,7 @@ class GraphedModel:
 
     def _has_room(self, block: int) -> bool:
         """Whether another pass may be recorded. What is in use stays: a ring of many slots must not push itself out."""
-        if len(self._graphs) < MOST_GRAPHS:
+        if len(self._graphs) < MAX_GRAPHS:
             return True
         oldest, (_, last_replayed) = next(iter(self._graphs.items()))
         if block - last_replayed <= FORGOTTEN_AFTER:

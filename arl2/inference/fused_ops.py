@@ -1,6 +1,6 @@
 """What a block computes between the products of its matrices and its attentions: plain here, by kernels where they run.
 
-One object of `arl2.inference.model.new_steps` serves all blocks of a model.
+One object of `arl2.inference.model.new_fused_ops` serves all blocks of a model.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention, l2_norm
-from arl2.inference.linear import Rows, quantized
+from arl2.inference.linear import RowScaledFP8, quantized
 from wan.model import Block, modulate, plus_gated
 from wan.ops.rope import Rotary, rotate
 from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import InputError
 
-Operand = Tensor | Rows
+Operand = Tensor | RowScaledFP8
 """What a product takes: tokens, or with FP8 their e4m3 form."""
 NormedBy = Sequence[tuple[nn.Module, Tensor]]
 """Projections [B, L, D], each with its norm; all norms have the same epsilon."""
@@ -25,7 +25,7 @@ FFN_GATE = 5
 """Place of the feed-forward's gate among the six modulations of a block."""
 
 
-class Stream(NamedTuple):
+class DeferredResidual(NamedTuple):
     """Tokens between two blocks: x + added·gate, still to be summed, so that the next block's norm is one step with it.
 
     Attributes:
@@ -46,13 +46,13 @@ class Stream(NamedTuple):
         return plus_gated(self.x_BLD, self.added_BLD, gate)
 
 
-class Recall(NamedTuple):
+class StateRead(NamedTuple):
     """A read of a state that is still to be done.
 
     Attributes:
         state_BHKV: the state.
         query_BLD: the projection that the queries to it are made of.
-        inverse_rms_BL: what norms its rows, from `Steps.normed_heads`.
+        inverse_rms_BL: what norms its rows, from `FusedOps.normed_heads`.
         gate_BLH: the output gate before its sigmoid.
         rotary: rotation of the tokens.
     """
@@ -64,7 +64,7 @@ class Recall(NamedTuple):
     rotary: Rotary
 
 
-class Steps:
+class FusedOps:
     """The plain functions, for any device and type.
 
     Args:
@@ -78,7 +78,9 @@ class Steps:
         """Tokens as a product takes them."""
         return quantized(x) if self.fp8 else x
 
-    def before_self_attention(self, block: Block, stream: Stream, time_BF6D: Tensor) -> tuple[Tensor, Operand]:
+    def before_self_attention(
+        self, block: Block, stream: DeferredResidual, time_BF6D: Tensor
+    ) -> tuple[Tensor, Operand]:
         """The tokens, and normed and modulated ones."""
         shift, scale, *_ = block_modulation(block, time_BF6D)
         x = stream.total(time_BF6D)
@@ -123,13 +125,13 @@ class Steps:
     def put_keys(
         self, layer: HybridAttention, key_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary, out_BLHK: Tensor
     ) -> None:
-        """Put the keys k̂ of a state where they are wanted; see `Recall` for the arguments."""
+        """Put the keys k̂ of a state where they are wanted; see `StateRead` for the arguments."""
         out_BLHK.copy_(l2_norm(rotate(layer.mapped(layer.norm_k(key_BLD), layer.phi_k), rotary)))
 
-    def recalled(self, layer: HybridAttention, mixed_BLHD: Tensor, recall: Recall) -> Tensor:
+    def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, read_state: StateRead) -> Tensor:
         """The output of attention in the block, and to it what was read of the state, gated."""
-        query = l2_norm(rotate(layer.mapped(layer.norm_q(recall.query_BLD), layer.phi_q), recall.rotary))
-        return mixed_BLHD + recall.gate_BLH.sigmoid()[..., None] * layer.read(recall.state_BHKV, query)
+        query = l2_norm(rotate(layer.mapped(layer.norm_q(read_state.query_BLD), layer.phi_q), read_state.rotary))
+        return mixed_BLHD + read_state.gate_BLH.sigmoid()[..., None] * layer.read(read_state.state_BHKV, query)
 
 
 def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:

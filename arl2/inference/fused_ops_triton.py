@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from arl2.hybrid_attention import L2_NORM_EPS, HybridAttention
-from arl2.inference.fused_ops import FFN_GATE, NormedBy, Operand, Recall, Steps, Stream
-from arl2.inference.head_triton import HEAD_SIZES, norm_heads, recall, state_keys
-from arl2.inference.linear import Rows
+from arl2.inference.fused_ops import FFN_GATE, DeferredResidual, FusedOps, NormedBy, Operand, StateRead
+from arl2.inference.head_triton import HEAD_SIZES, norm_heads, read_state, state_keys
+from arl2.inference.linear import RowScaledFP8
 from arl2.inference.row_triton import linear_gelu, norm, quantize
 from wan.model import Block, RMSNorm
 from wan.ops.rope import Rotary
@@ -14,15 +14,17 @@ SHIFT, GATE, FFN_SHIFT = 0, 2, 3
 """Places among the six modulations of a block; a scale follows its shift."""
 
 
-class KernelSteps(Steps):
+class TritonFusedOps(FusedOps):
     """The same, rounded less often; what the kernels do not take is left to the plain functions."""
 
     def operand(self, x: Tensor) -> Operand:
-        """See `Steps.operand`."""
-        return Rows(*quantize(x, False)) if self.fp8 else x
+        """See `FusedOps.operand`."""
+        return RowScaledFP8(*quantize(x, False)) if self.fp8 else x
 
-    def before_self_attention(self, block: Block, stream: Stream, time_BF6D: Tensor) -> tuple[Tensor, Operand]:
-        """See `Steps.before_self_attention`."""
+    def before_self_attention(
+        self, block: Block, stream: DeferredResidual, time_BF6D: Tensor
+    ) -> tuple[Tensor, Operand]:
+        """See `FusedOps.before_self_attention`."""
         x, added, gates = stream
         eps, modulation = block.norm1.eps, block.modulation
         outputs = norm(x, added, gates, FFN_GATE, modulation, SHIFT, time_BF6D, None, None, eps, self.fp8)
@@ -31,7 +33,7 @@ class KernelSteps(Steps):
     def before_cross_attention(
         self, block: Block, x_BLD: Tensor, mixed_BLD: Tensor, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
-        """See `Steps.before_cross_attention`."""
+        """See `FusedOps.before_cross_attention`."""
         affine = block.norm3
         if not isinstance(affine, nn.LayerNorm):
             return super().before_cross_attention(block, x_BLD, mixed_BLD, time_BF6D)
@@ -42,25 +44,25 @@ class KernelSteps(Steps):
     def before_feed_forward(
         self, block: Block, x_BLD: Tensor, crossed_BLD: Tensor, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
-        """See `Steps.before_feed_forward`."""
+        """See `FusedOps.before_feed_forward`."""
         eps, modulation = block.norm2.eps, block.modulation
         outputs = norm(x_BLD, crossed_BLD, None, 0, modulation, FFN_SHIFT, time_BF6D, None, None, eps, self.fp8)
         return outputs[0], self._operand(outputs)
 
     def _operand(self, outputs: list[Tensor]) -> Operand:
         """What a product takes of the outputs of `norm`."""
-        return Rows(outputs[-2], outputs[-1]) if self.fp8 else outputs[-1]
+        return RowScaledFP8(outputs[-2], outputs[-1]) if self.fp8 else outputs[-1]
 
     def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
-        """See `Steps.hidden`; Wan's GELU is that of tanh."""
-        if isinstance(tokens, Rows):
-            return Rows(*quantize(ffn_in(tokens), True))
+        """See `FusedOps.hidden`; Wan's GELU is that of tanh."""
+        if isinstance(tokens, RowScaledFP8):
+            return RowScaledFP8(*quantize(ffn_in(tokens), True))
         return linear_gelu(tokens, ffn_in.weight, ffn_in.bias)
 
     def normed_heads(
         self, normed: NormedBy, measured: NormedBy, num_heads: int, rotary: Rotary | None = None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """See `Steps.normed_heads`."""
+        """See `FusedOps.normed_heads`."""
         norms = [each for each, _ in (*normed, *measured)]
         if not all(isinstance(each, RMSNorm) for each in norms):
             return super().normed_heads(normed, measured, num_heads, rotary)
@@ -73,17 +75,17 @@ class KernelSteps(Steps):
     def put_keys(
         self, layer: HybridAttention, key_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary, out_BLHK: Tensor
     ) -> None:
-        """See `Steps.put_keys`."""
+        """See `FusedOps.put_keys`."""
         if inverse_rms_BL is None or layer.head_dim not in HEAD_SIZES:
             return super().put_keys(layer, key_BLD, inverse_rms_BL, rotary, out_BLHK)
         maps_HOI = layer.phi_k.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
         state_keys(key_BLD, inverse_rms_BL, layer.norm_k.weight, maps_HOI, *rotary, L2_NORM_EPS, out_BLHK)
 
-    def recalled(self, layer: HybridAttention, mixed_BLHD: Tensor, recalling: Recall) -> Tensor:
-        """See `Steps.recalled`."""
-        state, query, inverse_rms, gate, rotary = recalling
+    def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, reading: StateRead) -> Tensor:
+        """See `FusedOps.add_state_read`."""
+        state, query, inverse_rms, gate, rotary = reading
         if inverse_rms is None or layer.head_dim not in HEAD_SIZES:
-            return super().recalled(layer, mixed_BLHD, recalling)
+            return super().add_state_read(layer, mixed_BLHD, reading)
         maps_HOI = layer.phi_q.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
         weight = layer.norm_q.weight
-        return recall(mixed_BLHD, state, gate, query, inverse_rms, weight, maps_HOI, *rotary, L2_NORM_EPS)
+        return read_state(mixed_BLHD, state, gate, query, inverse_rms, weight, maps_HOI, *rotary, L2_NORM_EPS)

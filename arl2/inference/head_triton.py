@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 HEAD_SIZES = (32, 64, 128)
-"""Channels of a head that `state_keys` and `recall` take: their products need powers of two."""
+"""Channels of a head that `state_keys` and `read_state` take: their products need powers of two."""
 STATE_ROWS = 64
-"""Tokens of a program of `state_keys` and `recall`: enough to pay for reading the state."""
+"""Tokens of a program of `state_keys` and `read_state`: enough to pay for reading the state."""
 STATE_WARPS = 4
 STATE_REGISTERS = 168
 """At most, of a thread: so that three programs share a multiprocessor and one computes while another loads."""
@@ -301,8 +301,8 @@ def state_keys(
     _launch(x_BLD, inverse_rms_BL, weight_D, maps_HOI, cos, sin, None, out_BLHD, eps)
 
 
-@torch.library.custom_op("arl2::recall", mutates_args=())
-def recall(
+@torch.library.custom_op("arl2::read_state", mutates_args=())
+def read_state(
     mixed_BLHD: Tensor,
     state_BHKV: Tensor,
     gate_BLH: Tensor,
@@ -346,7 +346,7 @@ def _(
     return None
 
 
-@recall.register_fake
+@read_state.register_fake
 def _(
     mixed_BLHD: Tensor,
     state_BHKV: Tensor,

@@ -13,7 +13,7 @@ from wan.utils.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 ROW_MULTIPLE = 16
-"""Rows of every part of a fused product are padded to a multiple of this: FP8 needs it, alignment likes it."""
+"""RowScaledFP8 of every part of a fused product are padded to a multiple of this: FP8 needs it, alignment likes it."""
 SMALLEST_SCALE = 1e-12
 
 
@@ -32,20 +32,20 @@ def require_fp8(device: torch.device, *sizes: int) -> None:
         raise InputError(f"fp8 needs sizes that are multiples of {ROW_MULTIPLE}, this model has {odd[0]}: leave it off")
 
 
-class Rows(NamedTuple):
+class RowScaledFP8(NamedTuple):
     """x as e4m3 with one scale a row: x ≈ values·scales, values [..., K], scales [..., 1] float32."""
 
     values: Tensor
     scales: Tensor
 
 
-def quantized(x: Tensor) -> Rows:
+def quantized(x: Tensor) -> RowScaledFP8:
     """x as e4m3, each row scaled to use its whole range."""
     wide = x.float()
     scales = (wide.abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max).clamp(min=SMALLEST_SCALE)
     # A division by the rounded scale may end beyond the range, and e4m3 has no infinity to saturate to.
     limit = torch.finfo(FP8).max
-    return Rows((wide / scales).clamp(-limit, limit).to(FP8), scales)
+    return RowScaledFP8((wide / scales).clamp(-limit, limit).to(FP8), scales)
 
 
 class RowsLinear(nn.Module):
@@ -85,11 +85,11 @@ class FP8Linear(nn.Module):
             }
         self.dtype = weight_NK.dtype
 
-    def forward(self, x: Tensor | Rows, rows: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor | RowScaledFP8, rows: slice = slice(None)) -> Tensor:
         """The output channels `rows` for any number of tokens, [..., rows] in the dtype of the weight."""
         values, scales = self.values_NK[rows], self.scales_N1[rows]
         bias = self.biases[rows.start, rows.stop] if self.biases else None
-        x = x if isinstance(x, Rows) else quantized(x)
+        x = x if isinstance(x, RowScaledFP8) else quantized(x)
         x_values, x_scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
         if x_values.is_cuda:
             # With a scale a row, the product itself adds no float16.
@@ -157,7 +157,7 @@ class FusedLinear(nn.Module):
         start, stop = self.places[first][0], self.places[last][1]
         return start, stop + -stop % ROW_MULTIPLE
 
-    def forward(self, x: Tensor | Rows, names: tuple[str, ...]) -> list[Tensor]:
+    def forward(self, x: Tensor | RowScaledFP8, names: tuple[str, ...]) -> list[Tensor]:
         """The outputs of some parts, [..., out_features] each; views of one tensor.
 
         Args:

@@ -7,8 +7,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from arl2.inference.blocks import FastHybridBlock, PendingWrites, compiled, fast_block, flow, uncompiled
-from arl2.inference.fused_ops import Steps, Stream
+from arl2.inference.blocks import BatchedStateWrites, FastHybridBlock, compiled, fast_block, flow, uncompiled
+from arl2.inference.fused_ops import DeferredResidual, FusedOps
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
@@ -34,18 +34,18 @@ class InferenceModel:
     def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False, kernels: bool = False) -> None:
         self.model = model
         self._fp8 = fp8
-        self._stage = compiled if compile else uncompiled
+        self._compile_fn = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
-        steps = new_steps(fp8, kernels)
-        self._blocks = [fast_block(block, steps, self._stage).eval() for block in model.layers()]
+        ops = new_fused_ops(fp8, kernels)
+        self._blocks = [fast_block(block, ops, self._compile_fn).eval() for block in model.layers()]
 
     def without_kernels(self) -> Self:
         """The same, weights included, with the plain functions between products."""
         other = copy(self)
-        other._blocks, steps = [copy(block) for block in self._blocks], new_steps(self._fp8, False)
+        other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, False)
         for block in other._blocks:
-            block.steps = steps
+            block.ops = ops
         return other
 
     def tokens_per_frame(self, height: int, width: int) -> int:
@@ -65,19 +65,19 @@ class InferenceModel:
         """See `wan.model.CausalWanModel.forward`; the text as `embed_text` made it."""
         # Contiguous, since every pattern of strides would be compiled anew.
         inputs = (x.contiguous() for x in (latents_BFCHW, timesteps_BF, frames_F))
-        x, rotary, time_BFD, time_BF6D = self._stage(CausalWanModel.embed)(self.model, *inputs)
-        stream, updates = Stream(x, None, None), list[Any]()
+        x, rotary, time_BFD, time_BF6D = self._compile_fn(CausalWanModel.embed)(self.model, *inputs)
+        stream, updates = DeferredResidual(x, None, None), list[Any]()
         waiting: list[int] = []
         to_write = sum(isinstance(block, FastHybridBlock) for block in self._blocks) if remember else 0
         for layer, (block, view, kv) in enumerate(zip(self._blocks, views, text, strict=True)):
-            room = None
+            delta_out = None
             if to_write and isinstance(block, FastHybridBlock):
                 if not waiting:
-                    writes = PendingWrites(min(to_write, WRITES_TOGETHER), x, block.hybrid.num_heads)
-                room = writes.room(view.state_BHKV)
+                    writes = BatchedStateWrites(min(to_write, WRITES_TOGETHER), x, block.hybrid.num_heads)
+                delta_out = writes.buffer(view.state_BHKV)
                 waiting.append(layer)
             attend = not (remember and block is self._blocks[-1])
-            stream, update = block(stream, time_BF6D, rotary, view, kv, attend, remember, room)
+            stream, update = block(stream, time_BF6D, rotary, view, kv, attend, remember, delta_out)
             updates.append(update)
             if waiting and writes.full:
                 to_write -= len(waiting)
@@ -87,13 +87,13 @@ class InferenceModel:
         if remember:
             return PassOutput(None, updates)
         sizes = latents_BFCHW.shape[-2:]
-        return PassOutput(self._stage(flow)(self.model, stream, time_BFD, time_BF6D, *sizes), None)
+        return PassOutput(self._compile_fn(flow)(self.model, stream, time_BFD, time_BF6D, *sizes), None)
 
 
-def new_steps(fp8: bool, kernels: bool) -> Steps:
+def new_fused_ops(fp8: bool, kernels: bool) -> FusedOps:
     """The plain functions, or the same by kernels; see `require_kernels`."""
     if not kernels:
-        return Steps(fp8)
-    from arl2.inference.fused_ops_triton import KernelSteps  # needs Triton
+        return FusedOps(fp8)
+    from arl2.inference.fused_ops_triton import TritonFusedOps  # needs Triton
 
-    return KernelSteps(fp8)
+    return TritonFusedOps(fp8)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from arl2.inference.linear import FP8, SMALLEST_SCALE
 
 NORM_ROWS = 2
-"""Rows that a program of `norm` takes: they share the modulation, which is as much to read as a row."""
+"""RowScaledFP8 that a program of `norm` takes: they share the modulation, which is as much to read as a row."""
 NORM_WARPS = 4
 WIDE_ROW = 2048
 """Channels beyond which a row is worth twice the threads."""

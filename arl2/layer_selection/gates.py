@@ -117,7 +117,7 @@ class GateSettings(Stage2Settings):
 
     Attributes:
         budget: share of the layers that are to be hybrid, between 0 and 1.
-        budget_weight: of (mean p - budget)², beside the distillation loss over the power of its target.
+        budget_weight: of (mean p - budget)², beside the distillation loss over the target_mean_square of its target.
         temperature: of the soft switch whose gradient is taken.
     """
 
@@ -163,12 +163,12 @@ class LayerGates(Stage2):
         return {layer: float(logit.detach().sigmoid()) for layer, logit in self.logits.items()}
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The error relative to the teacher's power, and the penalty."""
+        """The error relative to the teacher's target_mean_square, and the penalty."""
         self._draw(noise)
         (error,) = super().losses(batch, noise)
-        power = torch.stack(self._power).sum() / noise.levels_BNP.numel()
+        target_mean_square = torch.stack(self._power).sum() / noise.levels_BNP.numel()
         share = torch.stack([logit.sigmoid() for logit in self.logits.values()]).mean()
-        yield error / power + self.settings.budget_weight * (share - self.settings.budget).square()
+        yield error / target_mean_square + self.settings.budget_weight * (share - self.settings.budget).square()
 
     def metrics(self) -> dict[str, float]:
         """As stage 2's, and the mean of p."""

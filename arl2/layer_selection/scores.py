@@ -16,14 +16,15 @@ import yaml
 from torch import Tensor
 
 from arl2.evaluation.deviation import latent_deviation, roll_out, teacher_of
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.hybrid_attention import HybridAttention
 from arl2.layer_selection.gates import HYBRID_SHARE
 from arl2.lora import LoRALinear
 from arl2.model import HybridWanModel, switched_off
 from arl2.rollout import FewStepSampler, Noise
-from wan.checkpoints.loading import atomic_path, some
+from wan.checkpoints.loading import summarize_names
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 SHARES = (25, 50, 75)
 """In percent."""
@@ -94,12 +95,12 @@ def replacement_scores(
     Returns:
         mean squared difference of the latents of every video, by layer.
     """
-    contender = teacher_of(Contender(model, sampler))
-    wanted = roll_out(contender, text_BTD, noise, blocks, as_teacher=True, context_noise=context_noise)
+    setup = teacher_of(EvalSetup(model, sampler))
+    wanted = roll_out(setup, text_BTD, noise, blocks, as_teacher=True, context_noise=context_noise)
     scores = {}
     for layer in model.hybrid_attentions():
         with only_hybrid_in(model, {layer}):
-            got = roll_out(contender, text_BTD, noise, blocks, context_noise=context_noise)
+            got = roll_out(setup, text_BTD, noise, blocks, context_noise=context_noise)
         scores[layer] = latent_deviation(got, wanted, wanted.shape[1] // blocks).by_video
     return scores
 
@@ -174,6 +175,6 @@ def _as_scores(page: object, num_layers: int, path: Path) -> dict[int, float]:
     wanted = {str(layer) for layer in range(num_layers)}
     missing, unknown = wanted - page.keys(), page.keys() - wanted
     if missing or unknown:
-        wrong = f"lacks layers {some(missing)}" if missing else f"names layers {some(unknown)}"
+        wrong = f"lacks layers {summarize_names(missing)}" if missing else f"names layers {summarize_names(unknown)}"
         raise InputError(f"{path} {wrong}: give one score for each of the model's layers 0 to {num_layers - 1}")
     return {int(layer): float(score) for layer, score in page.items()}

@@ -7,7 +7,7 @@ import torch
 
 from wan.model import CausalWanModel
 
-MOST_VARIANTS = 256
+MAX_VARIANTS = 256
 """Compilations of one function in a process, one for every size, type, device and way of computing gradients that it
 meets, and one a layer where stage 1 observes them; beyond them torch silently computes uncompiled, and its own limit is
 8."""
@@ -37,4 +37,4 @@ def compile_blocks(model: CausalWanModel, backend: str | Callable[..., Any] = "i
 
 def allow_variants() -> None:
     """Let one function be compiled for many kinds of arguments."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)

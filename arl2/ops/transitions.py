@@ -1,4 +1,4 @@
-"""What stretches of tokens do to a gated delta state, as matrices, and their products; see `arl2.ops.gated_delta`."""
+"""What segments of tokens do to a gated delta state, as matrices, and their products; see `arl2.ops.gated_delta`."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 class Transitions(NamedTuple):
-    """What N stretches of tokens do to a state, one after the other: S ← M·S + N. No M makes anything longer.
+    """What N segments of tokens do to a state, one after the other: S ← M·S + N. No M makes anything longer.
 
     Attributes:
         factor: M, [B, H, N, K, K].
@@ -44,14 +44,14 @@ class Transitions(NamedTuple):
     added: Tensor
 
     def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
-        """The state after each stretch, in order."""
+        """The state after each segment, in order."""
         state = state_BHKV
         for n in range(self.factor.shape[2]):
             state = self.factor[:, :, n] @ state + self.added[:, :, n]
             yield state
 
     def composed(self) -> "Transitions":
-        """All stretches as one, neighbour with neighbour: log2(N) rounds of large products, not N small ones."""
+        """All segments as one, neighbour with neighbour: log2(N) rounds of large products, not N small ones."""
         return self if self.factor.shape[2] == 1 else Transitions(*_Composition.apply(*self))
 
 
@@ -76,7 +76,7 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _even(factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """The same stretches, and one that changes nothing if their number is odd: pairs of the others would be copies."""
+    """The same segments, and one that changes nothing if their number is odd: pairs of the others would be copies."""
     if not factor.shape[2] % 2:
         return factor, added
     one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -89,7 +89,7 @@ class _Composition(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        context.stretches, rounds = factor.shape[2], []
+        context.segments, rounds = factor.shape[2], []
         while factor.shape[2] > 1:
             factor, added = _even(factor, added)
             rounds += [factor, added]
@@ -106,7 +106,7 @@ class _Composition(torch.autograd.Function):
         while rounds:
             added, factor = rounds.pop(), rounds.pop()
             gradients = _undone(factor, added, *gradients)
-        return tuple(x[:, :, : context.stretches] for x in gradients)
+        return tuple(x[:, :, : context.segments] for x in gradients)
 
 
 def _undone(factor: Tensor, added: Tensor, factor_gradient: Tensor, added_gradient: Tensor) -> tuple[Tensor, Tensor]:

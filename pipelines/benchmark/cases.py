@@ -45,7 +45,7 @@ class SpeedOptions(SpeedConfig):
         model = pipeline.transformer
         pipeline.use_attention_backend(require_backend(self.attention_backend, model.device, model.dtype))
         model.use_write_backend(self.write_backend)
-        pipeline.accelerate(self)
+        pipeline.optimize_for_inference(self)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, SpeedOptions
 from pipelines.benchmark.measure import ENDS
 from pipelines.config import MemoryKind
 from pipelines.media.plots import line_chart, save_png
-from wan.checkpoints.loading import atomic_path
+from wan.utils.files import atomic_path
 
 MARKDOWN_FILE = "benchmark.md"
 GB = 1e9

@@ -15,8 +15,8 @@ from pipelines.benchmark.cases import BenchmarkConfig, Case, by_row, empty_model
 from pipelines.benchmark.ceilings import Ceilings, measure_ceilings
 from pipelines.benchmark.measure import build_stage, measure_case, release
 from pipelines.provenance import device_name, environment
-from wan.checkpoints.loading import atomic_path
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 

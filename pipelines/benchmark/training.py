@@ -35,17 +35,17 @@ from pipelines.benchmark.measure import out_of_memory, release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
-from pipelines.training.run import let_train, precision_of
-from wan.checkpoints.loading import atomic_path
+from pipelines.training.run import enable_grad, precision_of
 from wan.config import wan_size
 from wan.memory import Memory
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 from wan.vae.wan_vae import WAN21_VAE
 
 log = logging.getLogger(__name__)
 
 JSON_FILE = "training.json"
-CARD_BYTES, SPARE_BYTES, LEAST_SHARE = 80e9, 10e9, 0.4
+CARD_BYTES, SPARE_BYTES, MIN_SHARE = 80e9, 10e9, 0.4
 """What is wanted: so much of such a card left over, and this share of the rate of matrix products."""
 STEPS = {1: 6000, 2: 12000}
 PUBLISHED_HOURS = {1: 50.0, 2: 106.0}
@@ -342,7 +342,7 @@ def measure_row(
             record[name] = {"flops_per_second": rate, "share_of_matmul": rate / ceiling}
         spare = CARD_BYTES - notes.reserved_peak
         record |= {"spare_bytes": spare, "bar_memory": spare >= SPARE_BYTES}
-        record["bar_speed"] = record["hardware"]["share_of_matmul"] >= LEAST_SHARE
+        record["bar_speed"] = record["hardware"]["share_of_matmul"] >= MIN_SHARE
         log.info(
             "%s: %.3g s a step, %.0f %% of the matmul rate",
             row.name,
@@ -368,7 +368,7 @@ def _train(
     model = random_transformer(config.size, config.hybrid(row.stage), seed=config.seed, device=device, dtype=dtype)
     notes.weights = allocator.allocated() - before
     objective = WatchedObjective(_objective(row, config, model), allocator, notes)
-    let_train(objective.parameters_to_train(), device)
+    enable_grad(objective.parameters_to_train(), device)
     if row.compile:
         compile_blocks(model)
     settings = TrainerSettings(steps, ema_decay=EMA_DECAY[row.stage], save_every=steps, report_every=steps)

@@ -21,7 +21,7 @@ from wan.vae.wan_vae import spatial_stride
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Speed = TypeVar("Speed", bound=SpeedConfig)
-LEAST_FREE_BYTES = 16 * 2**20
+MIN_FREE_BYTES = 16 * 2**20
 """Less free disk than this cannot hold a video."""
 
 
@@ -235,5 +235,5 @@ def check_writable(folder: Path) -> None:
             f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
         ) from error
     free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE_BYTES:
+    if free < MIN_FREE_BYTES:
         raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")

@@ -203,7 +203,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Whether a block is decoded while the next is denoised."""
         return self._side is not None
 
-    def accelerate(self, speed: SpeedConfig) -> None:
+    def optimize_for_inference(self, speed: SpeedConfig) -> None:
         """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
 
         Feed-forward adapters are merged for good. Call it when everything is on its device.

@@ -13,9 +13,9 @@ from transformers import UMT5EncoderModel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.checkpoints.formats import WEIGHT_FILES
-from wan.checkpoints.loading import atomic_path
 from wan.config import wan_size
 from wan.text import NATIVE_TEXT_FILE, NATIVE_TOKENIZER_FOLDER, TOY_TEXT, save_native_umt5, umt5_config, word_tokenizer
+from wan.utils.files import atomic_path
 from wan.vae.wan_vae import NATIVE_VAE_FILE, TOY_VAE, WanVAE, new_vae, save_native_vae
 
 

@@ -22,10 +22,11 @@ from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.generation.timing import PhaseTimer
 from pipelines.media.video import VideoWriter
-from pipelines.prompts import PromptJob, share
+from pipelines.prompts import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
-from wan.checkpoints.loading import fingerprint_of, write_json
+from wan.checkpoints.loading import fingerprint_of
 from wan.utils.errors import InputError
+from wan.utils.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         context_noise=config.context_noise,
     )
     pipeline.use_attention_backend(run.backend)
-    pipeline.accelerate(config.speed)
+    pipeline.optimize_for_inference(config.speed)
     return pipeline
 
 
@@ -69,7 +70,7 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
     Raises:
         InputError: a finished video was made with other settings, weights or image.
     """
-    mine = share(run.jobs, rank, world_size)
+    mine = shard_jobs(run.jobs, rank, world_size)
     made_with = settings_of(run) | {"weights": fingerprint_of(pipeline.transformer.state_dict())}
     made = {job.name: made_with | image_of(run, job) for job in mine}
     todo = [job for job in mine if not is_finished(run, job, made[job.name])]

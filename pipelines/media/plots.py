@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wan.checkpoints.loading import atomic_path
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]

@@ -28,18 +28,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arl2.checkpoint import build_hybrid, save_hybrid_weights
-from arl2.distillation.checkpointing import fill
+from arl2.distillation.checkpointing import copy_tensors_
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.objective import Objective
 from arl2.distillation.stage1 import stage1_parameters
 from arl2.distillation.stage2 import stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.layer_selection.gates import LayerGates
 from arl2.layer_selection.scores import Selection, read_stage1_errors, replacement_scores
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.toyworld.probe.leakage import STRIDE
-from arl2.toyworld.probe.memory_benchmark import Exam, ExamSettings, equal_memory_window, memory_bytes
+from arl2.toyworld.probe.memory_benchmark import (
+    MemoryBenchmark,
+    MemoryBenchmarkSettings,
+    equal_memory_window,
+    memory_bytes,
+)
 from arl2.toyworld.study.ablations import Variant, install
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
@@ -57,9 +62,10 @@ from pipelines.training.config import (
 )
 from pipelines.training.run import new_accelerator, new_objective, new_trainer
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import as_state_dict, atomic_path, read_weights, write_json
+from wan.checkpoints.loading import as_state_dict, read_weights
 from wan.text import load_text_encoder
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path, write_json
 from wan.vae.wan_vae import load_vae, spatial_stride
 
 log = logging.getLogger(__name__)
@@ -71,12 +77,12 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 class OutOfTimeError(Exception):
-    """The time of this sitting is over; everything is kept, and the next one goes on."""
+    """The time of this session is over; everything is kept, and the next one goes on."""
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What a sitting is given.
+    """What a session is given.
 
     Attributes:
         work: folder of everything.
@@ -96,7 +102,7 @@ class StudySettings:
     model: Path
     device: torch.device
     training_videos: int = 24576
-    exam: ExamSettings = field(default_factory=ExamSettings)
+    exam: MemoryBenchmarkSettings = field(default_factory=MemoryBenchmarkSettings)
     seed: int = 0
     steps: int | None = None
     stage1_steps: int | None = None
@@ -184,13 +190,13 @@ class Study:
         return transformer_config(self.settings.model)
 
     @cached_property
-    def exam(self) -> Exam:
+    def exam(self) -> MemoryBenchmark:
         """The exam, with what the teacher makes of it."""
         settings = self.settings
         encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
         vae = load_vae(settings.model, device=settings.device)
-        teacher = Contender(self.build(HybridSettings(), torch.float32), self.config(Stage2Config, "teacher").sampler())
-        return Exam(vae, encoder, teacher, settings.exam)
+        teacher = EvalSetup(self.build(HybridSettings(), torch.float32), self.config(Stage2Config, "teacher").sampler())
+        return MemoryBenchmark(vae, encoder, teacher, settings.exam)
 
     def build(self, hybrid: HybridSettings, dtype: torch.dtype) -> HybridWanModel:
         """The generator with some hybrid layers, frozen; what is new is untrained."""
@@ -215,10 +221,10 @@ class Study:
     # Training.
 
     def train(self, name: str, config: TrainingConfig, objective: Objective) -> tuple[Trainer, Result]:
-        """Train to the end, from where an earlier sitting stopped.
+        """Train to the end, from where an earlier session stopped.
 
         Raises:
-            OutOfTimeError: the sitting ended before.
+            OutOfTimeError: the session ended before.
         """
         trainer = new_trainer(config, self.data, new_accelerator(config), objective)
         if not trainer.run(self.settings.is_over):
@@ -298,14 +304,14 @@ class Study:
     def objective_of(self, row: Row, config: Stage2Config) -> Objective:
         """What a row's training minimises."""
         model = install(self.build(self.hybrid_of(row, config), self.training_dtype), row.variant)
-        contender = self.contender(row, model)
-        if row.kind is Kind.STAGE2 and contender.window_frames is not None:
-            config.memory = MemoryConfig(MemoryKind.window, contender.window_frames, contender.sink_frames)
+        setup = self.setup(row, model)
+        if row.kind is Kind.STAGE2 and setup.window_frames is not None:
+            config.memory = MemoryConfig(MemoryKind.window, setup.window_frames, setup.sink_frames)
         if row.kind is Kind.WINDOW:
             teacher = self.build(HybridSettings(), self.training_dtype)
-            assert contender.window_frames is not None
+            assert setup.window_frames is not None
             settings = config.objective_settings()
-            return WindowStudent(model, teacher, settings, contender.window_frames, contender.sink_frames)
+            return WindowStudent(model, teacher, settings, setup.window_frames, setup.sink_frames)
         if row.variant is Variant.NOISY_WRITES:
             config.levels.per_block = len(config.denoising_steps)
             return NoisyWriteStage2(model, config.objective_settings())
@@ -330,14 +336,14 @@ class Study:
 
     # Examining.
 
-    def contender(self, row: Row, model: HybridWanModel) -> Contender:
+    def setup(self, row: Row, model: HybridWanModel) -> EvalSetup:
         """A model as a row is sampled."""
         stride, layers = spatial_stride(self.settings.model), round(self.sizes["num_layers"] * 0.75)
         tokens = model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
         trained = (NUM_FRAMES - 1) // STRIDE + 1
         equal = equal_memory_window(model, layers, trained, tokens)
         sampler = self.config(Stage2Config, row.name).sampler()
-        return Contender(model, sampler, row.window.frames(equal, trained), row.window.sink_frames)
+        return EvalSetup(model, sampler, row.window.frames(equal, trained), row.window.sink_frames)
 
     def model_of(self, row: Row) -> HybridWanModel:
         """A row's model with what was trained, in float32."""
@@ -354,24 +360,24 @@ class Study:
             raise InputError(f"no {file}: run the part that trains {name} first")
         targets = dict(model.named_parameters()) if row.kind is Kind.WINDOW else stage2_parameters(model)
         state = as_state_dict(read_weights(file), file)
-        fill(targets, {key: value for key, value in state.items() if key in targets or row.trains}, file)
+        copy_tensors_(targets, {key: value for key, value in state.items() if key in targets or row.trains}, file)
         return model
 
     def examine(self, row: Row, training: Result | None) -> Result:
         """Take the exam, and keep the result.
 
         Raises:
-            OutOfTimeError: no exam fits into what is left of the sitting.
+            OutOfTimeError: no exam fits into what is left of the session.
         """
         if time.monotonic() + self._exam_seconds > self.settings.deadline:
             raise OutOfTimeError
         started = time.perf_counter()
         model = self.model_of(row)
-        contender, real = self.contender(row, model), self.exam.probe.latents_BFCHW
+        setup, real = self.setup(row, model), self.exam.probe.latents_BFCHW
         result: Result = {"row": vars(row) | {"layers": self.layers_of(row)}, "training": training}
-        result |= {f"memory_bytes_{times}x": memory_bytes(model, real, contender, times) for times in (1, 4)}
-        result |= {"window_frames": contender.window_frames, "sink_frames": contender.sink_frames}
-        result |= {"exam": self.exam.take(contender, row.noise_seed), "exam_settings": vars(self.settings.exam)}
+        result |= {f"memory_bytes_{times}x": memory_bytes(model, real, setup, times) for times in (1, 4)}
+        result |= {"window_frames": setup.window_frames, "sink_frames": setup.sink_frames}
+        result |= {"exam": self.exam.take(setup, row.noise_seed), "exam_settings": vars(self.settings.exam)}
         seconds = time.perf_counter() - started
         self._exam_seconds = seconds
         self.keep(row.name, result | {"exam_seconds": seconds})
@@ -399,7 +405,7 @@ class Study:
         model = self.build(HybridSettings(tuple(range(self.sizes["num_layers"]))), torch.float32)
         install(model, Variant.PLAIN)
         file = self.path("weights", "stage1", ".safetensors")
-        fill(stage1_parameters(model), as_state_dict(read_weights(file), file), file)
+        copy_tensors_(stage1_parameters(model), as_state_dict(read_weights(file), file), file)
         probe, sampler = self.exam.probe, self.config(Stage2Config, "replacement").sampler()
         rows = slice(0, videos)
         blocks = probe.frames // self.config(Stage2Config, "replacement").frames_per_block

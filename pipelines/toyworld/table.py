@@ -9,8 +9,8 @@ from typing import Any
 
 from arl2.toyworld.study.rows import MAIN, PARTS
 from pipelines.media.plots import heat_map, line_chart, save_png
-from wan.checkpoints.loading import atomic_path
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 Result = dict[str, Any]
 TEACHER = "teacher"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from arl2.distillation import objective
-from arl2.distillation.checkpointing import whole_checkpoints
+from arl2.distillation.checkpointing import complete_checkpoints
 from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
     *("batch", "accumulation", "device", "shard", "compile", "checkpointing", "resume", "save_every", "keep"),
     *("report_every", "sample_every", "sample_frames", "sample_fps", "tracker", "max_bad_steps"),
 )
-"""Settings that may differ between the sittings of a run; what they name is told by content where it matters."""
+"""Settings that may differ between the sessions of a run; what they name is told by content where it matters."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class TrainingConfig:
         data: folders of latents, made by scripts/generate_latents.py or scripts/encode_videos.py; or one .safetensors
             file that stays in the device's memory whole, see `arl2.distillation.data.ResidentLatents`.
         run_folder: everything that the run leaves.
-        resume: go on where an earlier sitting of the run stopped; without it, a folder that holds a run is an error.
+        resume: go on where an earlier session of the run stopped; without it, a folder that holds a run is an error.
         frames_per_block, denoising_steps, warp_denoising_steps, timestep_shift: of the teacher, as for inference.
         levels: see `arl2.distillation.sampling.NoiseLevels`.
         blocks_per_graph, path: see `arl2.distillation.objective.ObjectiveSettings`.
@@ -127,11 +127,11 @@ class Stage1Config(TrainingConfig):
 
     Attributes:
         layers: to train; empty for all.
-        read_clean, relative: see `arl2.distillation.stage1.Stage1Settings`.
+        loss_on_clean_pass, relative: see `arl2.distillation.stage1.Stage1Settings`.
     """
 
     layers: list[int] = field(default_factory=list)
-    read_clean: bool = True
+    loss_on_clean_pass: bool = True
     relative: bool = True
 
     def hybrid(self, num_layers: int) -> HybridSettings:
@@ -141,7 +141,11 @@ class Stage1Config(TrainingConfig):
     def objective_settings(self) -> Stage1Settings:
         """As `Stage1` takes them."""
         return Stage1Settings(
-            self.frames_per_block, self.blocks_per_graph, self.path, read_clean=self.read_clean, relative=self.relative
+            self.frames_per_block,
+            self.blocks_per_graph,
+            self.path,
+            loss_on_clean_pass=self.loss_on_clean_pass,
+            relative=self.relative,
         )
 
 
@@ -282,7 +286,7 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     data = data or open_data(config)
     _check_data(config, data, sizes)
     check_writable(Path(config.run_folder))
-    if not config.resume and whole_checkpoints(Path(config.run_folder) / CHECKPOINTS):
+    if not config.resume and complete_checkpoints(Path(config.run_folder) / CHECKPOINTS):
         raise InputError(f"{config.run_folder} holds a run: set resume=true, or choose another run_folder")
     return data
 
@@ -335,15 +339,15 @@ def init_from(config: TrainingConfig) -> Path | None:
     if not isinstance(config, Stage2Config | GatesConfig) or config.init_from is None:
         return None
     path = Path(config.init_from)
-    found = whole_checkpoints(path / CHECKPOINTS)
+    found = complete_checkpoints(path / CHECKPOINTS)
     file = found[-1] / "trainables.safetensors" if found else path
     if not file.is_file():
         raise InputError(f"init_from {path} is neither a stage-1 run nor its trainables: run train_stage1.py first")
     return file
 
 
-def settings_that_matter(config: TrainingConfig, global_batch: int) -> dict[str, Any]:
-    """Flat settings that must not change between sittings, with the batch of all ranks in the place of a rank's."""
+def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, Any]:
+    """Flat settings that must not change between sessions, with the batch of all ranks in the place of a rank's."""
     kept = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     if config.optimizer.decay == "constant":
         del kept["steps"]  # nothing but the end depends on it

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.checkpointing import fill, require_same_run, writing
+from arl2.distillation.checkpointing import copy_tensors_, require_same_run
 from arl2.distillation.data import Samples
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.sampling import Batches
-from arl2.distillation.sharding import gathered_state, shard_trunk
+from arl2.distillation.sharding import gathered_state, shard_backbone
 from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
@@ -40,19 +40,12 @@ from pipelines.training.config import (
     TrainingConfig,
     check_training,
     init_from,
-    settings_that_matter,
+    resume_fingerprint,
 )
 from wan.checkpoints.formats import WEIGHT_FILES, read_transformer, transformer_config
-from wan.checkpoints.loading import (
-    StateDict,
-    as_state_dict,
-    atomic_folder,
-    fingerprint_of,
-    read_weights,
-    some,
-    write_json,
-)
+from wan.checkpoints.loading import StateDict, as_state_dict, fingerprint_of, read_weights, summarize_names
 from wan.utils.errors import CheckpointError
+from wan.utils.files import atomic_folder, write_json
 from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
@@ -114,14 +107,14 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     """
     folder, model = Path(config.run_folder), objective.model
     trainables = objective.parameters_to_train()
-    let_train(trainables, accelerator.device)
+    enable_grad(trainables, accelerator.device)
     start_from(config, model)
     global_batch = config.batch * config.accumulation * accelerator.num_processes
-    fingerprint = settings_that_matter(config, global_batch)
+    fingerprint = resume_fingerprint(config, global_batch)
     frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
     fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
     if config.shard:
-        shard_trunk(model, trainables.values())
+        shard_backbone(model, trainables.values())
     if config.compile:
         compile_blocks(model)
     batches = Batches(
@@ -140,8 +133,8 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
         write_run_page(config, folder, fingerprint, accelerator)
     if config.tracker != "none":
         accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
-    watcher = Watcher(config, data, accelerator)
-    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, watcher)
+    monitor = TrainingMonitor(config, data, accelerator)
+    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor)
 
 
 def weights_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -175,7 +168,7 @@ def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
     return Stage2(model, settings, config.sampler())
 
 
-def let_train(trainables: Mapping[str, nn.Parameter], device: torch.device) -> None:
+def enable_grad(trainables: Mapping[str, nn.Parameter], device: torch.device) -> None:
     """Move what trains to the device, in float32 at least, and let it require gradients."""
     for parameter in trainables.values():
         parameter.data = parameter.data.to(device, torch.promote_types(parameter.dtype, torch.float32))
@@ -195,8 +188,8 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     wanted = stage1_parameters(model)
     missing = wanted.keys() - state.keys()
     if missing:
-        raise CheckpointError(f"{file} lacks {some(missing)}: name layers that stage 1 trained")
-    fill(wanted, {name: state[name] for name in wanted}, file)
+        raise CheckpointError(f"{file} lacks {summarize_names(missing)}: name layers that stage 1 trained")
+    copy_tensors_(wanted, {name: state[name] for name in wanted}, file)
 
 
 def write_run_page(
@@ -236,14 +229,13 @@ def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) 
     """
     # Not `save_config`: a sharded model's class has another name.
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    with atomic_folder(folder) as temporary, writing(folder):
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
         (temporary / "config.json").write_text(page + "\n")
         save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
-class Watcher:
+class TrainingMonitor:
     """What people look at while a run trains: plots, and videos of teacher and student from the same noise."""
 
     def __init__(self, config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:

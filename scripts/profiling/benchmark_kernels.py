@@ -20,26 +20,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.hybrid_attention import HybridAttention
-from arl2.inference.fused_ops import Recall, Steps, Stream, require_kernels
-from arl2.inference.linear import Rows
-from arl2.inference.model import new_steps
+from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead, require_kernels
+from arl2.inference.linear import RowScaledFP8
+from arl2.inference.model import new_fused_ops
 from arl2.ops.gated_delta import WriteBackend, gated_delta_write
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.provenance import device_name
-from wan.checkpoints.loading import write_json
 from wan.config import wan_size
 from wan.model import Block
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.rope import rotary_angles
+from wan.utils.files import write_json
 
 Function = Callable[..., Any]
 HALF = torch.bfloat16
 FRAMES, HEIGHT, WIDTH = 3, 30, 52
 """Of a block, in patches."""
 NORM_SHAPES = ((1, 4), (2, 2), (4, 4), (4, 8), (8, 8))
-"""Rows and warps of `norm`, for --sweep."""
+"""RowScaledFP8 and warps of `norm`, for --sweep."""
 STATE_SHAPES = ((128, 8, None), (64, 4, 168), (64, 4, 128), (64, 8, 128), (256, 8, None))
-"""Rows, warps and registers of `recall` and `state_keys`."""
+"""RowScaledFP8, warps and registers of `read_state` and `state_keys`."""
 
 
 def exact(x: Any) -> Any:
@@ -54,7 +54,7 @@ def exact(x: Any) -> Any:
 
 def tensors(x: Any) -> list[Tensor]:
     """Copies of all tensors in some outputs, e4m3 rows as the values they stand for."""
-    if isinstance(x, Rows):
+    if isinstance(x, RowScaledFP8):
         return [x.values.double() * x.scales]
     if isinstance(x, Tensor):
         return [x.double()]
@@ -76,7 +76,7 @@ def microseconds(function: Function, recorded: bool = True) -> float:
 
 
 class Bench:
-    """Rows of the table, printed as they come.
+    """RowScaledFP8 of the table, printed as they come.
 
     Args:
         device: of the inputs.
@@ -137,9 +137,9 @@ def bench_norms(bench: Bench, sweep: bool) -> None:
 
     block, before = (bench.drawn(Block(bench.dim, 64, bench.heads, True, True, 1e-6)) for _ in range(2))
     x, added = bench.random(1, bench.tokens, bench.dim), bench.random(1, bench.tokens, bench.dim)
-    time, stream = bench.random(1, FRAMES, 6, bench.dim) / 2, Stream(x, added, before.modulation)
+    time, stream = bench.random(1, FRAMES, 6, bench.dim) / 2, DeferredResidual(x, added, before.modulation)
     for fp8 in (False, True):
-        fast, plain, true, tag = new_steps(fp8, True), Steps(fp8), Steps(False), ", e4m3" if fp8 else ""
+        fast, plain, true, tag = new_fused_ops(fp8, True), FusedOps(fp8), FusedOps(False), ", e4m3" if fp8 else ""
         for name, inputs in (
             ("before_self_attention", (block, stream, time)),
             ("before_cross_attention", (block, x, added, time)),
@@ -150,7 +150,7 @@ def bench_norms(bench: Bench, sweep: bool) -> None:
     for rows, warps in NORM_SHAPES if sweep else ():
         with launched(kernels, NORM_ROWS=rows, NORM_WARPS=warps):
             us, fp8_us = (
-                microseconds(lambda fast=new_steps(fp8, True): fast.before_self_attention(block, stream, time))
+                microseconds(lambda fast=new_fused_ops(fp8, True): fast.before_self_attention(block, stream, time))
                 for fp8 in (False, True)
             )
         bench.note(name=f"norm, {rows} rows, {warps} warps", us=us, e4m3_us=fp8_us)
@@ -160,7 +160,7 @@ def bench_heads(bench: Bench, sweep: bool) -> None:
     """Queries and keys of attention and of the state, and its read."""
     from arl2.inference import head_triton as head_kernels
 
-    fast, plain, dim, heads = new_steps(False, True), Steps(False), bench.dim, bench.heads
+    fast, plain, dim, heads = new_fused_ops(False, True), FusedOps(False), bench.dim, bench.heads
     layer = bench.drawn(HybridAttention(dim, heads, True, 1e-6, None, 1.0))
     whole = bench.random(1, bench.tokens, 4 * dim + heads)
     q, k, _, query = (whole[..., i * dim : (i + 1) * dim] for i in range(4))
@@ -171,21 +171,21 @@ def bench_heads(bench: Bench, sweep: bool) -> None:
     bench.compare("normed_heads: q of the text", kernel, usual, [(layer.norm_q, q)], [], heads, None)
     _, (factor,) = fast.normed_heads([], asked, heads, rotary)
     state = torch.randn(1, heads, dim // heads, dim // heads, device=bench.device)
-    recall = Recall(state, query, factor, whole[..., 4 * dim :], rotary)
+    read_state = StateRead(state, query, factor, whole[..., 4 * dim :], rotary)
     mixed = bench.random(1, bench.tokens, heads, dim // heads) / 4
-    room = torch.empty_like(mixed)
-    bench.compare("recalled", fast.recalled, plain.recalled, layer, mixed, recall)
+    delta_out = torch.empty_like(mixed)
+    bench.compare("add_state_read", fast.add_state_read, plain.add_state_read, layer, mixed, read_state)
 
-    def keys(steps: Steps) -> Tensor:
-        steps.put_keys(layer, query, factor, rotary, room)
-        return room
+    def keys(steps: FusedOps) -> Tensor:
+        steps.put_keys(layer, query, factor, rotary, delta_out)
+        return delta_out
 
     fast_us, plain_us = (microseconds(lambda s=s: keys(s)) for s in (fast, plain))
     apart = error(tensors(keys(fast)), tensors(keys(plain)))
     bench.note(name="put_keys", us=fast_us, plain_uncompiled_us=plain_us, apart=apart)
     for rows, warps, registers in STATE_SHAPES if sweep else ():
         with launched(head_kernels, STATE_ROWS=rows, STATE_WARPS=warps, STATE_REGISTERS=registers):
-            read = microseconds(lambda: fast.recalled(layer, mixed, recall))
+            read = microseconds(lambda: fast.add_state_read(layer, mixed, read_state))
             put = microseconds(lambda: keys(fast))
         bench.note(name=f"state, {rows} rows, {warps} warps, {registers} registers", recalled_us=read, put_keys_us=put)
 
@@ -194,12 +194,16 @@ def bench_products(bench: Bench) -> None:
     """What surrounds products: GELU and quantisation."""
     from arl2.inference.row_triton import linear_gelu, quantize
 
-    gelu, plain = nn.GELU(approximate="tanh"), Steps(True)
+    gelu, plain = nn.GELU(approximate="tanh"), FusedOps(True)
     x, hidden = bench.random(1, bench.tokens, bench.dim), bench.random(1, bench.tokens, bench.ffn)
     weight, bias = bench.random(bench.ffn, bench.dim) / bench.dim**0.5, bench.random(bench.ffn)
-    bench.compare("quantize", new_steps(True, True).operand, plain.operand, x, truth=lambda x: x)
+    bench.compare("quantize", new_fused_ops(True, True).operand, plain.operand, x, truth=lambda x: x)
     bench.compare(
-        "gelu and quantize", lambda h: Rows(*quantize(h, True)), lambda h: plain.operand(gelu(h)), hidden, truth=gelu
+        "gelu and quantize",
+        lambda h: RowScaledFP8(*quantize(h, True)),
+        lambda h: plain.operand(gelu(h)),
+        hidden,
+        truth=gelu,
     )
     bench.compare("product with gelu", linear_gelu, lambda x, w, b: gelu(F.linear(x, w, b)), x, weight, bias)
     bench.note(name="product alone", us=microseconds(lambda: F.linear(x, weight, bias)))

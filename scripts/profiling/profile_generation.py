@@ -25,7 +25,7 @@ from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.config import load_config
 from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.provenance import environment
-from wan.checkpoints.loading import write_json
+from wan.utils.files import write_json
 
 SHOWN = 25
 """Kernels in the table; the JSON has all."""

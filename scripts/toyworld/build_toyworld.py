@@ -55,10 +55,10 @@ from arl2.toyworld.world.latents import (
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
-from wan.checkpoints.loading import atomic_folder, write_json
 from wan.config import wan_size
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_folder, write_json
 from wan.vae.wan_vae import load_vae
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from arl2.toyworld.world.scenes import BACKGROUNDS, NUM_FRAMES, STANDARD_HIDDEN_
 from pipelines.cli import exit_on_input_error
 from pipelines.media.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.media.video import VideoWriter
-from wan.checkpoints.loading import atomic_path
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,16 @@ ROWS = (
     ("occlusion", "mist", 100, 2 * NUM_FRAMES - 1),
 )
 VIDEO_SCALE, VIDEO_COLUMNS = 4, 3
-MOST_SEEDS = 4096
+MAX_SEEDS = 4096
 
 
 def first_video(kind: str, background: str, hidden_frames: int, frames: int, seed: int) -> tuple[Tensor, str]:
     """Video [T, 3, H, W] and caption of the first scene from `seed` on with this kind and background.
 
     Raises:
-        InputError: none among MOST_SEEDS seeds.
+        InputError: none among MAX_SEEDS seeds.
     """
-    seeds = torch.arange(seed, seed + MOST_SEEDS)
+    seeds = torch.arange(seed, seed + MAX_SEEDS)
     scenes = sample_scenes(seeds, frames, {kind: 1.0}, hidden_frames)
     scenes = scenes[scenes.background == tuple(BACKGROUNDS).index(background)]
     if not len(scenes):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
-from arl2.toyworld.probe.memory_benchmark import ExamSettings
+from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
 
 
 def settings_from(arguments: argparse.Namespace) -> StudySettings:
-    """The sitting that a command line asks for.
+    """The session that a command line asks for.
 
     Raises:
         InputError: it cannot work.
@@ -70,7 +70,7 @@ def settings_from(arguments: argparse.Namespace) -> StudySettings:
         model=arguments.model,
         device=device,
         training_videos=arguments.training_videos,
-        exam=ExamSettings(arguments.videos, arguments.long_videos, batch),
+        exam=MemoryBenchmarkSettings(arguments.videos, arguments.long_videos, batch),
         seed=arguments.seed,
         steps=arguments.steps,
         stage1_steps=arguments.stage1_steps,

@@ -18,8 +18,9 @@ from wan.checkpoints.formats import (
     read_transformer,
     transformer_config,
 )
-from wan.checkpoints.loading import StateDict, atomic_path
+from wan.checkpoints.loading import StateDict
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import atomic_path
 
 CPU = torch.device("cpu")
 F32 = torch.float32

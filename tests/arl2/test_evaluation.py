@@ -15,7 +15,7 @@ from arl2.evaluation.deviation import (
     teacher_forced_deviation,
     temporal_flicker,
 )
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from wan.flow import flow_to_x0
@@ -36,15 +36,15 @@ def text() -> Tensor:
 
 @pytest.mark.parametrize("blocks", [3, 12])
 def test_a_model_does_not_deviate_from_itself(blocks: int) -> None:
-    deviation = rollout_deviation(Contender(tiny_model(), SAMPLER), text(), noise, blocks)
+    deviation = rollout_deviation(EvalSetup(tiny_model(), SAMPLER), text(), noise, blocks)
     assert deviation.by_block == [0.0] * blocks and deviation.mean == 0.0
     assert deviation.student_BFCHW.shape == (BATCH, FRAMES * blocks, TINY["in_dim"], HEIGHT, WIDTH)
-    forced = teacher_forced_deviation(Contender(tiny_model(), SAMPLER), deviation.teacher_BFCHW, text(), noise)
+    forced = teacher_forced_deviation(EvalSetup(tiny_model(), SAMPLER), deviation.teacher_BFCHW, text(), noise)
     assert forced.by_block == [0.0] * blocks
 
 
 def test_a_conversion_deviates_from_the_second_block_on() -> None:
-    student = Contender(HybridWanModel(**TINY, hybrid_layers=[0, 2]).double().eval(), SAMPLER)
+    student = EvalSetup(HybridWanModel(**TINY, hybrid_layers=[0, 2]).double().eval(), SAMPLER)
     torch.nn.init.normal_(student.transformer.head.head.weight)
     words = text()
     deviation = rollout_deviation(student, words, noise, 4)
@@ -61,16 +61,16 @@ def test_the_teacher_is_the_softmax_model_with_full_memory() -> None:
     names = softmax.state_dict().keys()
     weights = {name.replace(".linear.", "."): value for name, value in model.state_dict().items()}
     softmax.load_state_dict({name: weights[name] for name in names})
-    windowed = Contender(model, SAMPLER, window_frames=6, sink_frames=3)
+    windowed = EvalSetup(model, SAMPLER, window_frames=6, sink_frames=3)
     deviation = rollout_deviation(windowed, words, noise, 4)
-    torch.testing.assert_close(deviation.teacher_BFCHW, roll_out(Contender(softmax, SAMPLER), words, noise, 4))
+    torch.testing.assert_close(deviation.teacher_BFCHW, roll_out(EvalSetup(softmax, SAMPLER), words, noise, 4))
     torch.testing.assert_close(deviation.student_BFCHW, roll_out(windowed, words, noise, 4), rtol=0, atol=0)
-    other = rollout_deviation(windowed, words, noise, 4, teacher=Contender(softmax, SAMPLER))
+    other = rollout_deviation(windowed, words, noise, 4, teacher=EvalSetup(softmax, SAMPLER))
     torch.testing.assert_close(other.mse_BN, deviation.mse_BN)
 
 
 def test_a_window_deviates_once_it_forgets() -> None:
-    student = Contender(tiny_model(), SAMPLER, window_frames=6)
+    student = EvalSetup(tiny_model(), SAMPLER, window_frames=6)
     errors = rollout_deviation(student, text(), noise, 4).by_block
     assert errors[:2] == [0.0, 0.0] and min(errors[2:]) > 0
 
@@ -80,7 +80,7 @@ def test_teacher_forced_errors_are_those_of_x0() -> None:
     model, words = tiny_model(HybridSettings((1,))), text()
     clean = torch.randn(BATCH, 6, TINY["in_dim"], HEIGHT, WIDTH, dtype=torch.float64)
     one_level = FewStepSampler((500.0,), (0.5,))
-    errors = teacher_forced_deviation(Contender(model, one_level), clean, words, noise)
+    errors = teacher_forced_deviation(EvalSetup(model, one_level), clean, words, noise)
     x0 = []
     for manager in (model.as_teacher(), model.without_lora()):
         with manager, torch.no_grad():

@@ -216,9 +216,9 @@ def test_the_inverse_looks_below_the_diagonal_only_and_has_its_gradient() -> Non
     assert torch.autograd.gradcheck(UnitLowerInverse.apply, lower.requires_grad_())
 
 
-@pytest.mark.parametrize("stretches", [1, 2, 3, 5, 8, 13])
-def test_composed_transitions_are_all_of_them_in_turn(stretches: int) -> None:
-    factor, added = torch.randn(2, 3, stretches, 4, 4), torch.randn(2, 3, stretches, 4, 5)
+@pytest.mark.parametrize("segments", [1, 2, 3, 5, 8, 13])
+def test_composed_transitions_are_all_of_them_in_turn(segments: int) -> None:
+    factor, added = torch.randn(2, 3, segments, 4, 4), torch.randn(2, 3, segments, 4, 5)
     leaves = [(x.double() / 2).requires_grad_() for x in (factor, added)]
     state, weight = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     found = []

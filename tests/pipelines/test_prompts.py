@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.prompts import plan_jobs, prompt_seed, read_prompts, share
+from pipelines.prompts import plan_jobs, prompt_seed, read_prompts, shard_jobs
 from wan.utils.errors import InputError
 
 NASTY = [
@@ -49,7 +49,7 @@ def test_a_job_depends_on_nothing_but_its_prompt_seed_and_occurrence() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
 def test_ranks_share_all_jobs(world_size: int) -> None:
     jobs = plan_jobs(NASTY, seed=0)
-    shares = [share(jobs, rank, world_size) for rank in range(world_size)]
+    shares = [shard_jobs(jobs, rank, world_size) for rank in range(world_size)]
     assert sorted(job.name for part in shares for job in part) == sorted(job.name for job in jobs)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -106,7 +106,7 @@ def test_work_on_the_side_delays_nobody_who_does_not_join_it() -> None:
 
 def gpu_videos(pipeline: CausalVideoPipeline, overlap: bool) -> list[Tensor]:
     """Some videos as bytes, each decoded slowly; full memory, so that passes are recorded meanwhile."""
-    pipeline.accelerate(SpeedConfig(compile=False, kernels=False, overlap_decoding=overlap))
+    pipeline.optimize_for_inference(SpeedConfig(compile=False, kernels=False, overlap_decoding=overlap))
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:

@@ -44,5 +44,5 @@ def test_by_blocks_values_and_gradients_are_those_under_the_mask(sizes: tuple[in
 def test_long_blocks_go_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = layout_of(9, 3, 2, None, 0)
     assert isinstance(layout.view, MaskedView)
-    monkeypatch.setattr(wan.parallel, "MOST_MASKED_TOKENS", 14)
+    monkeypatch.setattr(wan.parallel, "MAX_MASKED_TOKENS", 14)
     assert isinstance(layout.view, BlocksView)

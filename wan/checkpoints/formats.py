@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights, some
+from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights, summarize_names
 from wan.utils.errors import CheckpointError
 
 OUR_CLASSES = ("CausalWanModel", "HybridWanModel")
@@ -233,4 +233,4 @@ def family(names: Mapping[str, Any]) -> str:
     for pattern, what in _FAMILIES:
         if any(pattern.search(name) for name in names):
             return what
-    return f"unknown weights ({some(names)})" if names else "nothing"
+    return f"unknown weights ({summarize_names(names)})" if names else "nothing"

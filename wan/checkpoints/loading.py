@@ -6,13 +6,9 @@ strict: every name in the file and every parameter of the model is accounted for
 
 import hashlib
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -20,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from wan.utils.errors import CheckpointError, InputError
+from wan.utils.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
 
+WORDS_AT_A_TIME = 1 << 22
+CHECKSUM_FACTOR = 0x1E3779B97F4A7C16  # even, so that every weight is odd
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -74,56 +72,6 @@ def _read_shards(index_path: Path) -> dict[str, object]:
     return state
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block ends well, and is removed if it does not.
-
-    Raises:
-        InputError: the folder cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, page: object, default: Callable[[Any], object] | None = None) -> None:
-    """Write a page, which is there whole or not at all.
-
-    Args:
-        default: turns what JSON does not know into something that it does.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(page, indent=1, default=default) + "\n")
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_path`, for a folder: the new one takes the place of an old one.
-
-    Raises:
-        InputError: the folder cannot be written, or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def read_folder(folder: Path, names: Sequence[str]) -> tuple[StateDict, Path]:
     """The weights of a folder, and the file that they are in (or their index).
 
@@ -147,7 +95,7 @@ def as_state_dict(weights: Mapping[str, object], source: str | Path) -> StateDic
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
+def summarize_names(names: Iterable[str], most: int = 3) -> str:
     """A few names for a one-line message, with the count of the rest."""
     ordered = sorted(names)
     rest = len(ordered) - most
@@ -155,11 +103,32 @@ def some(names: Iterable[str], most: int = 3) -> str:
 
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> str:
-    """A hash of weights: of names, shapes, and a few values of each."""
+    """A hash of weights: of names, types, shapes and all values; the same on every device.
+
+    Values enter by sums modulo 2⁶⁴ that weigh every place differently, at the speed of memory.
+    """
+    sums = [checksum(value) for value in state.values()]
+    totals = [int(total) for total in torch.stack([total.cpu() for total in sums])] if sums else []
     digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.flatten()[:8].tolist()}".encode())
+    for (name, value), total in zip(state.items(), totals, strict=True):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def checksum(value: Tensor) -> Tensor:
+    """The sum over 8-byte words of a tensor, each times an odd number of its own, modulo 2⁶⁴; a scalar int64.
+
+    A tensor that differs in one word has another sum.
+    """
+    content = value.detach().contiguous().flatten().view(torch.uint8)
+    rest = -len(content) % 8
+    words = torch.nn.functional.pad(content, (0, rest)).view(torch.int64) if rest else content.view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    for number, chunk in enumerate(words.split(WORDS_AT_A_TIME)):
+        places = torch.arange(len(chunk), device=value.device) + number * WORDS_AT_A_TIME
+        total += (chunk * (places * CHECKSUM_FACTOR + 1)).sum()
+    return total
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -174,8 +143,8 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     expected = model.state_dict()
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unexpected:
-        parts = [f"missing {some(missing)}"] if missing else []
-        parts += [f"unexpected {some(unexpected)}"] if unexpected else []
+        parts = [f"missing {summarize_names(missing)}"] if missing else []
+        parts += [f"unexpected {summarize_names(unexpected)}"] if unexpected else []
         raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
     wrong = {name for name, value in expected.items() if value.shape != state[name].shape}
     if wrong:

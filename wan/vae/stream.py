@@ -8,7 +8,7 @@ from torch import Tensor
 from wan.utils.errors import InputError
 
 
-def misfit(what: str, x: Tensor, channels: int) -> InputError:
+def shape_error(what: str, x: Tensor, channels: int) -> InputError:
     """The error for frames of another shape than [batch, frames, channels, height, width]."""
     return InputError(
         f"{what} of shape {tuple(x.shape)} do not fit: expected [batch, frames, {channels}, height, width]"
@@ -40,7 +40,7 @@ class LatentStream(ABC):
             InputError: another shape, another size than before, or no latent at all.
         """
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2] != self._channels or not latents_BFCHW.shape[1]:
-            raise misfit("latents", latents_BFCHW, self._channels)
+            raise shape_error("latents", latents_BFCHW, self._channels)
         pixels = self._pixels(latents_BFCHW)
         return pixels.clamp_(-1, 1) if clamp else pixels
 

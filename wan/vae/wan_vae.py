@@ -18,10 +18,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
 from wan.checkpoints.formats import WEIGHT_FILES, family, read_config
-from wan.checkpoints.loading import StateDict, as_state_dict, atomic_path, load_strict, read_folder, read_weights
+from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import atomic_path
 from wan.vae.fast import FastDecoder
-from wan.vae.stream import LatentStream, misfit
+from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
 
 NATIVE_VAE_FILE = "Wan2.1_VAE.pth"
@@ -175,7 +176,7 @@ class EncodeStream:
             InputError: another shape, a number of frames that latents cannot hold, or a size that does not divide.
         """
         if pixels_BTCHW.ndim != 5 or pixels_BTCHW.shape[2] != 3:
-            raise misfit("pixels", pixels_BTCHW, 3)
+            raise shape_error("pixels", pixels_BTCHW, 3)
         frames, (height, width) = pixels_BTCHW.shape[1], pixels_BTCHW.shape[-2:]
         first = 0 if self._started else 1
         if not frames or (frames - first) % self._stride:

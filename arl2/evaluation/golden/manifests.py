@@ -6,7 +6,7 @@ import torch
 
 from arl2.evaluation.golden.backbone import new_model
 from arl2.evaluation.golden.vectors import CaseResult, Golden
-from wan.checkpoints.loading import some
+from wan.checkpoints.loading import summarize_names
 from wan.text import native_umt5_names
 from wan.vae.wan_vae import native_vae_names
 
@@ -35,7 +35,8 @@ def check_manifest(golden: Golden) -> CaseResult:
     ours = our_names(golden.info["config"], listed)
     result = CaseResult(golden.path.stem, "names", compared=len(listed))
     if listed.keys() != ours.keys():
-        result.failure = f"missing {some(listed.keys() - ours.keys())}; unexpected {some(ours.keys() - listed.keys())}"
+        missing, unexpected = listed.keys() - ours.keys(), ours.keys() - listed.keys()
+        result.failure = f"missing {summarize_names(missing)}; unexpected {summarize_names(unexpected)}"
     elif wrong := [name for name, shape in listed.items() if ours[name] != shape]:
         result.failure = f"shape of {wrong[0]} is {ours[wrong[0]]}, the manifest has {listed[wrong[0]]}"
     return result

@@ -21,7 +21,7 @@ def hidden_blocks(scenes: Scenes) -> Tensor:
     return ~latents.unflatten(1, (-1, FRAMES_PER_BLOCK)).any(-1)
 
 
-def leak_by_block(
+def leakage_by_block(
     latents_BFCHW: Tensor, scenes: Scenes, steps: int = 400, seed: int = 0
 ) -> list[dict[str, float | int]]:
     """How well a small classifier reads the first object's colour and shape from each of its hidden blocks.

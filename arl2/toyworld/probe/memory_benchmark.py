@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arl2.evaluation.deviation import latent_deviation, pixel_deviation, psnr
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridWanModel
 from arl2.toyworld.probe.memory_probe import (
     BATCH,
@@ -40,7 +40,7 @@ LONG_TIMES = 4
 
 
 @dataclass(frozen=True)
-class ExamSettings:
+class MemoryBenchmarkSettings:
     """How large an exam is.
 
     Attributes:
@@ -56,7 +56,7 @@ class ExamSettings:
     seed: int = 0
 
 
-class Exam:
+class MemoryBenchmark:
     """Scenes, and what the teacher makes of them.
 
     Args:
@@ -65,7 +65,9 @@ class Exam:
         settings: see there.
     """
 
-    def __init__(self, vae: WanVAE, encoder: TextEncoder, teacher: Contender, settings: ExamSettings) -> None:
+    def __init__(
+        self, vae: WanVAE, encoder: TextEncoder, teacher: EvalSetup, settings: MemoryBenchmarkSettings
+    ) -> None:
         self._vae, self._encoder, self._teacher, self.settings = vae, encoder, teacher, settings
         self._teachers: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -86,16 +88,16 @@ class Exam:
         return ceilings(self._vae, self.probe)
 
     @torch.no_grad()
-    def take(self, contender: Contender, noise_seed: int = 0) -> dict[str, Any]:
+    def take(self, setup: EvalSetup, noise_seed: int = 0) -> dict[str, Any]:
         """All figures of a model.
 
         Args:
-            contender: the model, whose softmax layers may have a window.
+            setup: the model, whose softmax layers may have a window.
             noise_seed: other noise than the teacher's shows how far videos are apart that are merely of one kind.
         """
         result: dict[str, Any] = {}
         for form in FORMS if self.settings.long_videos else FORMS[:-1]:
-            latents, pixels = self._videos(contender, form, noise_seed)
+            latents, pixels = self._videos(setup, form, noise_seed)
             result[form] = self._judged(form, pixels)
             if form != "obeyed":
                 if form not in self._teachers:
@@ -105,11 +107,11 @@ class Exam:
                 result[form]["deviation"] = _deviation((latents, pixels), self._teachers[form], given)
         return result
 
-    def _videos(self, contender: Contender, form: str, noise_seed: int) -> tuple[Tensor, Tensor]:
+    def _videos(self, setup: EvalSetup, form: str, noise_seed: int) -> tuple[Tensor, Tensor]:
         probe = replace(self._long if form == "long" else self.probe, noise_seed=noise_seed)
         text = probe.telling_text_BTD if form == "obeyed" else probe.text_BTD
         continued = form in ("continued", "long")
-        return make_videos(contender, self._vae, probe, text, continued, self.settings.batch)
+        return make_videos(setup, self._vae, probe, text, continued, self.settings.batch)
 
     def _judged(self, form: str, pixels: Tensor) -> dict[str, Any]:
         scenes = (self._long if form == "long" else self.probe).scenes
@@ -137,7 +139,7 @@ def _deviation(videos: tuple[Tensor, Tensor], teachers: tuple[Tensor, Tensor], g
     }
 
 
-def memory_bytes(model: HybridWanModel, latents_BFCHW: Tensor, contender: Contender, times: int = 1) -> int:
+def memory_bytes(model: HybridWanModel, latents_BFCHW: Tensor, setup: EvalSetup, times: int = 1) -> int:
     """Bytes that a model remembers of one video: keys and values in half precision, states in float32."""
     _, frames, _, height, width = latents_BFCHW.shape
     spec = MemorySpec(
@@ -146,8 +148,8 @@ def memory_bytes(model: HybridWanModel, latents_BFCHW: Tensor, contender: Conten
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         frames=frames * times,
-        window_frames=contender.window_frames,
-        sink_frames=contender.sink_frames,
+        window_frames=setup.window_frames,
+        sink_frames=setup.sink_frames,
     )
     return model.new_memory(spec).num_bytes
 

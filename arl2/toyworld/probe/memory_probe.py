@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.rollout import remember_block, rollout
 from arl2.toyworld.world.captions import caption_scenes, names_answer
 from arl2.toyworld.world.latents import embed_captions, encode_pixels
@@ -99,13 +99,13 @@ def _batches(videos: int, size: int = BATCH) -> Iterator[slice]:
 
 @torch.no_grad()
 def generate_latents(
-    contender: Contender, probe: ProbeSet, rows: slice, text_BTD: Tensor, continued: bool = False
+    setup: EvalSetup, probe: ProbeSet, rows: slice, text_BTD: Tensor, continued: bool = False
 ) -> Tensor:
     """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
-    model, real = contender.transformer, probe.latents_BFCHW[rows]
+    model, real = setup.transformer, probe.latents_BFCHW[rows]
     given = probe.given_frames if continued else 0
     like = real[:, :1].expand(-1, probe.frames, -1, -1, -1)
-    memory = model.memory_for(like, contender.window_frames, contender.sink_frames)
+    memory = model.memory_for(like, setup.window_frames, setup.sink_frames)
     text = model.embed_text(text_BTD[rows].to(model.dtype))
     for start in range(0, given, FRAMES_PER_BLOCK):
         remember_block(model, real[:, start : start + FRAMES_PER_BLOCK], text, memory, start)
@@ -114,18 +114,18 @@ def generate_latents(
         return probe.noise(continued, block, step)[rows]
 
     blocks = (probe.frames - given) // FRAMES_PER_BLOCK
-    made = [block.latents_BFCHW for block in rollout(model, contender.sampler, noise, text, memory, blocks, given)]
+    made = [block.latents_BFCHW for block in rollout(model, setup.sampler, noise, text, memory, blocks, given)]
     return torch.cat([real[:, :given].float(), *(part.float() for part in made)], dim=1)
 
 
 @torch.no_grad()
 def make_videos(
-    contender: Contender, vae: WanVAE, probe: ProbeSet, text_BTD: Tensor, continued: bool = False, batch: int = BATCH
+    setup: EvalSetup, vae: WanVAE, probe: ProbeSet, text_BTD: Tensor, continued: bool = False, batch: int = BATCH
 ) -> tuple[Tensor, Tensor]:
     """Latents of all videos of a probe as in `generate_latents`, and their pixels [B, T, 3, H, W]."""
     parts = []
     for rows in _batches(len(probe.scenes), batch):
-        latents = generate_latents(contender, probe, rows, text_BTD, continued)
+        latents = generate_latents(setup, probe, rows, text_BTD, continued)
         parts.append((latents, vae.decode(latents.to(vae.dtype)).float()))
     latents, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
     return latents, pixels
@@ -206,12 +206,12 @@ def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float 
 
 
 @torch.no_grad()
-def probe_model(contender: Contender, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
+def probe_model(setup: EvalSetup, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
     """All three forms for one model: continued, generated without being told, generated as told."""
     scenes, two = probe.scenes, probe.scenes.exists[:, 1]
 
     def shown(text_BTD: Tensor, continued: bool = False) -> Tensor:
-        return make_videos(contender, vae, probe, text_BTD, continued)[1]
+        return make_videos(setup, vae, probe, text_BTD, continued)[1]
 
     continued = judge_continued(read_video(shown(probe.text_BTD, continued=True), scenes), scenes)
     generated = judge_generated(read_generated(shown(probe.text_BTD), two), scenes)

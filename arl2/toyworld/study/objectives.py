@@ -75,9 +75,9 @@ class NoisyWriteStage2(Stage2):
         frames, _, height, width = clean.shape[1:]
         order_BNP = noise.levels_BNP.argsort(dim=2, descending=True)
         falling = BatchNoise(noise.levels_BNP.gather(2, order_BNP), noise.noise_BNPFCHW)
-        passes = [_noisy_at(batch, falling, place, size) for place in range(noise.places)]
+        passes = [_noisy_at(batch, falling, place, size) for place in range(noise.num_noise_levels)]
         layout = ParallelLayout(
-            frames, size, self.model.tokens_per_frame(height, width), 1 + noise.places, clean.device
+            frames, size, self.model.tokens_per_frame(height, width), 1 + noise.num_noise_levels, clean.device
         )
         latents = torch.cat([clean, *(noisy for noisy, _ in passes)], dim=1)
         times = torch.cat([torch.zeros_like(passes[0][1]), *(timesteps for _, timesteps in passes)], dim=1)
@@ -89,7 +89,7 @@ class NoisyWriteStage2(Stage2):
             wanted = teacher_forced_flow(self.model, noisy, timesteps, text, size, clean)
         positions = torch.arange(frames, device=clean.device).repeat(layout.halves)
         flow = self.model(latents, times, text, self.model.parallel_views(layout), positions).flow
-        student = _picked(flow[:, frames:].unflatten(1, (noise.places, frames)), place_BN, size)
+        student = _picked(flow[:, frames:].unflatten(1, (noise.num_noise_levels, frames)), place_BN, size)
         levels = noise.levels_BNP[..., 0]
         yield self._passes_error(student, wanted, levels) / levels.shape[1]
 

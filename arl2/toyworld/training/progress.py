@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from arl2.toyworld.training.muon import MuonWithAdam
-from wan.checkpoints.loading import atomic_path
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_path
 
 _SEED_STRIDE = 1_000_003
 

@@ -25,7 +25,7 @@ from wan.teacher_forcing import teacher_forced_flow
 
 Report = Callable[[int, float], None]
 OUTER_LAYERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
-"""Layers between the trunk and the outside: left to Adam."""
+"""Layers between the backbone and the outside: left to Adam."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from arl2.toyworld.world.captions import VOCABULARY, caption_scenes
 from arl2.toyworld.world.render import as_pixels, render
 from arl2.toyworld.world.scenes import sample_scenes
-from wan.checkpoints.loading import atomic_path
 from wan.config import WAN_SIZES
 from wan.text import TOY_TEXT, TextEncoder, umt5_config, word_tokenizer
+from wan.utils.files import atomic_path
 from wan.vae.wan_vae import WanVAE
 from wan.vae.whole_clip import encode_clip
 

@@ -29,7 +29,7 @@ WHOLE = 0.99
 """Visible fraction from which an object counts as wholly seen."""
 PRESENT_AREA, ABSENT_AREA = 0.4, 0.15
 """Shares of an object's area: with more an object is there to be read, with less there is none."""
-LEAST_GAP = 8
+MIN_GAP = 8
 """Frames without an object that make a disappearance; a shorter gap is flicker."""
 
 _WINDOW = 31
@@ -111,7 +111,7 @@ def read_video(pixels: Tensor, scenes: Scenes) -> Reading:
 
 
 def read_generated(pixels: Tensor, two_objects: Tensor) -> Reading:
-    """Read videos of which only the prompt is known; disappearances are gaps of LEAST_GAP frames without an object.
+    """Read videos of which only the prompt is known; disappearances are gaps of MIN_GAP frames without an object.
 
     Args:
         pixels: [B, T, 3, H, W] in [-1, 1].
@@ -123,8 +123,8 @@ def read_generated(pixels: Tensor, two_objects: Tensor) -> Reading:
     detections = detect(pixels, two_objects)
     absent = (detections.area < ABSENT_AREA).float().flatten(0, 1)[:, None]
     # Two minima and maxima, one after the other, remove what is shorter than a gap and restore the rest.
-    kept = -F.max_pool1d(F.pad(-absent, (LEAST_GAP - 1, 0), value=-1.0), LEAST_GAP, 1)
-    gaps = F.max_pool1d(F.pad(kept, (0, LEAST_GAP - 1)), LEAST_GAP, 1)
+    kept = -F.max_pool1d(F.pad(-absent, (MIN_GAP - 1, 0), value=-1.0), MIN_GAP, 1)
+    gaps = F.max_pool1d(F.pad(kept, (0, MIN_GAP - 1)), MIN_GAP, 1)
     return _read(detections, phases(gaps[:, 0].unflatten(0, detections.area.shape[:2]) > 0))
 
 

@@ -105,13 +105,13 @@ def test_stage_one_equals_a_dense_implementation(relative: bool) -> None:
     assert_same_gradients(loop, gradients(model, dense_loss), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("read_clean", [False, True])
-def test_the_parallel_path_of_stage_one_equals_the_loop(read_clean: bool) -> None:
+@pytest.mark.parametrize("loss_on_clean_pass", [False, True])
+def test_the_parallel_path_of_stage_one_equals_the_loop(loss_on_clean_pass: bool) -> None:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage1_parameters(model))
     noise, both = mixed_noise(batch), []
     for path in Path:
-        objective = Stage1(model, Stage1Settings(3, path=path, read_clean=read_clean))
+        objective = Stage1(model, Stage1Settings(3, path=path, loss_on_clean_pass=loss_on_clean_pass))
         both.append((*trained(objective, batch, noise), objective.relative_errors()))
     torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-5, atol=1e-8)
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-4, atol=1e-7)

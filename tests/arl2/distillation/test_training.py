@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from abandoned import abandoned
 from paths import ROOT
 from safetensors.torch import load_file
 from tiny_models import HEIGHT, TINY, WIDTH
@@ -96,7 +97,7 @@ def test_stage_two_starts_from_the_layers_of_stage_one(trained_world: Path, monk
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_compiles_the_teacher_alone(trained_world: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
-    """Reports, samples of other sizes and a second sitting included."""
+    """Reports, samples of other sizes and a second session included."""
     graphs = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
@@ -167,7 +168,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path, stage: int, monkey
     broken = root / "broken"
     run_and_kill(root, broken, stage)
     # What a kill in the middle of a write leaves.
-    half = broken / "checkpoints" / ".step-00000008.part"
+    half = abandoned(broken / "checkpoints" / "step-00000006")
     half.mkdir(parents=True)
     (half / "trainables.safetensors").write_bytes(b"half")
     with (broken / "losses.jsonl").open("a") as file:

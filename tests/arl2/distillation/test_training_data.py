@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from abandoned import abandoned
 
 from arl2.distillation.data import INDEX, LatentDataset, LatentWriter
 from arl2.rollout import GeneratedBlock
@@ -46,7 +47,7 @@ def test_a_writer_that_was_killed_goes_on(tmp_path: Path) -> None:
     for seed in range(3):
         writer.add(str(seed), torch.zeros(3, 2, 4, 4), "p", seed, torch.ones(1, 1))
     del writer  # killed: the third sample waited in memory
-    (tmp_path / ".shard-00001.safetensors.part").write_bytes(b"half")
+    abandoned(tmp_path / "shard-00001.safetensors").write_bytes(b"half")
     assert LatentWriter(tmp_path, SETTINGS).keys == {"0", "1"}
     fill(tmp_path, ["0", "1", "2", "3"])
     assert [sample["key"] for sample in json.loads((tmp_path / INDEX).read_text())["samples"]] == ["0", "1", "2", "3"]

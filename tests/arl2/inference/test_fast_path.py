@@ -14,10 +14,10 @@ from tiny_models import HYBRID, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_v
 from torch import Tensor, nn
 
 from arl2.inference.cuda_graphs import GraphedModel, pass_key, recurs
-from arl2.inference.fused_ops import Operand, Steps
+from arl2.inference.fused_ops import FusedOps, Operand
 from arl2.inference.linear import FP8Linear, FusedLinear, quantized, require_fp8
 from arl2.inference.memory_pool import MemoryPool
-from arl2.inference.model import InferenceModel, new_steps
+from arl2.inference.model import InferenceModel, new_fused_ops
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import predict_flow, remember_block
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig
@@ -251,7 +251,7 @@ def test_over_a_full_memory_the_second_pass_of_a_block_is_recorded(monkeypatch: 
     assert generate() == [["recorded"] * 4 + ["record", "recorded"]] * 2
     assert generate() == [["recorded"] * 5] * 2
     # Without room a block's denoising is recorded for that block.
-    monkeypatch.setattr("arl2.inference.cuda_graphs.MOST_GRAPHS", 4)
+    monkeypatch.setattr("arl2.inference.cuda_graphs.MAX_GRAPHS", 4)
     spec = replace(spec, frames=9)
     assert generate() == [["launched", "record", *["recorded"] * 3, "launched"]] * 2
     assert generate() == [["record", *["recorded"] * 4, "launched"]] * 2
@@ -263,7 +263,7 @@ def test_recordings_in_use_stay_and_forgotten_ones_go(monkeypatch: pytest.Monkey
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *arguments: None)
     made = []
     monkeypatch.setattr(GraphedModel, "_record", lambda *arguments: made.append(0) or Rerun(*arguments))
-    monkeypatch.setattr("arl2.inference.cuda_graphs.MOST_GRAPHS", 4)
+    monkeypatch.setattr("arl2.inference.cuda_graphs.MAX_GRAPHS", 4)
     monkeypatch.setattr("arl2.inference.cuda_graphs.FORGOTTEN_AFTER", 12)
     model = tiny_model()
     graphed = GraphedModel(InferenceModel(model), torch.device("cpu"))
@@ -315,20 +315,20 @@ def test_fp8_stays_close_to_the_model() -> None:
 def test_what_a_device_lacks_is_an_error() -> None:
     pipeline = random_pipeline("toy")
     with pytest.raises(InputError, match="fp8 needs"):
-        pipeline.accelerate(SpeedConfig(fp8=True))
+        pipeline.optimize_for_inference(SpeedConfig(fp8=True))
     for switch in ("cuda_graphs", "overlap_decoding"):
         with pytest.raises(InputError, match=f"{switch} needs a GPU"):
-            pipeline.accelerate(SpeedConfig(**{switch: True}))
+            pipeline.optimize_for_inference(SpeedConfig(**{switch: True}))
     with pytest.raises(InputError, match="kernels need a GPU"):
-        pipeline.accelerate(SpeedConfig(kernels=True))
+        pipeline.optimize_for_inference(SpeedConfig(kernels=True))
     with pytest.raises(InputError, match="compute capability"):
         require_fp8(torch.device("cpu"), 64)
-    pipeline.accelerate(SpeedConfig())
+    pipeline.optimize_for_inference(SpeedConfig())
     assert pipeline.flow_model is pipeline.transformer, "the plain model computes unless told otherwise"
 
 
-class Marked(Steps):
-    """Steps that tell when they were taken."""
+class Marked(FusedOps):
+    """FusedOps that tell when they were taken."""
 
     taken = 0
 
@@ -339,8 +339,8 @@ class Marked(Steps):
 
 def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(HYBRID)
-    plain = new_steps
-    monkeypatch.setattr("arl2.inference.model.new_steps", lambda fp8, on: Marked(fp8) if on else plain(fp8, on))
+    plain = new_fused_ops
+    monkeypatch.setattr("arl2.inference.model.new_fused_ops", lambda fp8, on: Marked(fp8) if on else plain(fp8, on))
     fast = InferenceModel(model, kernels=True)
     other = fast.without_kernels()
     video, text = tiny_video(), model.embed_text(tiny_video().text)
@@ -351,7 +351,7 @@ def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatc
     assert flows[0] is not None and flows[1] is not None
     torch.testing.assert_close(*flows)
     for mine, theirs in zip(fast._blocks, other._blocks, strict=True):
-        assert mine.projections is theirs.projections and mine.steps is not theirs.steps
+        assert mine.projections is theirs.projections and mine.ops is not theirs.ops
 
 
 def test_flags_override_the_config() -> None:
@@ -386,7 +386,7 @@ def test_a_pipeline_computes_the_same_video_with_compiled_blocks(monkeypatch: py
         return pipeline("a red shape", 33, 32, 32, seeds=[1], memory=window, output_type="latent").frames
 
     expected = video()
-    pipeline.accelerate(SpeedConfig(compile=True))
+    pipeline.optimize_for_inference(SpeedConfig(compile=True))
     assert pipeline.flow_model is not pipeline.transformer
     begin = time.perf_counter()
     assert pipeline.warm_up(32, 32, window) == pipeline.warm_up_seconds

@@ -82,7 +82,7 @@ def test_recorded_passes_change_nothing(layers: tuple[int, ...], graphs: int) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize(("most", "graphs"), [(64, 12), (4, 5)])
 def test_passes_over_a_full_memory_are_recorded(most: int, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arl2.inference.cuda_graphs.MOST_GRAPHS", most)
+    monkeypatch.setattr("arl2.inference.cuda_graphs.MAX_GRAPHS", most)
     model = gpu_model(torch.float32, WriteBackend.RECURRENT)
     fast, pool = GraphedModel(InferenceModel(model), GPU), MemoryPool(model)
     full = MemorySpec(1, 24, GPU, torch.float32, 18)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arl2.hybrid_attention import HybridAttention
-from arl2.inference.fused_ops import Recall, Steps, Stream
+from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FP8, quantized
 from wan.model import Block
 from wan.ops.rope import rotary_angles
@@ -36,10 +36,10 @@ def _unwritten_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def kernel_steps(fp8: bool = False) -> Steps:
-    from arl2.inference.fused_ops_triton import KernelSteps
+def kernel_steps(fp8: bool = False) -> FusedOps:
+    from arl2.inference.fused_ops_triton import TritonFusedOps
 
-    return KernelSteps(fp8)
+    return TritonFusedOps(fp8)
 
 
 def exact(x: Any) -> Any:
@@ -94,10 +94,12 @@ def sliced(dtype: torch.dtype, parts: int, dim: int) -> list[Tensor]:
     return list(whole[..., : 2 * dim].split(dim, -1)) + list(whole[..., 2 * dim + 16 :].split(dim, -1))
 
 
-def norms(steps: Steps, block: Block, stream: Stream, added: Tensor, time: Tensor) -> Iterator[tuple[Tensor, Any]]:
+def norms(
+    steps: FusedOps, block: Block, stream: DeferredResidual, added: Tensor, time: Tensor
+) -> Iterator[tuple[Tensor, Any]]:
     """All three norms of a block, the first of a sum and of tokens alone."""
     yield steps.before_self_attention(block, stream, time)
-    yield steps.before_self_attention(block, Stream(stream.x_BLD, None, None), time)
+    yield steps.before_self_attention(block, DeferredResidual(stream.x_BLD, None, None), time)
     yield steps.before_cross_attention(block, stream.x_BLD, added, time)
     yield steps.before_feed_forward(block, stream.x_BLD, added, time)
 
@@ -108,11 +110,11 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
     block, other = block_of(dim, dtype), block_of(dim, dtype)
     # A mean that is not small, as the tokens of a deep layer have.
     x, added = random(dtype, BATCH, TOKENS, dim) * 2 + 1, random(dtype, BATCH, TOKENS, dim)
-    stream = Stream(x, random(dtype, BATCH, TOKENS, dim), other.modulation)
+    stream = DeferredResidual(x, random(dtype, BATCH, TOKENS, dim), other.modulation)
     arguments = (block, stream, added, random(dtype, BATCH, FRAMES, 6, dim) / 2)
-    expected = norms(Steps(False), *(exact(x) for x in arguments))
+    expected = norms(FusedOps(False), *(exact(x) for x in arguments))
     for found, plain, truth in zip(
-        norms(kernel_steps(), *arguments), norms(Steps(False), *arguments), expected, strict=True
+        norms(kernel_steps(), *arguments), norms(FusedOps(False), *arguments), expected, strict=True
     ):
         for parts in zip(found, plain, truth, strict=True):
             near(*parts)
@@ -123,10 +125,10 @@ def test_norms_in_fp8(dim: int) -> None:
     dtype = torch.bfloat16
     block = block_of(dim, dtype)
     x, added = random(dtype, BATCH, TOKENS, dim) + 1, random(dtype, BATCH, TOKENS, dim)
-    arguments = (block, Stream(x, added, block.modulation), added, random(dtype, BATCH, FRAMES, 6, dim))
-    expected = norms(Steps(False), *(exact(x) for x in arguments))
+    arguments = (block, DeferredResidual(x, added, block.modulation), added, random(dtype, BATCH, FRAMES, 6, dim))
+    expected = norms(FusedOps(False), *(exact(x) for x in arguments))
     for (total, rows), (plain, plain_rows), (truth, tokens) in zip(
-        norms(kernel_steps(True), *arguments), norms(Steps(True), *arguments), expected, strict=True
+        norms(kernel_steps(True), *arguments), norms(FusedOps(True), *arguments), expected, strict=True
     ):
         near(total, plain, truth)
         largest = tokens.abs().amax(-1, keepdim=True)
@@ -183,9 +185,9 @@ def test_heads(heads: int, dtype: torch.dtype) -> None:
                 if not normed + measured:
                     continue
                 found, factors = kernel_steps().normed_heads(normed, measured, heads, rotation)
-                plain, _ = Steps(False).normed_heads(normed, measured, heads, rotation)
+                plain, _ = FusedOps(False).normed_heads(normed, measured, heads, rotation)
                 wide = [(exact(norm), exact(x)) for norm, x in normed]
-                expected, _ = Steps(False).normed_heads(wide, (), heads, rotation)
+                expected, _ = FusedOps(False).normed_heads(wide, (), heads, rotation)
                 for parts in zip(found, plain, expected, strict=True):
                     near(*parts)
                 for factor, (_, x) in zip(factors, measured, strict=True):
@@ -206,12 +208,17 @@ def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) 
     # As an attention may return it: heads before tokens.
     mixed = random(dtype, BATCH, HEADS, TOKENS, size).transpose(1, 2) / 4
     rotation = rotary_angles(torch.arange(FRAMES, device=DEVICE), HEIGHT, WIDTH, size)
-    steps, plain = kernel_steps(), Steps(False)
+    steps, plain = kernel_steps(), FusedOps(False)
     _, factors = steps.normed_heads((), [(layer.norm_q, query), (layer.norm_k, key)], HEADS, rotation)
-    recall = Recall(state, query, factors[0], gate, rotation)
-    wide, wide_layer = exact(recall), exact(layer)
-    found = steps.recalled(layer, mixed, recall)
-    near(found, plain.recalled(layer, mixed, recall), plain.recalled(wide_layer, mixed.double(), wide), slack=1.1)
+    read_state = StateRead(state, query, factors[0], gate, rotation)
+    wide, wide_layer = exact(read_state), exact(layer)
+    found = steps.add_state_read(layer, mixed, read_state)
+    near(
+        found,
+        plain.add_state_read(layer, mixed, read_state),
+        plain.add_state_read(wide_layer, mixed.double(), wide),
+        slack=1.1,
+    )
 
     # One layer's place among several.
     rooms = [torch.full((3, BATCH, TOKENS, HEADS, size), torch.nan, device=DEVICE).to(dtype) for _ in range(2)]
@@ -225,7 +232,7 @@ def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) 
 
 def test_the_operators_keep_their_promises() -> None:
     """What the compiler is told of shapes, strides and mutation."""
-    from arl2.inference.head_triton import norm_heads, recall, state_keys
+    from arl2.inference.head_triton import norm_heads, read_state, state_keys
     from arl2.inference.row_triton import linear_gelu, norm, quantize
 
     dtype, dim = torch.bfloat16, 64 * HEADS
@@ -241,7 +248,7 @@ def test_the_operators_keep_their_promises() -> None:
         (quantize, (query, True)),
         (linear_gelu, (x, random(dtype, 32, dim), random(dtype, 32))),
         (norm_heads, ([q, k], [weight, weight], [query], HEADS, cos, sin, 1e-6)),
-        (recall, (heads, state, x[..., :HEADS], query, factor, weight, maps, cos, sin, 1e-6)),
+        (read_state, (heads, state, x[..., :HEADS], query, factor, weight, maps, cos, sin, 1e-6)),
         (state_keys, (query, factor, weight, maps, cos, sin, 1e-6, heads.clone())),
     ]
     for operator, arguments in calls:

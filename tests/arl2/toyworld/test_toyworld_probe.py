@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arl2.toyworld.probe import memory_probe as probe_module
-from arl2.toyworld.probe.leakage import hidden_blocks, leak_by_block
+from arl2.toyworld.probe.leakage import hidden_blocks, leakage_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, interval, judge_obeyed, make_probe_set
 from arl2.toyworld.world.latents import toy_text_encoder
 from arl2.toyworld.world.reader import read_generated
@@ -72,9 +72,9 @@ def test_hidden_blocks_show_nothing() -> None:
 def test_a_leak_is_found_and_its_absence_too() -> None:
     scenes = sample_scenes(torch.arange(400), mix={"occlusion": 1.0})
     latents = torch.randn(400, 21, 2, 1, 1)
-    blind = {row["block"]: row for row in leak_by_block(latents, scenes, steps=100)}
+    blind = {row["block"]: row for row in leakage_by_block(latents, scenes, steps=100)}
     latents[:, 9:12, 0, 0, 0] = scenes.colour[:, :1].float()
-    telling = {row["block"]: row for row in leak_by_block(latents, scenes, steps=300)}
+    telling = {row["block"]: row for row in leakage_by_block(latents, scenes, steps=300)}
     assert blind[3]["colour"] < 0.25 and telling[3]["colour"] > 0.6
     assert telling[3]["videos"] == 200
 

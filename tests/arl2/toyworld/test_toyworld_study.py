@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from arl2.checkpoint import build_hybrid, read_generator
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.sampling import Batches, NoiseLevels
-from arl2.evaluation.eval_setup import Contender
+from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.probe import memory_benchmark as exam_module
-from arl2.toyworld.probe.memory_benchmark import Exam, ExamSettings, equal_memory_window, memory_bytes
+from arl2.toyworld.probe.memory_benchmark import (
+    MemoryBenchmark,
+    MemoryBenchmarkSettings,
+    equal_memory_window,
+    memory_bytes,
+)
 from arl2.toyworld.probe.memory_probe import judge_every_pass, make_probe_set
 from arl2.toyworld.study.rows import MAIN, PARTS, Kind, Window, row_for
 from arl2.toyworld.world.captions import VOCABULARY
@@ -74,15 +79,17 @@ def test_an_exam_compares_what_has_one_noise(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     monkeypatch.setattr(exam_module, "LONG_TIMES", 2)
     model = HybridWanModel(**SMALL)
-    exam = Exam(WanVAE(new_vae(VAE)), toy_text_encoder(), Contender(model, SAMPLER), ExamSettings(2, 1, 1))
-    page = exam.take(Contender(model, SAMPLER))
+    exam = MemoryBenchmark(
+        WanVAE(new_vae(VAE)), toy_text_encoder(), EvalSetup(model, SAMPLER), MemoryBenchmarkSettings(2, 1, 1)
+    )
+    page = exam.take(EvalSetup(model, SAMPLER))
     assert set(page) == set(exam_module.FORMS)
     for form, blocks in (("continued", 5), ("generated", 7), ("long", 12)):
         deviation = page[form]["deviation"]
         assert deviation["latent_mse"] < 1e-9 and len(deviation["latent_mse_by_block"]) == blocks
     monkeypatch.setattr(exam_module, "FORMS", ("generated", "long"))
     exam.settings = replace(exam.settings, long_videos=0)
-    other = exam.take(Contender(model, SAMPLER, window_frames=3))
+    other = exam.take(EvalSetup(model, SAMPLER, window_frames=3))
     assert other["generated"]["deviation"]["latent_mse_by_block"][0] < 1e-9, "nothing to remember in the first block"
     assert min(other["generated"]["deviation"]["latent_mse_by_block"][1:]) > 1e-9
 
@@ -99,12 +106,12 @@ def test_windows_of_equal_memory() -> None:
     full = HybridWanModel(**size)
     hybrid = HybridWanModel(**size, hybrid_layers=list(range(6)))
     latents, tokens = torch.zeros(1, 21, 16, 8, 12), 24
-    wanted = memory_bytes(hybrid, latents, Contender(hybrid, SAMPLER))
+    wanted = memory_bytes(hybrid, latents, EvalSetup(hybrid, SAMPLER))
     window = equal_memory_window(full, 6, 21, tokens)
-    got, less = (memory_bytes(full, latents, Contender(full, SAMPLER, frames)) for frames in (window, window - 3))
+    got, less = (memory_bytes(full, latents, EvalSetup(full, SAMPLER, frames)) for frames in (window, window - 3))
     assert window == 9 and less < wanted <= got
     all_hybrid = HybridWanModel(**size, hybrid_layers=list(range(8)))
-    sizes = [memory_bytes(all_hybrid, latents, Contender(all_hybrid, SAMPLER), times) for times in (1, 4)]
+    sizes = [memory_bytes(all_hybrid, latents, EvalSetup(all_hybrid, SAMPLER), times) for times in (1, 4)]
     assert sizes == [8 * 3 * 64 * 64 * 4] * 2
 
 
@@ -197,16 +204,16 @@ def test_the_chain_from_a_teacher_to_tables(
     assert all(torch.equal(value.float(), dict(hybrid.named_parameters())[key]) for key, value in kept.items())
     pipeline = CausalVideoPipeline.from_pretrained(model_folder)
     also = [f"{MAIN}={study / 'export' / MAIN}.safetensors"]
-    rows = probe_memory.contenders(pipeline, InferenceConfig(model_folder=str(model_folder)), None, also)
+    rows = probe_memory.eval_setups(pipeline, InferenceConfig(model_folder=str(model_folder)), None, also)
     assert list(rows) == ["teacher", "local_only", "window_sink", MAIN] and rows[MAIN].transformer.hybrid.layers
     with pytest.raises(InputError, match="NAME=WEIGHTS"):
-        probe_memory.contenders(pipeline, InferenceConfig(model_folder=str(model_folder)), None, ["x"])
+        probe_memory.eval_setups(pipeline, InferenceConfig(model_folder=str(model_folder)), None, ["x"])
 
     def none(*arguments: object) -> None:
         raise AssertionError("what is done is not done again")
 
     monkeypatch.setattr("pipelines.toyworld.study.new_trainer", none)
-    monkeypatch.setattr("pipelines.toyworld.study.Exam.take", none)
+    monkeypatch.setattr("pipelines.toyworld.study.MemoryBenchmark.take", none)
     assert run("--part", "stage1", "ratios", "--only", MAIN) == 0
 
 

@@ -74,10 +74,10 @@ def test_other_latents_are_an_error() -> None:
 def test_a_pipeline_decodes_with_it(tmp_path: Path) -> None:
     pipeline, decoder = random_pipeline("toy"), new_decoder()
     torch.save(decoder.state_dict(), tmp_path / "tiny.pth")
-    pipeline.accelerate(SpeedConfig(compile=False, tiny_vae=str(tmp_path / "tiny.pth")))
+    pipeline.optimize_for_inference(SpeedConfig(compile=False, tiny_vae=str(tmp_path / "tiny.pth")))
     blocks = list(pipeline.stream("a red shape", 21, 16, 16, seeds=[0]))
     stream = decoder.stream()
     for block in blocks:
         assert torch.equal(block.pixels_BTCHW, stream.decode(block.latents_BFCHW))
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        pipeline.accelerate(SpeedConfig(tiny_vae=str(tmp_path / "none.pth")))
+        pipeline.optimize_for_inference(SpeedConfig(tiny_vae=str(tmp_path / "none.pth")))

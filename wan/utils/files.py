@@ -1,0 +1,211 @@
+"""Files and folders that are complete or absent: written beside their target and renamed when they are whole.
+
+Temporary names are unique to the process that writes them, so two processes never write into one file. What a killed
+process of this host left behind is removed by the next writer of the same target.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from wan.utils.errors import InputError
+
+MAX_STEM_BYTES = 120
+"""Longest part of the target's name in a temporary name: file systems take 255 bytes."""
+_OWNER = re.compile(r"\.(?P<host>[^.]+)-(?P<pid>\d+)-\d+\.part$")
+_numbers = itertools.count()
+
+
+def host_name() -> str:
+    """This machine's name, in characters that a file name may hold."""
+    return re.sub(r"[^\w-]", "_", socket.gethostname()) or "host"
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it exists, and belongs to somebody else
+        return True
+    return True
+
+
+def temporary_path(path: Path) -> Path:
+    """An unused hidden name beside `path` that tells which process uses it."""
+    return path.with_name(f".{_stem(path)}.{host_name()}-{os.getpid()}-{next(_numbers)}.part")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes of this host that have ended left of `path`."""
+    with suppress(OSError):
+        for other in path.parent.iterdir():
+            owner = _OWNER.search(other.name)
+            if owner is None or other.name[: owner.start()] != f".{_stem(path)}" or owner["host"] != host_name():
+                continue
+            if not process_exists(int(owner["pid"])):
+                remove(other)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, or of a folder that cannot be written, into one line.
+
+    Raises:
+        InputError: `path` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        raise cannot_write(path, str(error)) from error
+
+
+def cannot_write(path: Path, reason: str) -> InputError:
+    """The error of a target that cannot be written."""
+    return InputError(f"cannot write {path} ({reason}): free space, fix permissions or choose another folder")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once the block ends well, and is removed if it does not.
+
+    The file gets the mode that the umask says, whatever wrote it.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        temporary = temporary_path(path)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777
+            yield temporary
+            temporary.chmod(mode)
+            temporary.replace(path)
+        finally:
+            remove(temporary)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a folder, which is made empty; the new one takes the place of an old one.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        temporary, former = temporary_path(path), temporary_path(path)
+        try:
+            temporary.mkdir()
+            mode = temporary.stat().st_mode & 0o777
+            yield temporary
+            for file in temporary.rglob("*"):
+                file.chmod(mode if file.is_dir() else mode & 0o666)
+            _exchange(temporary, path, former)
+        finally:
+            remove(temporary)
+            remove(former)
+
+
+def _exchange(temporary: Path, path: Path, former: Path) -> None:
+    """Put `temporary` in the place of `path`; what stood there goes to `former`."""
+    try:
+        path.replace(former)
+    except FileNotFoundError:
+        temporary.rename(path)
+        return
+    try:
+        temporary.rename(path)
+    except OSError:
+        former.rename(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; atomic.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, record: object, default: Callable[[Any], object] | None = None) -> None:
+    """Write a record as JSON; atomic.
+
+    Args:
+        default: turns what JSON does not know into something that it does.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(record, indent=1, default=default) + "\n")
+
+
+def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        error: the class to raise.
+
+    Raises:
+        InputError: missing, not a file, not JSON, or another kind of value.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise error(f"cannot read {path} ({failure.strerror})") from failure
+    except (ValueError, RecursionError) as failure:  # ValueError includes bad JSON and bad UTF-8
+        reason = str(failure).splitlines()[0]
+        raise error(f"{path} is not valid JSON ({reason}): it is damaged or not complete; make it again") from failure
+    if not isinstance(record, dict):
+        raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values")
+    return record
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's content, 32 hexadecimal digits of it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+
+
+def _stem(path: Path) -> str:
+    """The target's name; the beginning of a long one, and a hash of it."""
+    name = path.name.encode(errors="surrogateescape")
+    if len(name) <= MAX_STEM_BYTES:
+        return path.name
+    return f"{name[:MAX_STEM_BYTES].decode(errors='ignore')}-{hashlib.sha256(name).hexdigest()[:16]}"
