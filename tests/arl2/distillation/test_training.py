@@ -187,9 +187,9 @@ def test_another_config_or_other_data_do_not_resume(
             latents, text = torch.zeros(9, TINY["in_dim"], HEIGHT, WIDTH), torch.zeros(4, TINY["text_dim"])
             writer.add(str(seed), latents, f"prompt {seed}", seed, text)
     cases = {
-        "differing: data_samples)": (f"data=[{trained_world / 'other'}]",),
+        "(data_samples was": (f"data=[{trained_world / 'other'}]",),
         "optimizer.lr was 0.01, is 0.02": ("optimizer.lr=0.02", "seed=0"),
-        "differing: global_batch": ("batch=1",),
+        "(global_batch was 2, is 1)": ("batch=1",),
         "set resume=true": ("resume=false",),
     }
     page = next(trained_world.rglob("run.json"))
