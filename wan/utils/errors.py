@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class CheckpointError(InputError):
     """A checkpoint cannot be read, is of another family, or does not fit the model."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Work stopped by a signal; the text says how to go on."""
