@@ -1,0 +1,188 @@
+"""Starting, signalling and waiting for commands that a fork server runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A script of the project and its arguments.
+
+    Attributes:
+        script: relative to the repository.
+        arguments: paths of results are relative to the folder of a trial.
+    """
+
+    script: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a signal comes.
+
+    Attributes:
+        signal: its number.
+        seconds: after the start, or, with `change`, after the change.
+        change: number of a change of a file, counted from 1; None for a moment by the clock.
+    """
+
+    signal: signal.Signals
+    seconds: float
+    change: int | None = None
+
+    def __str__(self) -> str:
+        if self.change is None:
+            return f"{self.signal.name} after {self.seconds:.3f} s"
+        return f"{self.signal.name} {f'{1000 * self.seconds:.1f} ms after' if self.seconds else 'before'} change {self.change}"
+
+
+@dataclass
+class Process:
+    """A command that runs or has run.
+
+    Attributes:
+        status: its exit status, negative for a signal; None while it runs.
+        seconds: that it took.
+        stderr: what it said.
+        changes: what it changed, one line each.
+        hung: whether it was killed because it did not end.
+    """
+
+    id: int
+    files: Path
+    started: float
+    pid: int = 0
+    status: int | None = None
+    seconds: float = 0.0
+    stderr: str = ""
+    changes: list[str] = field(default_factory=list)
+    hung: bool = False
+    known: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Server:
+    """A fork server; safe to use from several threads.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
+
+    def __init__(self) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the program that kills, not for those that it kills
+        )
+        self._lock, self._processes, self._number = threading.Lock(), dict[int, Process](), 0
+        self._ready = threading.Event()
+        threading.Thread(target=self._listen, name="fork server", daemon=True).start()
+        if not self._ready.wait(START_SECONDS) or self._server.poll() is not None:
+            raise RuntimeError("the fork server does not start: run tests/stress/fork_server.py by hand")
+
+    def start(self, command: Command, folder: Path, strike: Moment | None = None) -> Process:
+        """Start a command in a folder.
+
+        Args:
+            strike: a moment by a change of a file, at which the process signals itself.
+        """
+        with self._lock:
+            self._number += 1
+            number = self._number
+            files = folder.with_name(f"{folder.name}.{number}")
+            process = self._processes[number] = Process(number, files, time.monotonic())
+        by_change = None
+        if strike is not None and strike.change is not None:
+            by_change = {"change": strike.change, "signal": int(strike.signal), "delay": strike.seconds}
+        self._send(
+            {
+                "id": number,
+                "script": str(ROOT / command.script),
+                "arguments": command.arguments,
+                "folder": str(folder),
+                "stdout": f"{files}.stdout",
+                "stderr": f"{files}.stderr",
+                "changes": f"{files}.changes",
+                "strike": by_change,
+            }
+        )
+        process.known.wait(30)
+        return process
+
+    def signal(self, process: Process, number: int) -> None:
+        """Send a signal to a process, if it has not ended."""
+        self._send({"id": process.id, "signal": int(number)})
+
+    def wait(self, process: Process, timeout: float) -> Process:
+        """Wait until a process has ended, and kill it if it does not end in time."""
+        if not process.ended.wait(timeout):
+            process.hung = True
+            self.signal(process, signal.SIGKILL)
+            process.ended.wait(30)
+        for suffix in ("stdout", "stderr", "changes"):
+            path = Path(f"{process.files}.{suffix}")
+            if path.is_file() and suffix != "stdout":
+                text = path.read_text(errors="replace")
+                if suffix == "stderr":
+                    process.stderr = text
+                else:
+                    process.changes = text.splitlines()
+            path.unlink(missing_ok=True)
+        return process
+
+    def run(self, command: Command, folder: Path, timeout: float, moment: Moment | None = None) -> Process:
+        """Run a command to its end, or signal it at a moment and wait until it has ended."""
+        process = self.start(command, folder, moment)
+        if moment is not None and moment.change is None:
+            if not process.ended.wait(max(0.0, moment.seconds - (time.monotonic() - process.started))):
+                self.signal(process, moment.signal)
+        return self.wait(process, timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._server.stdin is not None
+        with self._lock:
+            self._server.stdin.write((json.dumps(request) + "\n").encode())
+            self._server.stdin.flush()
+
+    def _listen(self) -> None:
+        assert self._server.stdout is not None
+        for line in self._server.stdout:
+            message = json.loads(line)
+            process = self._processes.get(message["id"])
+            if process is None:
+                self._ready.set()
+            elif "pid" in message:
+                process.pid, process.started = message["pid"], time.monotonic()
+                process.known.set()
+            else:
+                process.status, process.seconds = message["ended"], time.monotonic() - process.started
+                process.ended.set()
+        self._ready.set()
