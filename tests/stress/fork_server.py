@@ -1,10 +1,10 @@
 """Entry points started within milliseconds: a process that has imported everything forks one child per command.
 
-    python fork_server.py        # reads requests from standard input, one JSON object per line; see `Server` in processes.py
+    python fork_server.py        # reads requests from standard input, one JSON object per line; see `Server`
 
-A child runs the script as `python script …` would: as `__main__`, to the real end of the interpreter, so that exit status,
-standard error and what happens at exit are those that a user gets. The child notes every change of a file (a file opened
-for writing, a rename, a removal, a lock), and can be told to send itself a signal just before the change number n.
+A child runs the script as `python script …` would: as `__main__`, to the real end of the interpreter, so that exit
+status, standard error and what happens at exit are those that a user gets. The child notes every change of a file (a
+file opened for writing, a rename, a removal, a lock), and can be told to signal itself just before change number n.
 """
 
 import gc
@@ -31,6 +31,8 @@ PRELOADED = (
 )
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree", "fcntl.flock")
 POLL_SECONDS = 0.004
+BEGIN, END = "# begin", "# end"
+"""Lines of the log of changes: the script's first statement comes now; its last one is done."""
 
 
 class Changes:
@@ -45,10 +47,14 @@ class Changes:
 
     def __init__(self, folder: str, log: int, strike: dict[str, Any] | None) -> None:
         self._folder, self._log, self._strike = folder, log, strike
-        self._count = 0
+        self._count, self._has_begun = 0, False
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Called by the interpreter before whatever may change a file."""
+        if event == "exec" and not self._has_begun:
+            self._has_begun = True
+            self._note(BEGIN)
+            return
         if event == "open":
             path, _, flags = arguments
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -60,9 +66,16 @@ class Changes:
         if not self._is_ours(event, path, arguments):
             return
         self._count += 1
-        os.write(self._log, f"{event} {path if not isinstance(path, int) else ''}\n".encode(errors="replace"))
+        self._note(f"{event} {path if not isinstance(path, int) else ''}")
         if self._strike is not None and self._count == self._strike["change"]:
             self._send()
+
+    def _note(self, text: str) -> None:
+        os.write(self._log, (text + "\n").encode(errors="replace"))
+
+    def end(self) -> None:
+        """Note that the program has ended; what follows is the interpreter's own."""
+        self._note(END)
 
     def _is_ours(self, event: str, path: object, arguments: tuple[Any, ...]) -> bool:
         if event == "fcntl.flock":
@@ -125,8 +138,8 @@ def _signal(request: dict[str, Any], children: dict[int, int]) -> None:
             os.kill(pid, request["signal"])
 
 
-def become(request: dict[str, Any]) -> None:
-    """Turn a child into a process that was started with the command of a request."""
+def become(request: dict[str, Any]) -> Changes:
+    """Turn a child into a process that was started with the command of a request; returns what notes its changes."""
     os.setsid()
     os.chdir(request["folder"])
     for descriptor, path in ((1, request["stdout"]), (2, request["stderr"])):
@@ -135,7 +148,9 @@ def become(request: dict[str, Any]) -> None:
     log = os.open(request["changes"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     sys.argv = [request["script"], *request["arguments"]]
     sys.path[0] = str(Path(request["script"]).parent)
-    sys.addaudithook(Changes(request["folder"], log, request["strike"]))
+    changes = Changes(request["folder"], log, request["strike"])
+    sys.addaudithook(changes)
+    return changes
 
 
 if __name__ == "__main__":
@@ -146,5 +161,8 @@ if __name__ == "__main__":
     gc.freeze()
     say({"id": -1, "pid": os.getpid()})
     _request = serve()
-    become(_request)
-    runpy.run_path(_request["script"], run_name="__main__")
+    _changes = become(_request)
+    try:
+        runpy.run_path(_request["script"], run_name="__main__")
+    finally:
+        _changes.end()

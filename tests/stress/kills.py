@@ -75,9 +75,10 @@ def run_kills(
     jobs: int = 2,
     folder: Path | None = None,
 ) -> Report:
-    """Run trials until `count` signals have reached working processes, and the round of scenarios is complete.
+    """Run trials until `count` signals have reached working processes.
 
     Args:
+        count: of kills.
         seed: of everything random; a trial's number says the rest.
         names: parts of the names of the scenarios to run; all of them by default.
         numbers: run these trials alone, whatever `count` says.
@@ -104,11 +105,14 @@ def run_kills(
                 trial = bench.try_out(chosen[number % len(chosen)], number)
                 with lock:
                     report.trials.append(trial)
-                    tell(trial, report)
+                    tell(trial, report, seed)
 
         with ThreadPoolExecutor(jobs) as pool:
-            for done in [pool.submit(work) for _ in range(jobs)]:
-                done.result()
+            try:
+                for done in [pool.submit(work) for _ in range(jobs)]:
+                    done.result()
+            finally:
+                waiting = iter(())  # after an interruption, or an error, nothing new is begun
     report.trials.sort(key=lambda trial: trial.number)
     report.seconds = time.monotonic() - began
     if not report.problems:
@@ -116,15 +120,11 @@ def run_kills(
     return report
 
 
-def tell(trial: Trial, report: Report) -> None:
+def tell(trial: Trial, report: Report, seed: int) -> None:
     """Say what came of a trial."""
-    kills = ", ".join(kill.moment for kill in trial.kills) or "no kill"
-    if not trial.problems:
-        console.print(f"{report.kills:4d} kills  trial {trial.number}  {trial.scenario}: {kills}: right")
-        return
-    console.print(
-        f"{report.kills:4d} kills  trial {trial.number}  {trial.scenario}: {kills}: WRONG, see {trial.folder}"
-    )
+    done = ", ".join(filter(None, [trial.how, *(kill.moment for kill in trial.kills)])) or "ended before it was killed"
+    verdict = f"WRONG, see {trial.folder}; again: --seed {seed} --trials {trial.number}" if trial.problems else "right"
+    console.print(f"{report.kills:4d} kills  trial {trial.number}  {trial.scenario}: {done}: {verdict}", markup=False)
     for problem in trial.problems[:6]:
         console.print(f"      {problem.kind}: {problem.text}", markup=False)
 
@@ -146,6 +146,26 @@ def rows(report: Report) -> list[tuple[str, ...]]:
 HEADER = ("subject", "trials", *SIGNAL_NAMES, "right", "wrong")
 
 
+METHOD = """
+A trial starts a command on a tiny model, kills it once to three times, starts it again each time, and lets it end. Half
+of the moments are uniform over the time that an unbroken run takes; the others are just before a change of a file (a
+temporary file opened, a lock taken, a rename, a removal), or within 4 ms of it. "twice" and the rows of two commands
+start two processes in one folder: both left to end, one of them killed, or one of them paused just before a change
+while the other runs.
+
+A trial is right if:
+
+- after every kill, each file under its final name is whole: videos decode and equal the unbroken run's, tensors, JSON
+  and pictures parse, checkpoints and exports have all their files, data sets can be read;
+- after SIGTERM and SIGINT, the status is 143 or 130, with one line on standard error;
+- of two processes, each ends with status 0, or one is refused with status 2 and the number of the process in its way;
+- at the end, the status is 0 and the folder holds what unbroken runs leave, byte for byte except for seconds, without
+  hidden files. Data sets are compared sample by sample where processes shared them or were asked to end: that divides
+  samples otherwise among shards. A process that was asked to end may leave a checkpoint more, or another one before the
+  last.
+"""
+
+
 def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
     """The page of results."""
     signals = Counter(kill.signal for trial in report.trials for kill in trial.kills)
@@ -153,9 +173,9 @@ def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
     lines = [
         "# Kills: what is lost when processes die, or meet",
         "",
-        f"{report.kills} kills ({', '.join(f'{signals[name]} {name}' for name in SIGNAL_NAMES)}) in {len(report.trials)} "
-        f"trials, seed {seed}, {report.seconds / 60:.0f} minutes: **{len(report.trials) - wrong} trials right, {wrong} "
-        "wrong**.",
+        f"{report.kills} kills ({', '.join(f'{signals[name]} {name}' for name in SIGNAL_NAMES)}) in "
+        f"{len(report.trials)} trials, seed {seed}, {report.seconds / 60:.0f} minutes: "
+        f"**{len(report.trials) - wrong} trials right, {wrong} wrong**.",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
         f"Python {platform.python_version()}, commit {(git_commit() or 'unknown')[:7]}.",
@@ -163,36 +183,18 @@ def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
         "```",
         f"python tests/stress/kills.py {' '.join(arguments)}".rstrip(),
         "```",
-        "",
-        "A trial starts a command on a tiny model, kills it once to three times, starts it again each time, and lets it "
-        "end. Half of the moments are uniform over the time that an unbroken run takes; the others are just before a "
-        "change of a file (a temporary file opened, a lock taken, a rename, a removal), or within 4 ms of it. "
-        '"Twice" and the rows of two commands start two processes in one folder, left to end or one of them killed.',
-        "",
-        "A trial is right if:",
-        "",
-        "- after every kill, each file under its final name is whole: videos decode and equal the unbroken run's, tensors, "
-        "JSON and pictures parse, checkpoints and exports have all their files, data sets can be read;",
-        "- after SIGINT and SIGTERM, the status is 130 or 143, with one line on standard error;",
-        "- of two processes, each ends with status 0, or one is refused with status 2 and the number of the process in its "
-        "way;",
-        "- at the end, the status is 0 and the folder holds what unbroken runs leave, byte for byte but for seconds, and "
-        "no hidden file. Data sets are compared sample by sample where processes shared them or were asked to end, since "
-        "these divide samples otherwise among shards.",
-        "",
+        METHOD,
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
         *(f"| {' | '.join(row)} |" for row in rows(report)),
-        "",
     ]
     if report.problems:
         kinds = Counter(problem.kind for problem in report.problems)
-        lines += ["What was wrong, by kind:", ""]
+        lines += ["", "What was wrong, by kind:", ""]
         for kind, number in kinds.most_common():
             example = next(problem.text for problem in report.problems if problem.kind == kind)
             lines.append(f"- {kind}, {number} times; for example: {re.sub(r'[|`]', ' ', example)}")
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def record(report: Report, seed: int) -> dict[str, Any]:

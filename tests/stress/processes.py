@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fork_server import BEGIN, END
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
 
@@ -46,7 +48,8 @@ class Moment:
     def __str__(self) -> str:
         if self.change is None:
             return f"{self.signal.name} after {self.seconds:.3f} s"
-        return f"{self.signal.name} {f'{1000 * self.seconds:.1f} ms after' if self.seconds else 'before'} change {self.change}"
+        when = f"{1000 * self.seconds:.1f} ms after" if self.seconds else "before"
+        return f"{self.signal.name} {when} change {self.change}"
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Process:
         seconds: that it took.
         stderr: what it said.
         changes: what it changed, one line each.
+        has_begun: whether the script itself had begun.
+        was_over: whether the script was over when a signal by the clock was sent.
         hung: whether it was killed because it did not end.
     """
 
@@ -69,6 +74,8 @@ class Process:
     seconds: float = 0.0
     stderr: str = ""
     changes: list[str] = field(default_factory=list)
+    has_begun: bool = False
+    was_over: bool = False
     hung: bool = False
     known: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -129,7 +136,22 @@ class Server:
 
     def signal(self, process: Process, number: int) -> None:
         """Send a signal to a process, if it has not ended."""
+        process.was_over = END in self._noted(process)
         self._send({"id": process.id, "signal": int(number)})
+
+    def strike(self, process: Process, moment: Moment) -> None:
+        """Wait for a moment by the clock, and signal a process that has not ended by then."""
+        if not process.ended.wait(max(0.0, process.started + moment.seconds - time.monotonic())):
+            self.signal(process, moment.signal)
+
+    def wait_for_change(self, process: Process, change: int, timeout: float) -> bool:
+        """Wait until a process is about to make a change; returns whether it is."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and not process.ended.is_set():
+            if sum(not line.startswith("#") for line in self._noted(process)) >= change:
+                return True
+            time.sleep(0.005)
+        return False
 
     def wait(self, process: Process, timeout: float) -> Process:
         """Wait until a process has ended, and kill it if it does not end in time."""
@@ -137,23 +159,24 @@ class Server:
             process.hung = True
             self.signal(process, signal.SIGKILL)
             process.ended.wait(30)
+        noted = self._noted(process)
+        process.changes = [line for line in noted if not line.startswith("#")]
+        process.has_begun = BEGIN in noted
+        stderr = Path(f"{process.files}.stderr")
+        process.stderr = stderr.read_text(errors="replace") if stderr.is_file() else ""
         for suffix in ("stdout", "stderr", "changes"):
-            path = Path(f"{process.files}.{suffix}")
-            if path.is_file() and suffix != "stdout":
-                text = path.read_text(errors="replace")
-                if suffix == "stderr":
-                    process.stderr = text
-                else:
-                    process.changes = text.splitlines()
-            path.unlink(missing_ok=True)
+            Path(f"{process.files}.{suffix}").unlink(missing_ok=True)
         return process
+
+    def _noted(self, process: Process) -> list[str]:
+        path = Path(f"{process.files}.changes")
+        return path.read_text(errors="replace").splitlines() if path.is_file() else []
 
     def run(self, command: Command, folder: Path, timeout: float, moment: Moment | None = None) -> Process:
         """Run a command to its end, or signal it at a moment and wait until it has ended."""
         process = self.start(command, folder, moment)
         if moment is not None and moment.change is None:
-            if not process.ended.wait(max(0.0, moment.seconds - (time.monotonic() - process.started))):
-                self.signal(process, moment.signal)
+            self.strike(process, moment)
         return self.wait(process, timeout)
 
     def __enter__(self) -> Self:

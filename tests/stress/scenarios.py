@@ -1,9 +1,18 @@
 """What is killed: every program that writes, alone and two at a time."""
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 from processes import Command
+
+
+class Harm(Enum):
+    """What happens to one of the processes of a scenario."""
+
+    NONE = "left to end"
+    KILLED = "one killed"
+    PAUSED = "one paused"
 
 
 @dataclass(frozen=True)
@@ -13,7 +22,7 @@ class Scenario:
     Attributes:
         name: for the table.
         commands: one, or two that run at the same time.
-        is_killed: whether one of them is killed.
+        harm: what happens to one of them.
         one_wins: only one of the commands can have the folder, the other is refused.
         refusals: parts of messages with which a command may end with status 2, besides the number of the process
             that is in its way.
@@ -22,7 +31,7 @@ class Scenario:
 
     name: str
     commands: tuple[Command, ...]
-    is_killed: bool = True
+    harm: Harm = Harm.KILLED
     one_wins: bool = False
     refusals: tuple[str, ...] = ()
     needs_training: bool = False
@@ -51,7 +60,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
 
 
 def pair_scenarios(world: Path) -> list[Scenario]:
-    """Two at once: the same command twice, and commands that share a folder; left to end, and one of them killed."""
+    """Two at once, the same command twice and commands that share a folder: left to end, one killed, one paused."""
     singles = {scenario.name: scenario for scenario in single_scenarios(world)}
     inference, stage1, stage2 = (singles[name].commands[0] for name in ("inference, full memory", "stage 1", "stage 2"))
     others = replace(inference, arguments=(*inference.arguments[:-1], f"{world}/others.txt"))
@@ -75,11 +84,8 @@ def pair_scenarios(world: Path) -> list[Scenario]:
             needs_training=True,
         ),
     ]
-    pairs = [*alike, *differing]
     return [
-        replace(pair, name=f"{pair.name}{', one killed' if killed else ''}", is_killed=killed)
-        for pair in pairs
-        for killed in (False, True)
+        replace(pair, name=f"{pair.name}, {harm.value}", harm=harm) for pair in [*alike, *differing] for harm in Harm
     ]
 
 

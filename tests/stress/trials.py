@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from processes import Command, Moment, Process, Server
-from scenarios import Scenario
+from scenarios import Harm, Scenario
 from trees import Problem, Tree, damage, differences, files_of, hidden, order_of, tree_of
 from world import build_training, build_world
 
@@ -21,8 +21,8 @@ KILLS_IN_A_ROW = {1: 0.6, 2: 0.25, 3: 0.15}
 BY_CLOCK = 0.5
 """Share of the moments by the clock; the others are just before a change of a file, or within milliseconds of one."""
 MAX_DELAY_SECONDS = 0.004
-MIN_GRACEFUL_SECONDS = 0.1
-"""A signal that is to end in one line comes once the program has started."""
+MIN_GRACEFUL_SECONDS = 0.05
+"""A signal that is to end in one line comes once the program has begun."""
 ERRORS_OF_INTERRUPTION = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -50,6 +50,7 @@ class Trial:
 
     Attributes:
         number: which, of a seed.
+        how: what was done besides the kills.
         kills: in order.
         problems: what was not as it must be; none of a good one.
         statuses: of all processes, in order.
@@ -58,6 +59,7 @@ class Trial:
     number: int
     scenario: str
     folder: Path
+    how: str = ""
     kills: list[Kill] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     statuses: list[int | None] = field(default_factory=list)
@@ -159,27 +161,23 @@ class Bench:
 
     def _together(self, scenario: Scenario, trial: Trial, chance: random.Random) -> None:
         references = self.references(scenario)
-        reference = references[0]
-        moment = draw(chance, reference) if scenario.is_killed else None
-        victim = chance.randrange(2)
-        offset = chance.choice((0.0, chance.uniform(0, reference.seconds)))
-        begin = time.monotonic()
-        processes = []
-        for place, command in enumerate(scenario.commands):
-            time.sleep(max(0.0, begin + offset * place - time.monotonic()))
-            processes.append(self._server.start(command, trial.folder, moment if victim == place else None))
-            if place == 0 and victim == 0 and moment is not None and moment.change is None and moment.seconds < offset:
-                self._strike(processes[0], moment)
-        if moment is not None and moment.change is None:
-            self._strike(processes[victim], moment)
+        moment, victim = draw(chance, references[0]), chance.randrange(2)
+        if scenario.harm is Harm.PAUSED:
+            processes = self._pause(scenario, trial, chance.randint(1, references[0].changes), chance.random() < 0.5)
+        else:
+            offset = chance.choice((0.0, chance.uniform(0, 0.1), chance.uniform(0, references[0].seconds / 2)))
+            trial.how = f"the second started {offset:.3f} s after the first"
+            is_killed = scenario.harm is Harm.KILLED
+            processes = self._start_both(scenario, trial, offset, victim, moment if is_killed else None)
         for process in processes:
             self._server.wait(process, TIMEOUT_SECONDS)
         was_struck = False
         for place, process in enumerate(processes):
-            if moment is not None and place == victim:
-                was_struck = self._judge_struck(process, moment, scenario, trial, processes[1 - place].pid)
+            other = processes[1 - place].pid
+            if scenario.harm is Harm.KILLED and place == victim:
+                was_struck = self._judge_struck(process, moment, scenario, trial, other)
             else:
-                self._judge_left_alone(process, processes[1 - place].pid, scenario, trial)
+                self._judge_left_alone(process, other, scenario, trial)
         trial.problems += damage(trial.folder, [one.trees[False, False] for one in references])
         statuses = [process.status for process in processes]
         if not was_struck and all(status != 0 for status in statuses):
@@ -192,9 +190,32 @@ class Bench:
             self._compare(scenario, trial, references)
         self._finish(scenario, trial, references)
 
-    def _strike(self, process: Process, moment: Moment) -> None:
-        if not process.ended.wait(max(0.0, process.started + moment.seconds - time.monotonic())):
-            self._server.signal(process, moment.signal)
+    def _start_both(
+        self, scenario: Scenario, trial: Trial, offset: float, victim: int, moment: Moment | None
+    ) -> list[Process]:
+        """Start two processes and perhaps signal one of them at a moment."""
+        first, second = scenario.commands
+        by_clock = moment is not None and moment.change is None
+        processes = [self._server.start(first, trial.folder, moment if victim == 0 else None)]
+        begin = time.monotonic()
+        if moment is not None and by_clock and victim == 0 and moment.seconds < offset:
+            self._server.strike(processes[0], moment)
+        time.sleep(max(0.0, begin + offset - time.monotonic()))
+        processes.append(self._server.start(second, trial.folder, moment if victim == 1 else None))
+        if moment is not None and by_clock and (victim == 1 or moment.seconds >= offset):
+            self._server.strike(processes[victim], moment)
+        return processes
+
+    def _pause(self, scenario: Scenario, trial: Trial, change: int, reverse: bool) -> list[Process]:
+        """Stop a process before a change, let the other run to its end, or until it seems to wait, and go on."""
+        commands = scenario.commands[::-1] if reverse else scenario.commands
+        trial.how = f"{'the second' if reverse else 'the first'} paused before change {change} while the other ran"
+        stopped = self._server.start(commands[0], trial.folder, Moment(signal.SIGSTOP, 0.0, change))
+        self._server.wait_for_change(stopped, change, TIMEOUT_SECONDS)
+        other = self._server.start(commands[1], trial.folder)
+        other.ended.wait(3 * max(one.seconds for one in self.references(scenario)))
+        self._server.signal(stopped, signal.SIGCONT)
+        return [other, stopped] if reverse else [stopped, other]
 
     def _judge_struck(
         self, process: Process, moment: Moment, scenario: Scenario, trial: Trial, other: int | None = None
@@ -212,7 +233,7 @@ class Bench:
         trial.kills.append(Kill(str(moment), moment.signal.name, last, found, process.status))
         if process.hung:
             trial.problems.append(Problem("does not end", f"{moment}: killed after {TIMEOUT_SECONDS} s"))
-        if moment.signal is not signal.SIGKILL:
+        if moment.signal is not signal.SIGKILL and process.has_begun and not process.was_over:
             lines = [line for line in process.stderr.splitlines() if line.strip() and line not in references[0].stderr]
             if len(lines) != 1 or process.status < 0:
                 trial.problems.append(Problem(f"words after {moment.signal.name}", f"{moment}: {told(process)}"))

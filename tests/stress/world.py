@@ -1,4 +1,4 @@
-"""What the commands of the stress test work on: tiny models with random weights, prompts, clips, configs, training data."""
+"""Inputs of the stress test: tiny models with random weights, prompts, clips, configs, training data."""
 
 from pathlib import Path
 
