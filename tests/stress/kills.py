@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from scenarios import scenarios
 from trees import Problem
-from trials import Bench, Trial
+from trials import SIGNALS, Bench, Trial
 
 from pipelines.provenance import git_commit
 
@@ -74,6 +74,7 @@ def run_kills(
     numbers: Sequence[int] = (),
     jobs: int = 2,
     folder: Path | None = None,
+    signals: Sequence[str] = SIGNAL_NAMES,
 ) -> Report:
     """Run trials until `count` signals have reached working processes.
 
@@ -84,11 +85,13 @@ def run_kills(
         numbers: run these trials alone, whatever `count` says.
         jobs: trials at a time.
         folder: where; a temporary one by default, which stays if something is wrong.
+        signals: names of those to send.
     """
+    weights = {kind: weight for kind, weight in SIGNALS.items() if kind.name in signals}
     began = time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="kills-")) if folder is None else folder.absolute()
     with Server() as server:
-        bench = Bench(place, server, seed)
+        bench = Bench(place, server, seed, weights)
         chosen = [one for one in scenarios(bench.world) if not names or any(name in one.name for name in names)]
         bench.prepare([chosen[number % len(chosen)] for number in numbers] if numbers else chosen)
         report = Report([], bench.unsteady, 0.0)
@@ -214,6 +217,7 @@ def main() -> int:
     add(
         "--trials", type=int, nargs="+", default=[], help="numbers of the trials to run, as the seed and --subjects say"
     )
+    add("--signals", nargs="+", choices=SIGNAL_NAMES, default=SIGNAL_NAMES, help="which signals to send")
     add("--jobs", type=int, default=2, help="trials at a time")
     add("--folder", type=Path, help="where to work; must not exist")
     add("--json", type=Path, help="where every kill goes")
@@ -221,7 +225,13 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = run_kills(
-        arguments.count, arguments.seed, arguments.subjects, arguments.trials, arguments.jobs, arguments.folder
+        arguments.count,
+        arguments.seed,
+        arguments.subjects,
+        arguments.trials,
+        arguments.jobs,
+        arguments.folder,
+        arguments.signals,
     )
     table = Table(*HEADER)
     for row in rows(report):

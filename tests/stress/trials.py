@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,15 @@ class Bench:
         folder: for everything; its path must not change between runs that are compared.
         server: starts the commands.
         seed: of all that is random.
+        signals: weights of the signals to send.
     """
 
-    def __init__(self, folder: Path, server: Server, seed: int) -> None:
+    def __init__(
+        self, folder: Path, server: Server, seed: int, signals: Mapping[signal.Signals, float] = SIGNALS
+    ) -> None:
         self.world = folder / "world"
         self._folder, self._server, self._seed = folder, server, seed
+        self._signals = signals
         self._references: dict[tuple[Command, ...], Reference] = {}
         self.unsteady: list[Problem] = []
         build_world(self.world)
@@ -153,7 +157,7 @@ class Bench:
     def _alone(self, scenario: Scenario, trial: Trial, chance: random.Random) -> None:
         (reference,) = self.references(scenario)
         for _ in range(chance.choices(list(KILLS_IN_A_ROW), list(KILLS_IN_A_ROW.values()))[0]):
-            moment = draw(chance, reference)
+            moment = draw(chance, reference, self._signals)
             process = self._server.run(scenario.commands[0], trial.folder, TIMEOUT_SECONDS, moment)
             if not self._judge_struck(process, moment, scenario, trial):
                 break
@@ -161,7 +165,7 @@ class Bench:
 
     def _together(self, scenario: Scenario, trial: Trial, chance: random.Random) -> None:
         references = self.references(scenario)
-        moment, victim = draw(chance, references[0]), chance.randrange(2)
+        moment, victim = draw(chance, references[0], self._signals), chance.randrange(2)
         if scenario.harm is Harm.PAUSED:
             processes = self._pause(scenario, trial, chance.randint(1, references[0].changes), chance.random() < 0.5)
         else:
@@ -300,9 +304,9 @@ def groups_of(scenario: Scenario) -> list[tuple[Command, ...]]:
     return [(command,) for command in different] if scenario.one_wins else [different]
 
 
-def draw(chance: random.Random, reference: Reference) -> Moment:
+def draw(chance: random.Random, reference: Reference, signals: Mapping[signal.Signals, float] = SIGNALS) -> Moment:
     """A random moment of a command that takes as long, and changes as many files, as an unbroken run."""
-    kind = chance.choices(list(SIGNALS), list(SIGNALS.values()))[0]
+    kind = chance.choices(list(signals), list(signals.values()))[0]
     if chance.random() < BY_CLOCK:
         seconds = chance.uniform(0, reference.seconds)
         return Moment(kind, seconds if kind is signal.SIGKILL else max(seconds, MIN_GRACEFUL_SECONDS))
