@@ -2,11 +2,12 @@
 
     python fork_server.py        # reads requests from standard input, one JSON object per line; see `Server`
 
-A child runs the script as `python script …` would: as `__main__`, to the real end of the interpreter, so that exit
-status, standard error and what happens at exit are those that a user gets. The child notes every change of a file (a
-file opened for writing, a rename, a removal, a lock), and can be told to signal itself just before change number n.
+A child runs the script as `python script …` would: as `__main__`, and afterwards what is registered for the end. Exit
+status and standard error are those that a user gets. The child notes every change of a file (a file opened for writing,
+a rename, a removal, a lock), and can be told to signal itself just before change number n.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -153,6 +154,25 @@ def become(request: dict[str, Any]) -> Changes:
     return changes
 
 
+def run(request: dict[str, Any]) -> None:
+    """Run a child's script to its end; what it does not catch goes to the interpreter, which ends as it always does."""
+    changes, status = become(request), None
+    try:
+        runpy.run_path(request["script"], run_name="__main__")
+    except SystemExit as exit:
+        status = exit.code
+    finally:
+        changes.end()
+    if isinstance(status, str):
+        sys.stderr.write(f"{status}\n")
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without clearing thousands of modules, for which every page that the children share would be copied.
+    os._exit(1 if isinstance(status, str) else int(status or 0))
+
+
 if __name__ == "__main__":
     sys.path[1:1] = [str(folder) for folder in FOLDERS]
     for module in PRELOADED:
@@ -161,8 +181,4 @@ if __name__ == "__main__":
     gc.freeze()
     say({"id": -1, "pid": os.getpid()})
     _request = serve()
-    _changes = become(_request)
-    try:
-        runpy.run_path(_request["script"], run_name="__main__")
-    finally:
-        _changes.end()
+    run(_request)

@@ -169,7 +169,7 @@ A trial is right if:
 """
 
 
-def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
+def markdown(report: Report, seed: int, arguments: str) -> str:
     """The page of results."""
     signals = Counter(kill.signal for trial in report.trials for kill in trial.kills)
     wrong = sum(bool(trial.problems) for trial in report.trials)
@@ -184,7 +184,7 @@ def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
         f"Python {platform.python_version()}, commit {(git_commit() or 'unknown')[:7]}.",
         "",
         "```",
-        f"python tests/stress/kills.py {' '.join(arguments)}".rstrip(),
+        f"python tests/stress/kills.py {arguments}",
         "```",
         METHOD,
         f"| {' | '.join(HEADER)} |",
@@ -198,6 +198,17 @@ def markdown(report: Report, seed: int, arguments: Sequence[str]) -> str:
             example = next(problem.text for problem in report.problems if problem.kind == kind)
             lines.append(f"- {kind}, {number} times; for example: {re.sub(r'[|`]', ' ', example)}")
     return "\n".join(lines) + "\n"
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """The arguments on which the kills depend."""
+    kept = [f"--count {arguments.count}", f"--seed {arguments.seed}"]
+    for name in ("subjects", "trials"):
+        if given := vars(arguments)[name]:
+            kept.append(f"--{name} {' '.join(map(repr, given))}")
+    if set(arguments.signals) != set(SIGNAL_NAMES):
+        kept.append(f"--signals {' '.join(arguments.signals)}")
+    return " ".join(kept)
 
 
 def record(report: Report, seed: int) -> dict[str, Any]:
@@ -243,7 +254,7 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(record(report, arguments.seed), indent=1) + "\n")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(report, arguments.seed, sys.argv[1:]))
+        arguments.markdown.write_text(markdown(report, arguments.seed, command_line(arguments)))
     return 1 if report.problems else 0
 
 
