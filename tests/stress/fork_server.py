@@ -91,9 +91,15 @@ class Changes:
         assert self._strike is not None
         number, delay = self._strike["signal"], self._strike["delay"]
         if delay:
-            threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), number)), daemon=True).start()
+            threading.Thread(target=kill_self, args=(number, delay), daemon=True).start()
         else:
-            os.kill(os.getpid(), number)
+            kill_self(number)
+
+
+def kill_self(number: int, delay: float = 0.0) -> None:
+    """Send this process a signal after some seconds."""
+    time.sleep(delay)
+    os.kill(os.getpid(), number)
 
 
 def say(message: dict[str, Any]) -> None:
@@ -124,7 +130,7 @@ def serve() -> dict[str, Any]:
                 continue
             pid = os.fork()
             if not pid:
-                return request  # type: ignore[no-any-return]
+                return dict(request)
             children[pid] = request["id"]
             say({"id": request["id"], "pid": pid})
     for pid in children:

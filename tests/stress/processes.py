@@ -16,6 +16,8 @@ from fork_server import BEGIN, END
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
+BEGIN_SECONDS = 0.03
+"""From a script's first statement until it has come to its `main`, on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,14 @@ class Server:
         self._send({"id": process.id, "signal": int(number)})
 
     def strike(self, process: Process, moment: Moment) -> None:
-        """Wait for a moment by the clock, and signal a process that has not ended by then."""
+        """Wait for a moment by the clock, and signal a process that has not ended by then.
+
+        A signal that is to end in words waits until the program has begun.
+        """
+        if moment.signal is not signal.SIGKILL:
+            while BEGIN not in self._noted(process) and not process.ended.wait(0.005):
+                pass
+            process.ended.wait(BEGIN_SECONDS)
         if not process.ended.wait(max(0.0, process.started + moment.seconds - time.monotonic())):
             self.signal(process, moment.signal)
 

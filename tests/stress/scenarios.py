@@ -39,12 +39,12 @@ class Scenario:
 
 def single_scenarios(world: Path) -> list[Scenario]:
     """Every program that writes, alone."""
-    inference = ("--config_path", f"{world}/inference.yaml", "--output_folder", "out", "--metrics_dir", "metrics")
-    inference = (*inference, "--device", "cpu", "--data_path", f"{world}/prompts.txt")
+    results = ("--output_folder", "out", "--metrics_dir", "metrics", "--device", "cpu")
+    inference = ("--config_path", f"{world}/inference.yaml", *results, "--data_path", f"{world}/prompts.txt")
     data = ("--config", f"{world}/data.yaml", "--device", "cpu")
     gates = ("--method", "gates", "--training", f"{world}/gates.yaml", "--yaml", "layers.yaml")
-    scores = ("--method", "replacement", "--checkpoint_path", f"{world}/stage1/run/export", "--videos", "4")
-    scores = (*scores, "--data_path", f"{world}/prompts.txt", "--json", "scores.json", "--yaml", "layers.yaml")
+    export = ("--method", "replacement", "--checkpoint_path", f"{world}/stage1/run/export", "--videos", "4")
+    scores = (*export, "--data_path", f"{world}/prompts.txt", "--json", "scores.json", "--yaml", "layers.yaml")
     select = "scripts/select_layers.py"
     return [
         Scenario("inference, full memory", (Command("inference.py", inference),)),

@@ -161,7 +161,7 @@ def _reason(path: Path, expected: list[bytes]) -> str | None:
         ".safetensors": lambda: load_file(path),
         ".json": lambda: json.loads(path.read_text()),
         ".jsonl": lambda: _lines(path, expected),
-        ".yaml": lambda: yaml.safe_load(path.read_text()) or _fail("empty"),
+        ".yaml": lambda: _yaml(path),
         ".png": lambda: Image.open(path).load(),
         ".pt": lambda: torch.load(path, weights_only=True),
     }
@@ -176,6 +176,11 @@ def _reason(path: Path, expected: list[bytes]) -> str | None:
 
 def _fail(reason: str) -> None:
     raise ValueError(reason)
+
+
+def _yaml(path: Path) -> None:
+    if not yaml.safe_load(path.read_text()):
+        _fail("empty")
 
 
 def _lines(path: Path, expected: list[bytes]) -> None:

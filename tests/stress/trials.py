@@ -21,8 +21,6 @@ KILLS_IN_A_ROW = {1: 0.6, 2: 0.25, 3: 0.15}
 BY_CLOCK = 0.5
 """Share of the moments by the clock; the others are just before a change of a file, or within milliseconds of one."""
 MAX_DELAY_SECONDS = 0.004
-MIN_GRACEFUL_SECONDS = 0.05
-"""A signal that is to end in one line comes once the program has begun."""
 ERRORS_OF_INTERRUPTION = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
@@ -239,7 +237,7 @@ class Bench:
             trial.problems.append(Problem("does not end", f"{moment}: killed after {TIMEOUT_SECONDS} s"))
         if moment.signal is not signal.SIGKILL and process.has_begun and not process.was_over:
             lines = [line for line in process.stderr.splitlines() if line.strip() and line not in references[0].stderr]
-            if len(lines) != 1 or process.status < 0:
+            if len(lines) != 1 or (process.status or 0) < 0:
                 trial.problems.append(Problem(f"words after {moment.signal.name}", f"{moment}: {told(process)}"))
         if other is None:
             trial.problems += damage(trial.folder, [one.trees[False, False] for one in references])
@@ -308,8 +306,7 @@ def draw(chance: random.Random, reference: Reference, signals: Mapping[signal.Si
     """A random moment of a command that takes as long, and changes as many files, as an unbroken run."""
     kind = chance.choices(list(signals), list(signals.values()))[0]
     if chance.random() < BY_CLOCK:
-        seconds = chance.uniform(0, reference.seconds)
-        return Moment(kind, seconds if kind is signal.SIGKILL else max(seconds, MIN_GRACEFUL_SECONDS))
+        return Moment(kind, chance.uniform(0, reference.seconds))
     delay = chance.choice((0.0, chance.uniform(0, MAX_DELAY_SECONDS)))
     return Moment(kind, delay, chance.randint(1, reference.changes))
 
