@@ -35,6 +35,7 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     """
     with atomic_path(path) as temporary:
         try:
-            torch.save(dict(content), temporary)
+            with temporary.open("wb") as file:  # given a path, torch would write its name into the file
+                torch.save(dict(content), file)
         except RuntimeError as error:  # PyTorch's writer reports a full disk so
             raise cannot_write(path, str(error).splitlines()[0]) from error

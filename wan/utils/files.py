@@ -4,6 +4,7 @@ Temporary names are unique to the process that writes them, so two processes nev
 process of this host left behind is removed by the next writer of the same target.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -20,6 +21,8 @@ from safetensors import SafetensorError
 
 from wan.utils.errors import InputError
 
+MAX_TURNS = 20
+"""Attempts to put a folder in the place of another, while others do the same."""
 MAX_STEM_BYTES = 120
 """Longest part of the target's name in a temporary name: file systems take 255 bytes."""
 _OWNER = re.compile(r"\.(?P<host>[^.]+)-(?P<pid>\d+)-\d+\.part$")
@@ -135,16 +138,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _exchange(temporary: Path, path: Path, former: Path) -> None:
     """Put `temporary` in the place of `path`; what stood there goes to `former`."""
-    try:
-        path.replace(former)
-    except FileNotFoundError:
-        temporary.rename(path)
-        return
-    try:
-        temporary.rename(path)
-    except OSError:
-        former.rename(path)
-        raise
+    for turn in range(MAX_TURNS):
+        with suppress(FileNotFoundError):
+            path.replace(former)
+        try:
+            temporary.rename(path)
+            return
+        except OSError as error:
+            # Another writer of the same folder was quicker: its folder is whole, and ours takes its place in turn.
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and turn + 1 < MAX_TURNS
+            if not taken:
+                with suppress(OSError):
+                    former.rename(path)
+                raise
+            remove(former)
 
 
 def write_text(path: Path, text: str) -> None:

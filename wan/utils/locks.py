@@ -77,7 +77,7 @@ def _acquire(path: Path, what: str, on_wait: Callable[[str], None] | None) -> in
         if is_ours and _is_current(descriptor, path):
             _write_holder(descriptor)
             return descriptor
-        holder = describe(_read_holder(descriptor))
+        holder = describe(_named_holder(descriptor))
         stale = is_ours  # the former holder removed the file between opening and locking it: open the new one
         os.close(descriptor)
         if stale:
@@ -150,6 +150,16 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _named_holder(descriptor: int) -> dict[str, Any]:
+    """The holder, who writes its name just after it has locked the file."""
+    for _ in range(20):
+        holder = _read_holder(descriptor)
+        if holder:
+            return holder
+        time.sleep(0.01)
+    return {}
 
 
 def describe(holder: dict[str, Any]) -> str:
