@@ -10,6 +10,7 @@ import errno
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wan.utils.errors import InputError, Interrupted, out_of_memory
-from wan.utils.signals import interruptible
+from wan.utils.signals import Interruption, interruptible
 
 if TYPE_CHECKING:
     import torch
@@ -48,30 +49,40 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
         @functools.wraps(main)
         def run() -> int:
             logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler(show_path=False)])
-            with interruptible(how_to_go_on):
+            with interruptible(how_to_go_on) as interruption:
                 try:
-                    return _flushed(_status_of(main, how_to_go_on))
-                except SystemExit:  # argparse's
-                    _flushed(0)
-                    raise
-                except KeyboardInterrupt as interruption:
-                    _tell(f"interrupted: {str(interruption) or how_to_go_on}")
-                    number = interruption.signal_number if isinstance(interruption, Interrupted) else 2
-                    return EXIT_SIGNAL + number
+                    return _flushed(_status_of(main, how_to_go_on, interruption))
+                except BaseException as error:
+                    # Imports and callbacks of libraries that a signal breaks off end in errors of their own.
+                    if interruption.first is None and not isinstance(error, KeyboardInterrupt):
+                        _flushed(0)  # argparse's help
+                        raise
+                    return _interrupted(error, interruption.first or signal.SIGINT, how_to_go_on)
 
         return run
 
     return decorate
 
 
-def _status_of(main: Callable[[], int], how_to_go_on: str) -> int:
+def _interrupted(error: BaseException, number: int, how_to_go_on: str) -> int:
+    """Say that a signal ended the program, in the words of the error if it has some."""
+    text = str(error) if isinstance(error, KeyboardInterrupt) else ""
+    _tell(f"interrupted: {text or how_to_go_on}")
+    return EXIT_SIGNAL + (error.signal_number if isinstance(error, Interrupted) else number)
+
+
+def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interruption) -> int:
     """What `main` answers, or the status of the error that ended it, which has been told."""
     try:
         return main()
     except InputError as error:
+        if interruption.first is not None:
+            raise
         _tell(f"error: {error}")
         return EXIT_INPUT_ERROR
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
+        if interruption.first is not None:
+            raise
         if out_of_memory(error):
             _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")
             return EXIT_FAILURE
