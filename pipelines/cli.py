@@ -48,10 +48,11 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
     def decorate(main: Callable[[], int]) -> Callable[[], int]:
         @functools.wraps(main)
         def run() -> int:
-            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler(show_path=False)])
+            handler = _LogHandler(show_path=False)
+            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
             with interruptible(how_to_go_on) as interruption:
                 try:
-                    return _flushed(_status_of(main, how_to_go_on, interruption))
+                    return _flushed(_status_of(main, how_to_go_on, interruption), handler.lost)
                 except BaseException as error:
                     # Imports and callbacks of libraries that a signal breaks off end in errors of their own.
                     if interruption.first is None and not isinstance(error, KeyboardInterrupt):
@@ -99,9 +100,15 @@ def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interru
         raise
 
 
-def _flushed(status: int) -> int:
-    """The status, once what was printed is out; a failure if it was lost."""
+def _flushed(status: int, lost: OSError | None = None) -> int:
+    """The status, once what was printed is out; a failure if it was lost.
+
+    Args:
+        lost: why a part of it could not be written before.
+    """
     try:
+        if lost is not None:
+            raise lost
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
@@ -136,11 +143,20 @@ def _discard(stream: TextIO) -> None:
 
 
 class _LogHandler(RichHandler):
-    """A handler that keeps quiet when the output cannot be written: the end of the run tells."""
+    """A handler that lets work go on when the output cannot be written.
+
+    Attributes:
+        lost: why something could not be written.
+    """
+
+    lost: OSError | None = None
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """As logging's, but not for errors of the output."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        """As logging's, but quiet for errors of the output."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.lost = error
+        else:
             super().handleError(record)
 
 

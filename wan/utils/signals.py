@@ -54,7 +54,8 @@ def interruptible(how_to_go_on: str) -> Iterator["Interruption"]:
             return
         # It was raised inside a destructor, which loses exceptions: raise it again in a moment.
         interruption.forget()
-        threading.Timer(REDELIVERY_SECONDS, signal.raise_signal, (unraisable.exc_value.signal_number,)).start()
+        number = unraisable.exc_value.signal_number
+        threading.Timer(REDELIVERY_SECONDS, signal.pthread_kill, (threading.main_thread().ident, number)).start()
 
     with on_signals(interruption):
         sys.unraisablehook = hook
