@@ -110,9 +110,7 @@ def test_what_another_process_makes_is_left_for_later(
     assert videos_in(run.output_folder) == made and names_in(run.output_folder) == {".mp4", ".json"}
 
 
-def test_a_lock_that_a_killed_process_left_on_a_finished_video_goes(
-    pipeline: CausalVideoPipeline, config: Path
-) -> None:
+def test_a_lock_left_on_a_finished_video_goes(pipeline: CausalVideoPipeline, config: Path) -> None:
     run = planned(config, "--prompt", "red")
     generate(run, pipeline)
     lock_path(run, run.jobs[0]).write_text("{}")

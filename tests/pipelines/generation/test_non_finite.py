@@ -104,7 +104,7 @@ def test_a_later_block_is_named_and_those_before_are_handed_out(broken: CausalVi
     broken.vae.decoder.register_forward_hook(poison)
     blocks = broken.stream("a red shape", 21, **SIZE, seeds=[0])
     assert next(blocks).index == 0
-    with pytest.raises(NonFiniteBlockError, match="block 1 is not finite .pixels"):
+    with pytest.raises(NonFiniteBlockError, match=r"block 1 is not finite .pixels"):
         next(blocks)
 
 
