@@ -18,14 +18,14 @@ from pathlib import Path
 from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.config import load_config
 from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 
 log = logging.getLogger(__name__)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,7 @@ import torch
 
 from arl2.checkpoint import build_hybrid, save_generator
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
@@ -53,7 +53,7 @@ def save(model: HybridWanModel, target: Path) -> None:
         model.save_pretrained(temporary)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, read, fit, write."""
     arguments = parse()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arl2.distillation.data import LatentWriter, text_file
-from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
+from pipelines.cli import choose_device, end_together, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
@@ -90,7 +90,7 @@ def encode_all(
 
 
 @end_together
-@exit_on_input_error
+@entry_point()
 @torch.no_grad()
 def main() -> int:
     """Parse, check, encode, write."""

@@ -19,7 +19,7 @@ from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
-from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
+from pipelines.cli import choose_device, end_together, entry_point, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
 
 
 @end_together
-@exit_on_input_error
+@entry_point()
 @torch.no_grad()
 def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from arl2.model import HybridSettings
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.generation.arguments import DTYPES
 from pipelines.generation.random_model import random_pipeline, save_native_folder
 from wan.config import WAN_SIZES
@@ -20,7 +20,7 @@ from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 log = logging.getLogger(__name__)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -30,7 +30,7 @@ from arl2.rollout import FewStepSampler
 from arl2.toyworld.probe.leakage import leakage_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
@@ -112,7 +112,7 @@ def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, probe, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -39,7 +39,7 @@ from arl2.layer_selection.scores import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks
-from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
+from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
@@ -212,7 +212,7 @@ def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dic
     return readers[arguments.method](needed(arguments, "scores"), num_layers)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, check, score, write."""
     arguments = parse()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from arl2.evaluation.golden.run import verify_folder
 from arl2.evaluation.golden.vectors import CaseResult, Precision
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.generation.arguments import DTYPES, check_writable
 from pipelines.provenance import device_name
 from wan.ops.attention import require_backend
@@ -49,7 +49,7 @@ def row(result: CaseResult) -> dict[str, Any]:
     return fields
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, replay, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,6 +21,7 @@ from transformers import (
 
 from wan.checkpoints.formats import family, read_config
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import atomic_path
 
@@ -75,12 +76,15 @@ class TextEncoder:
     """Prompts to embeddings.
 
     Args:
-        model: the encoder.
+        model: the encoder. One in float16 is cast, as `wide_range_dtype` says: its activations exceed that range, and
+            transformers would clip them.
         tokenizer: None if only token ids will be encoded.
         text_len: tokens of every embedding; longer prompts are cut, shorter ones padded with zero rows.
     """
 
     def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase | None, text_len: int) -> None:
+        if holds_float16(model):
+            model.to(dtype=wide_range_dtype(torch.float16, model.device))
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
@@ -210,7 +214,7 @@ def load_text_encoder(
         folder: a native Wan folder, or a diffusers folder with `text_encoder` and `tokenizer`.
         config: sizes of native weights; diffusers folders bring their own.
         text_len: see `TextEncoder`.
-        dtype, device: of the encoder.
+        dtype, device: of the encoder; in the place of float16 comes what `wide_range_dtype` says.
 
     Raises:
         CheckpointError: something is missing, damaged, of another family, or does not fit.
@@ -225,7 +229,7 @@ def load_text_encoder(
         model = _load_transformers(folder / "text_encoder")
     else:
         raise CheckpointError(f"no text encoder in {folder}: expected {NATIVE_TEXT_FILE}, or text_encoder/")
-    return TextEncoder(model.to(device=device, dtype=dtype), tokenizer, text_len)
+    return TextEncoder(model.to(device=device, dtype=wide_range_dtype(dtype, device)), tokenizer, text_len)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -29,6 +29,7 @@ from pipelines.generation.timing import PhaseTimer
 from pipelines.media.video import VideoWriter
 from wan.memory import Memory
 from wan.model import TextKV
+from wan.utils.errors import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -402,12 +403,6 @@ def summary(repeats: list[dict[str, float | None]]) -> dict[str, dict[str, float
         for name, values in columns.items()
         if values
     }
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the card's memory ran out; libraries say it in words of their own."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def release() -> None:

@@ -31,14 +31,14 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
-from pipelines.benchmark.measure import out_of_memory, release
+from pipelines.benchmark.measure import release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
 from pipelines.training.run import enable_grad, precision_of
 from wan.config import wan_size
 from wan.memory import Memory
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, out_of_memory
 from wan.utils.files import atomic_path
 from wan.vae.wan_vae import WAN21_VAE
 

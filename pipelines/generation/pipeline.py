@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +21,17 @@ from arl2.inference.fused_ops import require_kernels
 from arl2.inference.linear import require_fp8
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
-from arl2.model import HybridSettings, HybridWanModel
+from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
-from pipelines.generation.streaming import SideStream, Transfer, finished
+from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
 from pipelines.media.video import to_uint8
 from wan.checkpoints.formats import read_config, transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
+from wan.utils.device import wide_range_dtype
 from wan.utils.errors import InputError
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
@@ -41,16 +42,29 @@ SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", 
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
+TEXT, GIVEN, LATENTS, PIXELS = "text embedding", "latents of the given frames", "latents", "pixels"
+_NON_FINITE_CURES = {
+    TEXT: "check the text encoder's weights, or the embeddings that were given",
+    GIVEN: "check the image and the VAE's weights",
+    LATENTS: "check the weights",
+    PIXELS: "check the weights and the statistics of the VAE",
+}
+"""What of a block may be not finite, causes before effects, and what to do then."""
+
+
 class NonFiniteBlockError(RuntimeError):
     """A generated block holds NaN or infinity; its video cannot go on.
 
     Attributes:
         block: index of the block.
+        what: what of it is not finite: one of `TEXT`, `GIVEN`, `LATENTS` and `PIXELS`.
     """
 
-    def __init__(self, block: int) -> None:
-        super().__init__(f"block {block} is not finite: check the weights, or use --dtype float32")
+    def __init__(self, block: int, what: str = LATENTS) -> None:
+        cure = f"{_NON_FINITE_CURES[what]}, or use float32 or bfloat16 (--dtype)"
+        super().__init__(f"block {block} is not finite ({what}): {cure}")
         self.block = block
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,14 @@ class VideoBlock:
         pixels_BTCHW: decoded frames in [-1, 1].
         latents_BFCHW: the block's latents, normalised.
         frames_BTHWC: the frames as bytes, on their way to the CPU.
-        finite: whether the latents are, likewise.
+        finite: whether latents and pixels are, and for the first block what they were made from; likewise.
     """
 
     index: int
     pixels_BTCHW: Tensor
     latents_BFCHW: Tensor
     frames_BTHWC: Transfer
-    finite: Transfer
+    finite: FiniteCheck
 
 
 @dataclass
@@ -88,7 +102,8 @@ class CausalVideoPipeline(DiffusionPipeline):
     """Text to video with a causal Wan transformer, hybrid or softmax.
 
     Args:
-        transformer, vae, text_encoder, tokenizer: the parts.
+        transformer, vae, text_encoder, tokenizer: the parts. VAE and text encoder are cast out of float16, whose range
+            their activations exceed, as `wan.utils.device.wide_range_dtype` says.
         frames_per_block: latent frames generated at a time.
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
@@ -147,7 +162,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
-            torch_dtype, device: of all parts.
+            torch_dtype, device: of all parts; float16 only of the transformer.
             seed: of parameters that a conversion adds.
             sampling: settings of this class that replace those stored in the folder.
 
@@ -165,6 +180,18 @@ class CausalVideoPipeline(DiffusionPipeline):
         pipeline.load_seconds = time.perf_counter() - begin
         log.info("model loaded in %.1f s", pipeline.load_seconds)
         return pipeline
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the parts, arguments as for diffusers' pipelines; only the transformer is cast to float16."""
+        if torch.float16 not in (*args, kwargs.get("dtype")):
+            return super().to(*args, **kwargs)
+        others = [argument for argument in args if argument is not torch.float16]
+        super().to(*others, **{name: value for name, value in kwargs.items() if name != "dtype"})
+        keep_gates_in_float32(self.transformer, torch.float16)
+        self.wan_vae.to(dtype=torch.float16)
+        if self.text_encoder is not None:
+            self.text_encoder.to(dtype=wide_range_dtype(torch.float16, self.text_encoder.device))
+        return self
 
     @property
     def flow_model(self) -> FlowModel:
@@ -323,8 +350,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Raises:
             InputError: sizes that do not fit.
-            NonFiniteBlockError: the model produced NaN or infinity.
+            NonFiniteBlockError: text, given frames, latents or pixels hold NaN or infinity.
         """
+        self.wan_vae.leave_float16()
         device, frames_per_block = self._execution_device, self.config.frames_per_block
         size = self._latent_size(height, width)
         if prompt_embeds is None:
@@ -344,35 +372,49 @@ class CausalVideoPipeline(DiffusionPipeline):
             latent_frames = self.latent_frames(num_frames)
             blocks = num_blocks(latent_frames - context_frames, frames_per_block)
         state = self.new_memory(batch, height, width, latent_frames, memory or MemoryConfig())
-        text = self.transformer.embed_text(prompt_embeds.to(device, self.transformer.dtype))
+        given = {TEXT: prompt_embeds.to(device, self.transformer.dtype)}
+        text = self.transformer.embed_text(given[TEXT])
         if context is not None:
+            given[GIVEN] = context
             for start in range(0, context_frames, frames_per_block):
                 remember_block(self.flow_model, context[:, start : start + frames_per_block], text, state, start)
         noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
-        for block in finished(self._decoder(context, phase), generated, device):
-            if not block.finite.wait():
-                raise NonFiniteBlockError(block.index)
+        for block in finished(self._decoder(context, given, phase), generated, device):
+            broken = block.finite.first_broken()
+            if broken is not None:
+                raise NonFiniteBlockError(block.index, broken)
             block.frames_BTHWC.join()
             yield block
 
-    def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
-        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
+    def _decoder(
+        self, context_BFCHW: Tensor | None, given: Mapping[str, Tensor], phase: Phase
+    ) -> Callable[[GeneratedBlock], VideoBlock]:
+        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing.
+
+        Args:
+            given: what all blocks are made from, checked with the first of them. Held by the caller until then.
+        """
         vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
+        unchecked = dict(given)
         with aside():
             decoder, head = vae.decode_stream(), list[Tensor]()
             if context_BFCHW is not None:
                 with phase("vae"):
-                    head.append(decoder.decode(context_BFCHW.to(vae.dtype)))
+                    head.append(decoder.decode(context_BFCHW.to(vae.dtype), clamp=False))
 
         def decode(block: GeneratedBlock) -> VideoBlock:
             with aside():
-                finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
+                latents = block.latents_BFCHW
                 with phase("vae"):
-                    pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
+                    pixels = torch.cat([*head, decoder.decode(latents.to(vae.dtype), clamp=False)], dim=1)
+                # Before clamping, which makes a number of infinity.
+                finite = FiniteCheck({**unchecked, LATENTS: latents, PIXELS: pixels})
+                pixels.clamp_(-1, 1)
                 head.clear()
+                unchecked.clear()
                 frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
             return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
 

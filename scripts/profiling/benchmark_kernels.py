@@ -24,7 +24,7 @@ from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead, requ
 from arl2.inference.linear import RowScaledFP8
 from arl2.inference.model import new_fused_ops
 from arl2.ops.gated_delta import WriteBackend, gated_delta_write
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.provenance import device_name
 from wan.config import wan_size
 from wan.model import Block
@@ -231,7 +231,7 @@ def bench_writes(bench: Bench, layers: int = 8) -> None:
         bench.note(name=f"writes of {layers} layers, {backend}", us=us)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

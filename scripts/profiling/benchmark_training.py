@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.generation.arguments import DTYPES, choose_dtype
 
 DEFAULTS = TrainingBenchmark()
@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> Table:
     return page
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

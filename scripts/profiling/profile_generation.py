@@ -21,7 +21,7 @@ from rich.table import Table
 from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
 from pipelines.benchmark.measure import Trace, build_stage, warm_up, whole_run
 from pipelines.benchmark.profile import profiled, summary
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.config import load_config
 from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.provenance import environment
@@ -85,7 +85,7 @@ def pages(result: dict[str, Any]) -> list[Table]:
     return [by_kind, by_kernel]
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, profile, report."""
     arguments = parse()

@@ -52,7 +52,7 @@ from arl2.toyworld.world.latents import (
     toy_text_encoder,
     world_tokenizer,
 )
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from wan.config import wan_size
@@ -282,7 +282,7 @@ STEPS: dict[str, Callable[[Build], Result]] = {
 }
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, and run the steps that are not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

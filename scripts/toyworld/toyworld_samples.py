@@ -13,7 +13,7 @@ from torch import Tensor
 from arl2.toyworld.world.captions import caption_scenes
 from arl2.toyworld.world.render import render
 from arl2.toyworld.world.scenes import BACKGROUNDS, NUM_FRAMES, STANDARD_HIDDEN_FRAMES, sample_scenes
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.media.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.media.video import VideoWriter
 from wan.utils.errors import InputError
@@ -56,7 +56,7 @@ def video_wall(videos: list[Tensor]) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, GAP, 0, GAP), value=PAGE[0])
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Draw and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

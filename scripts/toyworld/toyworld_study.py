@@ -23,7 +23,7 @@ from pathlib import Path
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
 from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
 from pipelines.toyworld.table import write_report
 from wan.utils.errors import InputError
@@ -156,7 +156,7 @@ def run_part(study: Study, part: str, only: list[str]) -> None:
         run_rows(study, list(PARTS[part]), only)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, and run the parts that are asked for."""
     arguments = parse()

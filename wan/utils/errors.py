@@ -1,5 +1,8 @@
 """Errors that a person can act on."""
 
+import errno
+import signal
+
 
 class InputError(ValueError):
     """Something the user gave cannot work: a file, a flag, a setting, a checkpoint.
@@ -14,4 +17,22 @@ class CheckpointError(InputError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work stopped by a signal; the text says how to go on."""
+    """Work stopped by a signal; the text says how to go on.
+
+    Attributes:
+        signal_number: the signal; entry points exit with 128 plus its number.
+    """
+
+    def __init__(self, how_to_go_on: str = "", signal_number: int = signal.SIGINT) -> None:
+        super().__init__(how_to_go_on)
+        self.signal_number = signal_number
+
+
+_OUT_OF_MEMORY_WORDS = ("out of memory", "alloc_failed", "defaultcpuallocator")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, a GPU's or the machine's; libraries say it in words of their own."""
+    text = str(error).lower()
+    in_words = isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY_WORDS)
+    return in_words or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

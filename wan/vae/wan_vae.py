@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wan.checkpoints.formats import WEIGHT_FILES, family, read_config
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import atomic_path
 from wan.vae.fast import FastDecoder
@@ -72,6 +73,7 @@ class WanVAE:
         self.model = model.eval()
         self.fast = fast
         self.tiny: TinyDecoder | None = None
+        self.leave_float16()
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +101,16 @@ class WanVAE:
         return 2 ** len(self.model.config.temperal_downsample)
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast the module."""
+        """Move or cast the module; in the place of float16 comes what `wide_range_dtype` says."""
+        if dtype is not None:
+            dtype = wide_range_dtype(dtype, device or self.device)
         nn.Module.to(self.model, device=device, dtype=dtype)  # diffusers' own warns about any cast
         return self
+
+    def leave_float16(self) -> None:
+        """Cast the module if it is in float16, whose range the decoder's activations exceed."""
+        if holds_float16(self.model):
+            self.to(dtype=torch.float16)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every latent channel, each [C, 1, 1, 1]."""
@@ -114,12 +123,14 @@ class WanVAE:
 
     def decode_stream(self) -> LatentStream:
         """Begin to decode a video, with the weights as they are now."""
+        self.leave_float16()
         if self.tiny is not None:
             return self.tiny.stream()
         return FastDecoder(self.model).stream() if self.fast else DecodeStream(self)
 
     def encode_stream(self) -> "EncodeStream":
         """Begin to encode a video."""
+        self.leave_float16()
         return EncodeStream(self)
 
     @torch.no_grad()
@@ -273,7 +284,7 @@ def load_vae(
     Args:
         path: a native `.pth` file, a native Wan folder, or a diffusers folder (of the VAE or of a pipeline).
         config: sizes of native weights; diffusers folders bring their own.
-        dtype, device: of the module.
+        dtype, device: of the module; in the place of float16 comes what `wide_range_dtype` says.
 
     Raises:
         CheckpointError: missing, damaged, of another family, or not fitting.
