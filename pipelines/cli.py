@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -91,3 +92,12 @@ def agreed_status(status: int) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's place among those that torchrun started; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_folder(folder: Path) -> tuple[Path, str]:
+    """Where this process of several writes, and which part that is in words: `rank-<n>` below `folder`.
+
+    `folder` itself, and "whole", for a process that works alone.
+    """
+    rank, world_size = rank_and_world_size()
+    return (folder / f"rank-{rank}", f"rank {rank} of {world_size}") if world_size > 1 else (folder, "whole")
