@@ -16,7 +16,7 @@ import torch
 from paths import ROOT
 from tiny_models import HEIGHT, TINY, WIDTH, tiny_model
 
-from arl2.distillation.data import LatentWriter
+from arl2.distillation.latent_writer import LatentWriter
 
 CONFIG = """
 model_folder: {root}/model

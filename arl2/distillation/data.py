@@ -1,36 +1,25 @@
-"""Training data on disk: latents of videos in safetensors shards, with an index that says what each sample is.
-
-    folder/index.json            settings, and for every sample its key, prompt, seed and shard
-    folder/shard-00000.safetensors   latents.<key>, [F, C, h, w]
-    folder/text/<hash>.safetensors   the embedding of a prompt, once
-
-A shard is written whole, then named in the index: a killed writer loses at most the samples of one shard, and its
-next run goes on after the last. Several ranks write to folders of their own.
-"""
+"""Training data read from disk; `arl2.distillation.latent_writer` says how it lies there."""
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, get_type_hints
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from arl2.distillation.latent_writer import SampleInfo, read_index, samples_of
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path, read_json, write_json
 from wan.utils.settings import require_same_settings
 
-INDEX = "index.json"
-FORMAT = "arl2 latents, version 1"
 LATENT_AXES, TEXT_AXES = "F, C, h, w", "T, D"
 FLOATS = ("BF16", "F16", "F32", "F64")
 """Types of samples, by their names in headers."""
@@ -39,149 +28,6 @@ READING_THREADS = 16
 MAX_HASHED_BYTES = 4 << 30
 PIECE_BYTES = 1 << 16
 SAMPLES_AT_A_TIME = 64
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """What a sample is.
-
-    Attributes:
-        key: unique in its data set.
-        prompt, seed: what it was made from.
-        shard: the file that holds it.
-    """
-
-    key: str
-    prompt: str
-    seed: int
-    shard: str
-
-
-def text_file(folder: Path, prompt: str) -> Path:
-    """Where the embedding of a prompt is."""
-    return folder / "text" / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
-
-
-class LatentWriter:
-    """Writes samples into shards; goes on where an earlier writer of the same folder was stopped.
-
-    Args:
-        folder: of the data set.
-        settings: what made the samples; must be those of the samples that are there.
-        samples_per_shard: how many samples wait in memory for one file.
-
-    Raises:
-        InputError: the folder holds samples of other settings, or cannot be read.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], samples_per_shard: int = 64) -> None:
-        self._folder, self._settings, self._most = folder, dict(settings), samples_per_shard
-        self._waiting: dict[str, tuple[Tensor, str, int]] = {}
-        self._samples: list[SampleInfo] = []
-        if (folder / INDEX).is_file():
-            index = read_index(folder)
-            if index["settings"] != json.loads(json.dumps(self._settings)):
-                raise InputError(f"{folder} holds samples made with other settings: choose another folder")
-            self._samples = [SampleInfo(**sample) for sample in index["samples"]]
-
-    @property
-    def keys(self) -> set[str]:
-        """Samples that need not be made again."""
-        return {sample.key for sample in self._samples} | self._waiting.keys()
-
-    def add(self, key: str, latents_FCHW: Tensor, prompt: str, seed: int, text_TD: Tensor) -> None:
-        """Add one sample, and the embedding of its prompt if it is not there yet.
-
-        Raises:
-            InputError: the key is taken, the latents are not finite, or the disk is full.
-        """
-        if key in self.keys:
-            raise InputError(f"sample {key!r} is in {self._folder} already")
-        if not torch.isfinite(latents_FCHW).all():
-            raise InputError(f"sample {key!r} is not finite: check what makes it")
-        embedding = text_file(self._folder, prompt)
-        if not embedding.is_file():
-            with atomic_path(embedding) as temporary:
-                save_file({"text": text_TD.cpu().contiguous()}, temporary)
-        self._waiting[key] = (latents_FCHW.cpu(), prompt, seed)
-        if len(self._waiting) >= self._most:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what waits, and name it in the index."""
-        if not self._waiting:
-            return
-        shard = f"shard-{len({sample.shard for sample in self._samples}):05d}.safetensors"
-        with atomic_path(self._folder / shard) as temporary:
-            save_file({f"latents.{key}": one[0].contiguous() for key, one in self._waiting.items()}, temporary)
-        self._samples += [SampleInfo(key, prompt, seed, shard) for key, (_, prompt, seed) in self._waiting.items()]
-        index = {"format": FORMAT, "settings": self._settings, "samples": [asdict(one) for one in self._samples]}
-        write_json(self._folder / INDEX, index)
-        self._waiting.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.flush()
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a data set, with its settings and its samples checked.
-
-    Raises:
-        InputError: there is none, it is damaged, or a sample in it is not described as `SampleInfo` says.
-    """
-    path = folder / INDEX
-    if not path.exists():
-        raise InputError(f"no training data in {folder}: make some with scripts/generate_latents.py")
-    index = read_json(path)
-    if index.get("format") != FORMAT:
-        raise InputError(f"{path} is no index of latents ({FORMAT}): check the folder, or make the data again")
-    for name, kind in (("settings", dict), ("samples", list)):
-        if not isinstance(index.get(name), kind):
-            raise InputError(f"{path} is damaged ({_misfit(name, index, kind)}): make the data again")
-    keys: set[str] = set()
-    for number, sample in enumerate(index["samples"]):
-        reason = _sample_fault(sample)
-        if reason is None and sample["key"] in keys:
-            reason = "its key stands twice"
-        if reason is not None:
-            name = repr(sample["key"]) if isinstance(sample, dict) and "key" in sample else f"number {number}"
-            raise InputError(f"{path} is damaged (sample {name}: {reason}): make the data again")
-        keys.add(sample["key"])
-    return index
-
-
-def _sample_fault(sample: object) -> str | None:
-    """What is wrong with a sample's entry in an index; None if nothing is."""
-    if not isinstance(sample, dict):
-        return f"a JSON {type(sample).__name__}, not an object"
-    types = get_type_hints(SampleInfo)
-    needed = {one.name for one in fields(SampleInfo) if one.default is MISSING}
-    if unknown := sample.keys() - types.keys():
-        return f"{min(unknown)!r} is unknown"
-    for name, kind in types.items():
-        if (name in sample or name in needed) and not _is_a(sample.get(name), kind):
-            return _misfit(name, sample, kind)
-    shard = sample["shard"]
-    if Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
-        return f"shard {shard!r} is no name of a file in the folder"
-    try:
-        sample["prompt"].encode()
-    except UnicodeEncodeError:
-        return "its prompt is no valid text"
-    return None
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of a type; true is no integer."""
-    return isinstance(value, kind) and (not isinstance(value, bool) or kind is bool)
-
-
-def _misfit(name: str, page: Mapping[str, object], kind: Any) -> str:
-    wanted = getattr(kind, "__name__", str(kind))
-    return f"{name!r} is a {type(page[name]).__name__}, not a {wanted}" if name in page else f"{name!r} is missing"
 
 
 class Header(NamedTuple):
@@ -267,7 +113,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             require_same_settings(index["settings"], self.settings, f"{folder} was made", cure)
             if not index["samples"]:
                 raise InputError(f"no samples in {folder}: generate some")
-            self._samples += [(folder, SampleInfo(**sample)) for sample in index["samples"]]
+            self._samples += [(folder, sample) for sample in samples_of(index)]
         files = [file for sample in self._samples for file in _files_of(*sample)]
         self._files = list(dict.fromkeys(files))
         self.latents_shape, self.text_shape = self._check_headers()
@@ -280,7 +126,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         for folder, sample in self._samples:
             shard, embedding = _files_of(folder, sample)
             try:
-                latents.append(_checked_shape(headers[shard], f"latents.{sample.key}", LATENT_AXES))
+                latents.append(_checked_shape(headers[shard], sample.latents_name, LATENT_AXES))
                 texts.append(_checked_shape(headers[embedding], "text", TEXT_AXES))
             except InputError as error:
                 raise _bad_sample(folder, sample, str(error)) from error
@@ -306,7 +152,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         shard, embedding = _files_of(folder, sample)
         try:
             with safe_open(shard, framework="pt") as file:
-                latents = file.get_tensor(f"latents.{sample.key}")
+                latents = file.get_tensor(sample.latents_name)
             text = load_file(embedding)["text"]
         except (SafetensorError, OSError, KeyError) as error:
             raise _bad_sample(folder, sample, f"cannot be read ({error})") from error
@@ -334,8 +180,18 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def _files_of(folder: Path, sample: SampleInfo) -> tuple[Path, Path]:
-    """Where the latents and the text embedding of a sample are."""
-    return folder / sample.shard, text_file(folder, sample.prompt)
+    """Where the latents and the text embedding of a sample are.
+
+    Raises:
+        InputError: one would be outside of the folder.
+    """
+    for name in (sample.shard or ".", sample.text):
+        if Path(name).name != name or name == ".." or "\0" in name:
+            raise _bad_sample(folder, sample, f"its index names {name!r}, which is no name of a file")
+    try:
+        return folder / sample.shard, sample.text_file(folder)
+    except UnicodeEncodeError as error:
+        raise _bad_sample(folder, sample, "its prompt is no valid text") from error
 
 
 def _bad_sample(folder: Path, sample: SampleInfo, reason: str) -> InputError:

@@ -20,9 +20,9 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import MemoryConfig, check_size
-from pipelines.generation.arguments import check_writable
 from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.vae.wan_vae import spatial_stride
 
 TRAINING_DTYPES = ("bfloat16", "float32")

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,9 @@ from wan.utils.errors import InputError
 
 MAX_STEM_BYTES = 120
 """Longest part of the target's name in a temporary name: file systems take 255 bytes."""
+MIN_FREE_BYTES = 16 * 2**20
+"""Less free disk than this cannot hold a video."""
+PROBE_BYTES = 4096
 _OWNER = re.compile(r"\.(?P<host>[^.]+)-(?P<pid>\d+)-\d+\.part$")
 _numbers = itertools.count()
 
@@ -82,6 +86,40 @@ def writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, str(error)) from error
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder if need be, and make sure that files can be written there.
+
+    Raises:
+        InputError: it cannot be made or written, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file without a name: processes that start together must not trip over one another's. Limits and quotas
+        # strike when something is written, not when a file is made.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
+        ) from error
+    if free < MIN_FREE_BYTES:
+        raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")
+
+
+def check_target(path: Path) -> None:
+    """Make sure that a file can be written or replaced; its folder is made if need be.
+
+    Raises:
+        InputError: its folder cannot be written, or something else than a file has its name.
+    """
+    check_writable(path.parent)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise cannot_write(path, "a folder or a device has this name")
+
+
 def cannot_write(path: Path, reason: str) -> InputError:
     """The error of a target that cannot be written."""
     return InputError(f"cannot write {path} ({reason}): free space, fix permissions or choose another folder")
@@ -98,6 +136,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device such as /dev/null must not become a file
+            raise cannot_write(path, "a folder or a device has this name")
         remove_abandoned(path)
         temporary = temporary_path(path)
         try:
