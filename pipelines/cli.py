@@ -71,7 +71,7 @@ def _status_of(main: Callable[[], int], how_to_go_on: str) -> int:
         return main()
     except InputError as error:
         _tell(f"error: {error}")
-        return EXIT_INPUT_ERROR
+        return error.exit_status
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
         if out_of_memory(error):
             _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")

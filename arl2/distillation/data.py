@@ -59,10 +59,12 @@ class Samples(Protocol):
     Attributes:
         latents_shape: [F, C, h, w] of every sample.
         text_shape: [T, D] of the longest text embedding.
+        longest_text: name of the sample that has it.
     """
 
     latents_shape: tuple[int, ...]
     text_shape: tuple[int, ...]
+    longest_text: str
 
     def __len__(self) -> int: ...
 
@@ -95,7 +97,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         settings: what made the samples.
-        latents_shape, text_shape: see `Samples`.
+        latents_shape, text_shape, longest_text: see `Samples`.
 
     Raises:
         InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, or settings differ.
@@ -116,10 +118,13 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             self._samples += [(folder, sample) for sample in samples_of(index)]
         files = [file for sample in self._samples for file in _files_of(*sample)]
         self._files = list(dict.fromkeys(files))
-        self.latents_shape, self.text_shape = self._check_headers()
+        self.latents_shape, texts = self._check_headers()
+        longest = max(range(len(texts)), key=lambda number: texts[number][0])
+        folder, sample = self._samples[longest]
+        self.text_shape, self.longest_text = texts[longest], f"{sample.key!r} of {folder}"
 
-    def _check_headers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Check every sample by the headers of its files; returns the shapes of latents and of the longest text."""
+    def _check_headers(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Check every sample by the headers of its files; returns the shape of latents, and those of all texts."""
         with ThreadPoolExecutor(READING_THREADS) as pool:
             headers = dict(zip(self._files, pool.map(_headers_or_error, self._files), strict=True))
         latents, texts = [], []
@@ -137,7 +142,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
                 raise _bad_sample(folder, sample, f"its latents are {list(latent)}, those of most are {list(shape)}")
             if text[1] != width:
                 raise _bad_sample(folder, sample, f"its text is {text[1]} wide, that of most is {width}")
-        return shape, (max(text[0] for text in texts), width)
+        return shape, texts
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -265,7 +270,7 @@ class ResidentLatents:
         device: where they stay.
 
     Attributes:
-        latents_shape, text_shape: see `Samples`.
+        latents_shape, text_shape, longest_text: see `Samples`.
 
     Raises:
         CheckpointError, InputError: no such file, one of other content, or values that are not finite.
@@ -281,7 +286,7 @@ class ResidentLatents:
             raise InputError(f"{file} holds {shapes[0][0]} latents and {shapes[1][0]} texts: make it again")
         stored = as_state_dict(read_weights(file), file)
         self._latents_NFCHW, self._text_NTD = stored["latents"].to(device), stored["text"].to(device)
-        self.latents_shape, self.text_shape = shapes[0][1:], shapes[1][1:]
+        self.latents_shape, self.text_shape, self.longest_text = shapes[0][1:], shapes[1][1:], "0"
         for name, values in (("latents", self._latents_NFCHW), ("text", self._text_NTD)):
             sample = first_not_finite(values)
             if sample is not None:
