@@ -75,7 +75,8 @@ def _acquire(path: Path, what: str, on_wait: Callable[[str], None] | None) -> in
         descriptor = _open(path)
         is_ours = _try(descriptor, path) and not _held_elsewhere(descriptor)
         if is_ours and _is_current(descriptor, path):
-            _write_holder(descriptor)
+            with suppress(OSError):  # on a full disk the lock holds, only its holder stays unnamed
+                _write_holder(descriptor)
             return descriptor
         holder = describe(_read_holder(descriptor))
         stale = is_ours  # the former holder removed the file between opening and locking it: open the new one

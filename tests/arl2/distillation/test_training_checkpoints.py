@@ -19,10 +19,11 @@ from arl2.distillation.checkpointing import (
     load_state,
     newest_checkpoint,
     stored_fingerprint,
+    truncate_losses,
 )
 from pipelines.training.config import Stage1Config
 from pipelines.training.run import build_model, new_objective
-from wan.utils.errors import CheckpointError
+from wan.utils.errors import CheckpointError, InputError
 
 Page = dict[str, Any]
 NEWEST, OLDER = "checkpoints/step-00000004", "checkpoints/step-00000002"
@@ -226,20 +227,26 @@ DAMAGED_LOSSES: dict[str, bytes | None] = {
 
 
 @pytest.mark.parametrize("name", DAMAGED_LOSSES)
-def test_a_damaged_log_is_named_with_the_cure(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+def test_a_damaged_log_is_named_with_the_cure(tmp_path: Path, name: str) -> None:
+    log, content = tmp_path / "losses.jsonl", DAMAGED_LOSSES[name]
+    log.mkdir() if content is None else log.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        truncate_losses(log, 4)
+    message = str(caught.value)
+    assert message.startswith(f"{log} is damaged") and message.endswith("delete it to go on without the curve so far")
+    assert content is None or log.read_bytes() == content
+
+
+def test_a_run_goes_on_without_its_log(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, content = copied_run(world, tmp_path), DAMAGED_LOSSES[name]
-    log = run / "losses.jsonl"
-    log.unlink()
-    if content is None:
-        log.mkdir()
-    else:
-        log.write_bytes(content)
-    assert go_on(monkeypatch, world, run) == 2
-    assert f"{log} is damaged" in (message := one_line(capsys)) and "delete it to go on" in message
-    shutil.rmtree(log) if content is None else log.unlink()
+    run = copied_run(world, tmp_path)
+    (run / "losses.jsonl").write_text("x\n")
+    assert go_on(monkeypatch, world, run) == 2 and "delete it to go on" in one_line(capsys)
+    (run / "losses.jsonl").unlink()
     assert go_on(monkeypatch, world, run) == 0 and [line["step"] for line in losses(run)] == [5, 6]
+    with (run / "losses.jsonl").open("a") as log:
+        log.write('{"step": 7}\n{"ste')  # of a session that was killed
     assert go_on(monkeypatch, world, run, "steps=8") == 0 and [line["step"] for line in losses(run)] == [5, 6, 7, 8]
 
 
