@@ -9,6 +9,7 @@ Under torchrun the prompts are divided over the ranks.
 import logging
 
 from pipelines.cli import end_together, entry_point, rank_and_world_size
+from wan.utils.signals import check_interrupted
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def main() -> int:
     from pipelines.generation.arguments import inference_parser, plan_run
     from pipelines.generation.run import generate, load_pipeline
 
+    check_interrupted()
     run = plan_run(inference_parser().parse_args())
     rank, world_size = rank_and_world_size()
     failed = generate(run, load_pipeline(run), rank, world_size)

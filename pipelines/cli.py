@@ -10,6 +10,7 @@ import errno
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wan.utils.errors import InputError, Interrupted, out_of_memory
-from wan.utils.signals import interruptible
+from wan.utils.signals import Interruption, interruptible
 
 if TYPE_CHECKING:
     import torch
@@ -48,31 +49,42 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
     def decorate(main: Callable[[], int]) -> Callable[[], int]:
         @functools.wraps(main)
         def run() -> int:
-            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_LogHandler(show_path=False)])
-            with interruptible(how_to_go_on):
+            handler = _LogHandler(show_path=False)
+            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+            with interruptible(how_to_go_on) as interruption:
                 try:
-                    return _flushed(_status_of(main, how_to_go_on))
-                except SystemExit:  # argparse's
-                    _flushed(0)
-                    raise
-                except KeyboardInterrupt as interruption:
-                    _tell(f"interrupted: {str(interruption) or how_to_go_on}")
-                    number = interruption.signal_number if isinstance(interruption, Interrupted) else 2
-                    return EXIT_SIGNAL + number
+                    return _flushed(_status_of(main, how_to_go_on, interruption), handler.lost)
+                except BaseException as error:
+                    # Imports and callbacks of libraries that a signal breaks off end in errors of their own.
+                    if interruption.first is None and not isinstance(error, KeyboardInterrupt):
+                        _flushed(0)  # argparse's help
+                        raise
+                    return _interrupted(error, interruption.first or signal.SIGINT, how_to_go_on)
 
         return run
 
     return decorate
 
 
-def _status_of(main: Callable[[], int], how_to_go_on: str) -> int:
+def _interrupted(error: BaseException, number: int, how_to_go_on: str) -> int:
+    """Say that a signal ended the program, in the words of the error if it has some."""
+    text = str(error) if isinstance(error, KeyboardInterrupt) else ""
+    _tell(f"interrupted: {text or how_to_go_on}")
+    return EXIT_SIGNAL + (error.signal_number if isinstance(error, Interrupted) else number)
+
+
+def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interruption) -> int:
     """What `main` answers, or the status of the error that ended it, which has been told."""
     try:
         return main()
     except InputError as error:
+        if interruption.first is not None:
+            raise
         _tell(f"error: {error}")
         return error.exit_status
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
+        if interruption.first is not None:
+            raise
         if out_of_memory(error):
             _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")
             return EXIT_FAILURE
@@ -89,9 +101,15 @@ def _status_of(main: Callable[[], int], how_to_go_on: str) -> int:
         raise
 
 
-def _flushed(status: int) -> int:
-    """The status, once what was printed is out; a failure if it was lost."""
+def _flushed(status: int, lost: OSError | None = None) -> int:
+    """The status, once what was printed is out; a failure if it was lost.
+
+    Args:
+        lost: why a part of it could not be written before.
+    """
     try:
+        if lost is not None:
+            raise lost
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
@@ -126,11 +144,20 @@ def _discard(stream: TextIO) -> None:
 
 
 class _LogHandler(RichHandler):
-    """A handler that keeps quiet when the output cannot be written: the end of the run tells."""
+    """A handler that lets work go on when the output cannot be written.
+
+    Attributes:
+        lost: why something could not be written.
+    """
+
+    lost: OSError | None = None
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """As logging's, but not for errors of the output."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        """As logging's, but quiet for errors of the output."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.lost = error
+        else:
             super().handleError(record)
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from pipelines.cli import entry_point
 from wan.utils.files import atomic_path
 from wan.utils.locks import exclusive
+from wan.utils.signals import check_interrupted
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")
@@ -29,6 +30,7 @@ def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
     from pipelines.generation.records import video_path
     from pipelines.generation.run import generate, load_pipeline
 
+    check_interrupted()
     flags = [
         "--config_path",
         CONFIG,

@@ -44,7 +44,7 @@ from wan.utils.errors import InputError, Interrupted
 from wan.utils.files import write_json, writing
 from wan.utils.json_lines import JsonLinesWriter
 from wan.utils.ranks import OtherRankError, num_ranks, raise_together
-from wan.utils.signals import on_signals
+from wan.utils.signals import check_interrupted, on_signals
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
 
@@ -208,6 +208,7 @@ class Trainer:
     def _run(self, stop: Callable[[], bool]) -> bool:
         settings, progress = self._settings, self._resume()
         start, first = fingerprint_of(self.state.trainables), progress.step
+        check_interrupted()
         with (
             self._bar() as (bar, task),
             self._prefetched() as turns,

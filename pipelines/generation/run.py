@@ -36,6 +36,7 @@ from pipelines.provenance import device_name, versions
 from wan.utils.errors import InputError
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive
+from wan.utils.signals import check_interrupted
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         timestep_shift=config.timestep_shift,
         context_noise=config.context_noise,
     )
+    check_interrupted()
     pipeline.use_attention_backend(run.backend)
     pipeline.optimize_for_inference(config.speed)
     return pipeline
@@ -268,6 +270,7 @@ def generate_one(
             measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()
+            check_interrupted()
         writer.wait()
         total = time.perf_counter() - measured.start
         facts = video_facts(writer.finish(), config.height, config.width, config.fps, writer.num_frames)
