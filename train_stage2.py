@@ -13,7 +13,7 @@ from pipelines.training.run import parse_config, train
 
 @entry_point()
 def main() -> int:
-    """Parse, check, train. Status 2 for bad input, and for a run that cannot go on."""
+    """Parse, check, train. Status 2 for bad input and for a run that cannot go on, 1 for one that learned nothing."""
     train(parse_config(Stage2Config, __doc__))
     return 0
 

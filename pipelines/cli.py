@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -80,7 +81,7 @@ def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interru
         if interruption.first is not None:
             raise
         _tell(f"error: {error}")
-        return EXIT_INPUT_ERROR
+        return error.exit_status
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
         if interruption.first is not None:
             raise
@@ -227,3 +228,12 @@ def agreed_status(status: int) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's place among those that torchrun started; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_folder(folder: Path) -> tuple[Path, str]:
+    """Where this process of several writes, and which part that is in words: `rank-<n>` below `folder`.
+
+    `folder` itself, and "whole", for a process that works alone.
+    """
+    rank, world_size = rank_and_world_size()
+    return (folder / f"rank-{rank}", f"rank {rank} of {world_size}") if world_size > 1 else (folder, "whole")

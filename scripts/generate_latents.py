@@ -5,6 +5,11 @@
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
 The VAE is not needed: nothing is decoded.
+
+A rollout is told by its prompt, its seed (--seed and how often the prompt came before) and what made it. Runs into one
+folder add up: more prompts, more --videos_per_prompt or another --seed make what is missing, and what other command
+lines made stays, since it is as valid. --prune removes it: then the folder holds what this command line says, and no
+more. Another teacher, text encoder, setting or number of processes is refused.
 """
 
 import argparse
@@ -14,23 +19,29 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.data import LatentWriter
-from arl2.model import HybridSettings
-from arl2.rollout import FewStepSampler, num_blocks, rollout
-from pipelines.cli import choose_device, end_together, entry_point, rank_and_world_size
+from arl2.distillation.latent_writer import LatentWriter, SampleInfo
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
+from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
-from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
+from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
+from pipelines.prompts import PromptJob, plan_jobs, read_prompts, shard_jobs
+from pipelines.provenance import text_encoder_fingerprint
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
-from wan.text import load_text_encoder
+from wan.text import TextEncoder, load_text_encoder
+from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
+
+IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
+"""Settings that latents of the teacher do not depend on; weights count by their content."""
 
 
 def parse() -> argparse.Namespace:
@@ -43,9 +54,88 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--use_ema", action="store_true")
     parser.add_argument("--videos_per_prompt", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prune", action="store_true", help="remove samples that this command line does not name")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=DTYPES)
     return parser.parse_args()
+
+
+def read_jobs(arguments: argparse.Namespace) -> list[PromptJob]:
+    """This process's share of the rollouts.
+
+    Raises:
+        InputError: no prompts, or no videos of each.
+    """
+    if arguments.videos_per_prompt < 1:
+        raise InputError(f"--videos_per_prompt {arguments.videos_per_prompt} is not positive")
+    prompts = read_prompts(arguments.data_path) * arguments.videos_per_prompt
+    return shard_jobs(plan_jobs(prompts, arguments.seed), *rank_and_world_size())
+
+
+class Teacher:
+    """Rolls out the teacher.
+
+    Args:
+        config: sizes and sampling.
+        use_ema: see `read_transformer`.
+
+    Attributes:
+        made_by: fingerprints of the weights.
+
+    Raises:
+        CheckpointError, InputError: weights that are missing or damaged, or do not fit.
+    """
+
+    def __init__(self, config: InferenceConfig, use_ema: bool, dtype: torch.dtype, device: torch.device) -> None:
+        model_folder = Path(config.model_folder)
+        weights = read_transformer(config.checkpoint_path or model_folder, use_ema)
+        sizes = transformer_config(model_folder)
+        self.model: HybridWanModel = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)[0]
+        self.model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
+        self.encoder: TextEncoder = load_text_encoder(
+            model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
+        )
+        self.made_by = {
+            "weights": fingerprint_of(weights.state),
+            "text_encoder": text_encoder_fingerprint(self.encoder),
+        }
+        self._config, self._device = config, device
+        self._sampler = FewStepSampler.from_steps(
+            config.denoising_steps, config.timestep_shift, config.warp_denoising_steps
+        )
+        stride = spatial_stride(model_folder)
+        self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
+
+    def roll_out(self, seed: int, text_BTD: Tensor) -> Tensor:
+        """The latents of a video, [1, F, C, h, w]."""
+        config, model = self._config, self.model
+        noise = SeededNoise([seed], (config.frames_per_block, *self._shape), self._device)
+        latents = torch.empty(1, config.num_output_frames, *self._shape, device=self._device)
+        blocks = num_blocks(config.num_output_frames, config.frames_per_block)
+        with model.as_teacher():
+            memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
+            made = rollout(model, self._sampler, noise, text, memory, blocks, context_noise=config.context_noise)
+            for block in made:
+                latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
+        return latents
+
+
+def generate_all(jobs: list[PromptJob], teacher: Teacher, writer: LatentWriter, prune: bool, quiet: bool) -> int:
+    """Add what is missing; returns how many rollouts were not finite."""
+    missing = writer.missing([SampleInfo(job.name, job.prompt, job.seed) for job in jobs], prune)
+    failed = 0
+    with Progress(disable=quiet) as progress:
+        for sample in progress.track(missing, description="rollouts"):
+            text_BTD = teacher.encoder.encode([sample.prompt])
+            latents = None
+            if not writer.has_latents(sample):
+                latents = teacher.roll_out(sample.seed, text_BTD)[0].to(torch.bfloat16)
+                if not torch.isfinite(latents).all():
+                    failed += 1
+                    log.error("%s is not finite: left out; check the weights, or use --dtype float32", sample.key)
+                    continue
+            writer.add(sample.key, latents, sample.prompt, sample.seed, text_BTD[0])
+    return failed
 
 
 @end_together
@@ -60,40 +150,19 @@ def main() -> int:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
-    rank, world_size = rank_and_world_size()
-    folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder
+    jobs = read_jobs(arguments)
+    folder, part = own_folder(arguments.folder)
     check_writable(folder)
-    jobs = shard_jobs(
-        plan_jobs(read_prompts(arguments.data_path) * arguments.videos_per_prompt, arguments.seed), rank, world_size
-    )
-    model_folder = Path(config.model_folder)
-    weights = read_transformer(config.checkpoint_path or model_folder, arguments.use_ema)
-    sizes = transformer_config(model_folder)
-    model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
-    model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
-    encoder = load_text_encoder(model_folder, text_len=model.config.text_len, dtype=dtype, device=device)
-    sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
-    stride = spatial_stride(model_folder)
-    size = (config.height // stride, config.width // stride)
-    blocks = num_blocks(config.num_output_frames, config.frames_per_block)
-    settings = asdict(config) | {"dtype": str(dtype), "use_ema": arguments.use_ema}
-    settings["weights"] = fingerprint_of(weights.state)
-    failed = 0
-    with LatentWriter(folder, settings) as writer, Progress(disable=rank != 0) as progress:
-        for job in progress.track([job for job in jobs if job.name not in writer.keys], description="rollouts"):
-            text_BTD = encoder.encode([job.prompt])
-            noise = SeededNoise([job.seed], (config.frames_per_block, model.config.in_dim, *size), device)
-            latents = torch.empty(1, config.num_output_frames, model.config.in_dim, *size, device=device)
-            with model.as_teacher():
-                memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
-                for block in rollout(model, sampler, noise, text, memory, blocks, context_noise=config.context_noise):
-                    latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
-            if torch.isfinite(latents).all():
-                writer.add(job.name, latents[0].to(torch.bfloat16), job.prompt, job.seed, text_BTD[0])
-            else:
-                failed += 1
-                log.error("%s is not finite: left out; check the weights, or use --dtype float32", job.name)
-    log.info("%d samples are in %s", len(writer.keys), folder)
+    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings |= {"source": "rollouts", "dtype": str(dtype)}
+    with LatentWriter(folder, settings, pending=("weights", "text_encoder"), part=part) as writer:
+        teacher = Teacher(config, arguments.use_ema, dtype, device)
+        writer.complete(teacher.made_by)
+        failed = generate_all(jobs, teacher, writer, arguments.prune, quiet=rank_and_world_size()[0] != 0)
+        others = len(writer.keys - {job.name for job in jobs})
+    if others:
+        log.info("%d samples of other prompts or seeds stay: --prune removes them", others)
+    log.info("%d samples are in %s (%s)", len(writer.keys), folder, writer.counts)
     return 1 if failed else 0
 
 

@@ -109,14 +109,23 @@ class Batches:
             InputError: a sample cannot be read.
         """
         latents, text = self.data.gather([self.sample_at(step * self.global_batch + place) for place in places])
-        noise = [self._noise(step, place, latents.shape[1:]) for place in places]
-        levels, drawn = (torch.stack(parts) for parts in zip(*noise, strict=True))
-        return VideoBatch(latents, text.to(self.text_dtype)), BatchNoise(levels, drawn)
+        noise = self._noise_of(step, places, latents.shape[1:])
+        return VideoBatch(latents, text.to(self.text_dtype)), noise
+
+    def blank(self, step: int, places: Sequence[int]) -> tuple[VideoBatch, BatchNoise]:
+        """Zeros in the place of samples that cannot be read, with the noise of theirs."""
+        shape, width = self.data.latents_shape, self.data.text_shape[1]
+        latents, text = torch.zeros(len(places), *shape), torch.zeros(len(places), 1, width, dtype=self.text_dtype)
+        return VideoBatch(latents, text), self._noise_of(step, places, latents.shape[1:])
 
     def sample_at(self, position: int) -> int:
         """Index of the sample that comes at a position of the run: every epoch has an order of its own."""
         epoch, place = divmod(position, len(self.data))
         return int(epoch_order(self.seed, epoch, len(self.data))[place])
+
+    def _noise_of(self, step: int, places: Sequence[int], shape: torch.Size) -> BatchNoise:
+        noise = [self._noise(step, place, shape) for place in places]
+        return BatchNoise(*(torch.stack(parts) for parts in zip(*noise, strict=True)))
 
     def _noise(self, step: int, place: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         generator = generator_for(self.seed, step, place)

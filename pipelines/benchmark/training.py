@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.data import LatentDataset, LatentWriter
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.objective import Path as BlocksPath
 from arl2.distillation.sampling import Batches, NoiseLevels

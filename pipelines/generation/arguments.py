@@ -1,8 +1,6 @@
 """The command line of inference.py, checked before any weights are read."""
 
 import argparse
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,12 +15,11 @@ from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.vae.wan_vae import spatial_stride
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Speed = TypeVar("Speed", bound=SpeedConfig)
-MIN_FREE_BYTES = 16 * 2**20
-"""Less free disk than this cannot hold a video."""
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -217,23 +214,3 @@ def read_requests(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]
         if not image.is_file():
             raise InputError(f"no image {image}: check the path")
     return [prompt for _, prompt in pairs], images
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder if need be, and make sure that files can be written there.
-
-    Raises:
-        InputError: it cannot be made or written, or its disk is full.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A file without a name: ranks that start together must not trip over one another's.
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
-        ) from error
-    free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
-        raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")

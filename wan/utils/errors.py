@@ -8,8 +8,10 @@ class InputError(ValueError):
     """Something the user gave cannot work: a file, a flag, a setting, a checkpoint.
 
     The message is one line that names the cause and the cure. Entry points print it without a
-    traceback and exit with status 2; libraries just raise it.
+    traceback and exit with `exit_status`; libraries just raise it.
     """
+
+    exit_status = 2
 
 
 class CheckpointError(InputError):

@@ -23,7 +23,8 @@ import inference
 import train_stage1
 import train_stage2
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.data import LatentDataset, LatentWriter
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.sampling import Batches, LevelSource, NoiseLevels
 from arl2.distillation.stage1 import Stage1, stage1_parameters
 from arl2.distillation.stage2 import stage2_parameters
