@@ -20,6 +20,7 @@ from pipelines.generation.arguments import inference_parser, plan_run
 from pipelines.generation.run import generate, load_pipeline, video_path
 from pipelines.media.contact_sheet import contact_sheet
 from pipelines.media.video import read_video
+from pipelines.records import reserved
 from wan.utils.files import atomic_path
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
@@ -52,14 +53,15 @@ def main() -> int:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    videos = {name: videos_of(name, checkpoint) for name, checkpoint in MODELS.items()}
-    if not all(videos.values()):
-        return 1
-    prompts = next(iter(videos.values()))
-    rows = [(frames_of(videos[name][prompt]), f"{name}: {prompt}") for prompt in prompts for name in videos]
     sheet = OUTPUT_FOLDER / "contact_sheet.png"
-    with atomic_path(sheet) as temporary:
-        contact_sheet(rows).save(temporary, format="png")
+    with reserved(sheet):
+        videos = {name: videos_of(name, checkpoint) for name, checkpoint in MODELS.items()}
+        if not all(videos.values()):
+            return 1
+        prompts = next(iter(videos.values()))
+        rows = [(frames_of(videos[name][prompt]), f"{name}: {prompt}") for prompt in prompts for name in videos]
+        with atomic_path(sheet) as temporary:
+            contact_sheet(rows).save(temporary, format="png")
     for path in (*(path for paths in videos.values() for path in paths.values()), sheet):
         console.print(f"wrote {path.resolve()}", markup=False)
     console.print(f"{time.perf_counter() - started:.0f} s")
