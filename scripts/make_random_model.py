@@ -15,9 +15,17 @@ from pipelines.generation.random_model import random_pipeline, save_native_folde
 from wan.config import WAN_SIZES
 from wan.text import TOY_TEXT, UMT5_XXL
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_folder, check_writable
 from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 
 log = logging.getLogger(__name__)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model in either layout, or nothing."""
+    if not folder.is_dir():
+        return False
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json")) or not any(folder.iterdir())
 
 
 @entry_point()
@@ -37,6 +45,11 @@ def main() -> int:
     released = not (arguments.hybrid_layers or toy or arguments.text_encoder == "toy")
     if arguments.layout == "native" and not released:
         raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
+    check_writable(arguments.folder.parent)
+    if arguments.folder.exists() and not is_model(arguments.folder):
+        raise InputError(
+            f"{arguments.folder} is there and is no model folder: choose another, the model takes its place"
+        )
     pipeline = random_pipeline(
         arguments.size,
         HybridSettings(tuple(arguments.hybrid_layers)),
@@ -46,10 +59,11 @@ def main() -> int:
         device=choose_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
     )
-    if arguments.layout == "native":
-        save_native_folder(pipeline, arguments.folder)
-    else:
-        pipeline.save_pretrained(arguments.folder)
+    with atomic_folder(arguments.folder) as temporary:
+        if arguments.layout == "native":
+            save_native_folder(pipeline, temporary)
+        else:
+            pipeline.save_pretrained(temporary)
     log.info("random %s model written to %s", arguments.size, arguments.folder)
     return 0
 

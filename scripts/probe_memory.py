@@ -34,6 +34,7 @@ from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
+from pipelines.records import reserved, without_infinities
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
@@ -112,6 +113,40 @@ def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.device) -> dict[str, Any]:
+    """All figures.
+
+    Raises:
+        InputError: a model that is missing or damaged, or a row that cannot be.
+    """
+    pipeline = CausalVideoPipeline.from_pretrained(
+        config.model_folder,
+        checkpoint_path=config.checkpoint_path,
+        hybrid=config.hybrid.settings(),
+        device=device,
+        denoising_steps=config.denoising_steps,
+        warp_denoising_steps=config.warp_denoising_steps,
+        timestep_shift=config.timestep_shift,
+    )
+    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
+    vae = WanVAE(pipeline.vae)
+    encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
+    probe_set = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
+    models: dict[str, dict[str, Any]] = {}
+    for name, setup in rows.items():
+        models[name] = probe_model(setup, vae, probe_set)
+        right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
+        log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
+    models |= ceilings(vae, probe_set)
+    return {
+        "models": models,
+        "leak": leakage_by_block(probe_set.latents_BFCHW, probe_set.scenes),
+        "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
+
+
 @entry_point()
 def main() -> int:
     """Parse, probe, report."""
@@ -130,34 +165,10 @@ def main() -> int:
         raise InputError("--videos must be at least 2")
     config = load_config(InferenceConfig, arguments.config)
     device = choose_device(arguments.device)
-    pipeline = CausalVideoPipeline.from_pretrained(
-        config.model_folder,
-        checkpoint_path=config.checkpoint_path,
-        hybrid=config.hybrid.settings(),
-        device=device,
-        denoising_steps=config.denoising_steps,
-        warp_denoising_steps=config.warp_denoising_steps,
-        timestep_shift=config.timestep_shift,
-    )
-    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
-    vae = WanVAE(pipeline.vae)
-    encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
-    probe = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
-    models: dict[str, dict[str, Any]] = {}
-    for name, setup in rows.items():
-        models[name] = probe_model(setup, vae, probe)
-        right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
-        log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
-    models |= ceilings(vae, probe)
-    result = {
-        "models": models,
-        "leak": leakage_by_block(probe.latents_BFCHW, probe.scenes),
-        "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
-        "device": device_name(device),
-        "torch": torch.__version__,
-    }
-    write_json(arguments.json, result)
-    print_table(models)
+    with reserved(arguments.json):
+        result = probe(arguments, config, device)
+        write_json(arguments.json, without_infinities(result))
+    print_table(result["models"])
     return 0
 
 

@@ -15,8 +15,8 @@ control. vbench: scores made elsewhere, {"layer": score}, low for layers whose c
 """
 
 import argparse
-import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,8 +41,10 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
-from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.provenance import text_encoder_fingerprint
+from pipelines.records import Records, open_records
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
@@ -50,11 +52,13 @@ from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
-from wan.utils.files import write_json
+from wan.utils.files import check_target
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
+IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
+"""Settings that latents do not depend on here; weights count by their content."""
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
     'a time; give what each loses as --scores file.json: {"layer": score}, low is good; or take --method replacement'
@@ -94,41 +98,11 @@ def needed(arguments: argparse.Namespace, name: str) -> Any:
     return value
 
 
-class KeptScores:
-    """Scores of every video by layer, in a JSON file that grows batch by batch.
-
-    Args:
-        path: of the file; None to keep nothing.
-        settings: what the scores depend on; must be those of a file that is there.
-
-    Raises:
-        InputError: the file is of other settings, or cannot be read.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self._path = path
-        self._settings = json.loads(json.dumps(settings))
-        self.videos: dict[str, dict[str, float]] = {}
-        if path is not None and path.is_file():
-            try:
-                page = json.loads(path.read_text())
-                settings_there, self.videos = page["settings"], page["videos"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f"cannot read scores from {path}: remove it, or give another --json") from error
-            if settings_there != self._settings:
-                raise InputError(f"{path} holds scores of other settings: remove it, or give another --json")
-
-    def add(self, names: list[str], scores: dict[int, list[float]]) -> None:
-        """Take in a batch: its videos, and for every layer a score of each."""
-        for place, name in enumerate(names):
-            self.videos[name] = {str(layer): values[place] for layer, values in scores.items()}
-        if self._path is not None:
-            write_json(self._path, {"settings": self._settings, "videos": self.videos})
-
-    def means(self, jobs: list[PromptJob]) -> dict[int, float]:
-        """Over the videos of some jobs, by layer."""
-        rows = [self.videos[job.name] for job in jobs]
-        return {int(layer): sum(row[layer] for row in rows) / len(rows) for layer in rows[0]}
+def means(records: Records, jobs: list[PromptJob]) -> dict[int, float]:
+    """Mean score over the videos of some jobs, by layer; infinite if one was not finite, which JSON calls null."""
+    rows = [records.find(job.name) or {} for job in jobs]
+    scores = {layer: [math.inf if row[layer] is None else row[layer] for row in rows] for layer in rows[0]}
+    return {int(layer): sum(values) / len(values) for layer, values in scores.items()}
 
 
 def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJob]:
@@ -143,21 +117,18 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
     if min(arguments.videos, arguments.batch) < 1:
         raise InputError("--videos and --batch must be at least 1")
     prompts = read_prompts(needed(arguments, "data_path"))
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
     return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
 
 
 def load(
     config: InferenceConfig, weights: TransformerWeights, dtype: torch.dtype, device: torch.device
-) -> tuple[HybridWanModel, TextEncoder]:
-    """A model that is hybrid in all layers, and its text encoder.
+) -> HybridWanModel:
+    """A model that is hybrid in all layers.
 
     Raises:
         InputError: it is hybrid in some layers only.
     """
-    folder = Path(config.model_folder)
-    sizes = transformer_config(folder)
+    sizes = transformer_config(Path(config.model_folder))
     layers = found_settings(weights.state).layers
     if len(layers) != sizes["num_layers"]:
         raise InputError(
@@ -166,31 +137,50 @@ def load(
         )
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
     model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
-    return model, load_text_encoder(folder, text_len=model.config.text_len, dtype=dtype, device=device)
+    return model
 
 
 def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
     """Make the videos that are missing, and score all."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    jobs, weights = plan(arguments, config), read_transformer(str(config.checkpoint_path))
-    made_with = {"seed": arguments.seed, "dtype": str(dtype), "weights": fingerprint_of(weights.state)}
-    kept = KeptScores(arguments.json, asdict(config) | made_with)
-    missing = [job for job in jobs if job.name not in kept.videos]
-    if missing:
-        model, encoder = load(config, weights, dtype, device)
-        sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
-        stride = spatial_stride(Path(config.model_folder))
-        shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
-        blocks = num_blocks(config.num_output_frames, config.frames_per_block)
-        batches = [missing[first : first + arguments.batch] for first in range(0, len(missing), arguments.batch)]
-        with Progress() as progress:
-            for batch in progress.track(batches, description="batches of videos"):
-                text = encoder.encode([job.prompt for job in batch])
-                noise = SeededNoise([job.seed for job in batch], shape, device)
-                scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
-                kept.add([job.name for job in batch], scores)
-    return kept.means(jobs)
+    jobs = plan(arguments, config)
+    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings |= {"seed": arguments.seed, "dtype": str(dtype)}
+    with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
+        weights = read_transformer(str(config.checkpoint_path))
+        model_folder = Path(config.model_folder)
+        sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
+        encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
+        settings |= {"weights": fingerprint_of(weights.state), "text_encoder": text_encoder_fingerprint(encoder)}
+        records.made_with(settings)
+        missing = [job for job in jobs if records.find(job.name) is None]
+        if missing:
+            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records)
+        return means(records, jobs)
+
+
+def score_videos(
+    jobs: list[PromptJob],
+    batch_size: int,
+    config: InferenceConfig,
+    model: HybridWanModel,
+    encoder: TextEncoder,
+    records: Records,
+) -> None:
+    """Make videos batch by batch and note the scores of each, by layer."""
+    sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+    stride = spatial_stride(Path(config.model_folder))
+    shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
+    blocks = num_blocks(config.num_output_frames, config.frames_per_block)
+    batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
+    with Progress() as progress:
+        for batch in progress.track(batches, description="batches of videos"):
+            text = encoder.encode([job.prompt for job in batch])
+            noise = SeededNoise([job.seed for job in batch], shape, model.device)
+            scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
+            for place, job in enumerate(batch):
+                records.put(job.name, {str(layer): values[place] for layer, values in scores.items()})
 
 
 def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
@@ -219,7 +209,7 @@ def main() -> int:
     config = replace(load_config(InferenceConfig, arguments.config), hybrid=HybridConfig())
     if arguments.checkpoint_path is not None:
         config = replace(config, checkpoint_path=arguments.checkpoint_path)
-    check_writable(arguments.yaml.parent)
+    check_target(arguments.yaml)
     if arguments.method == "replacement":
         check_config(config, i2v=False)
         scores = score_by_replacement(arguments, config)

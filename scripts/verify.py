@@ -18,10 +18,10 @@ from rich.console import Console
 from arl2.evaluation.golden.run import verify_folder
 from arl2.evaluation.golden.vectors import CaseResult, Precision
 from pipelines.cli import choose_device, entry_point
-from pipelines.generation.arguments import DTYPES, check_writable
+from pipelines.generation.arguments import DTYPES
 from pipelines.provenance import device_name
 from wan.ops.attention import require_backend
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
@@ -61,7 +61,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
     if arguments.json:
-        check_writable(arguments.json.parent)
+        check_target(arguments.json)
     # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))

@@ -21,9 +21,9 @@ from transformers import (
 
 from wan.checkpoints.formats import family, read_config
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.checkpoints.saving import write_pickle
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_path
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -266,5 +266,4 @@ def _load_transformers(folder: Path) -> UMT5EncoderModel:
 def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:
     """Write the weights under Wan's names as a `.pth`; atomic."""
     state = {native_text_name(name): value for name, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    write_pickle(path, state)

@@ -30,7 +30,7 @@ from wan.config import wan_size
 from wan.model import Block
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.rope import rotary_angles
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 Function = Callable[..., Any]
 HALF = torch.bfloat16
@@ -241,6 +241,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     require_kernels(device, HALF)
+    check_target(arguments.json)
     torch.manual_seed(0)
     bench = Bench(device)
     with torch.no_grad(), torch.cuda.device(device):

@@ -25,7 +25,7 @@ from pipelines.cli import choose_device, entry_point
 from pipelines.config import load_config
 from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
 from pipelines.provenance import environment
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 SHOWN = 25
 """Kernels in the table; the JSON has all."""
@@ -94,6 +94,8 @@ def main() -> int:
     config = replace(config, vae=config.vae and not arguments.no_vae, blocks_sampled=None, speed=speed)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    if arguments.json is not None:
+        check_target(arguments.json)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(config, device, dtype, Path(folder))
     Console().print(*pages(result), sep="\n")

@@ -17,7 +17,7 @@ from pipelines.cli import entry_point
 from pipelines.media.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.media.video import VideoWriter
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.files import atomic_path, check_target
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=6816, help="the default shows all colours and shapes")
     parser.add_argument("--fps", type=int, default=16)
     arguments = parser.parse_args()
-    samples = [first_video(*row, arguments.seed + index) for index, row in enumerate(ROWS)]
     sheet_path, video_path = (arguments.folder / f"toyworld_samples.{ending}" for ending in ("png", "mp4"))
+    for path in (sheet_path, video_path):
+        check_target(path)
+    samples = [first_video(*row, arguments.seed + index) for index, row in enumerate(ROWS)]
     with atomic_path(sheet_path) as temporary:
         contact_sheet(samples).save(temporary, format="png", optimize=True)
     longest = max(len(video) for video, _ in samples)

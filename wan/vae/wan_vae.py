@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from wan.checkpoints.formats import WEIGHT_FILES, family, read_config
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.checkpoints.saving import write_pickle
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_path
 from wan.vae.fast import FastDecoder
 from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
@@ -324,5 +324,4 @@ def spatial_stride(folder: Path) -> int:
 def save_native_vae(vae: WanVAE, path: Path) -> None:
     """Write the weights under Wan's names as a `.pth`; atomic."""
     state = vae.model.state_dict()
-    with atomic_path(path) as temporary:
-        torch.save({native: state[name] for native, name in _native_names(vae.model).items()}, temporary)
+    write_pickle(path, {native: state[name] for native, name in _native_names(vae.model).items()})

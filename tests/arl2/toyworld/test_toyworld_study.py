@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from fcntl import LOCK_EX, flock
 from importlib import import_module
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from pipelines.generation.random_model import random_pipeline
 from pipelines.toyworld.table import kept_share, read_results, shown
 from wan.config import wan_size
 from wan.utils.errors import InputError
+from wan.utils.locks import exclusive
 from wan.vae.wan_vae import TOY_VAE, WanVAE, new_vae
 
 study_script, probe_memory = import_module("toyworld_study"), import_module("probe_memory")
@@ -180,8 +180,7 @@ def test_the_chain_from_a_teacher_to_tables(
     study = tmp_path / "study"
     assert run("--part", "ratios", "--only", MAIN, "--budget_seconds", "0") == 0
     assert not (study / "results" / f"{MAIN}.json").exists() and (study / "runs" / MAIN / "checkpoints").is_dir()
-    with (study / "locks" / MAIN).open() as other:
-        flock(other, LOCK_EX)
+    with exclusive(study / "locks" / MAIN, MAIN):
         assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
         assert not (study / "results" / f"{MAIN}.json").exists(), "another process is at it"
     assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
