@@ -23,7 +23,7 @@ from pipelines.cli import choose_device, end_together, exit_on_input_error, rank
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
+from pipelines.prompts import plan_jobs, read_requests, repeat_requests, shard_jobs
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="as for inference.py; hybrid layers are ignored")
-    parser.add_argument("--data_path", type=Path, required=True, help="prompts, one a line")
+    parser.add_argument("--data_path", type=Path, required=True, help="prompts: text, JSON lines or CSV")
     parser.add_argument("--folder", type=Path, required=True, help="where the shards go")
     parser.add_argument("--checkpoint_path", help="the teacher's weights")
     parser.add_argument("--use_ema", action="store_true")
@@ -63,9 +63,8 @@ def main() -> int:
     rank, world_size = rank_and_world_size()
     folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder
     check_writable(folder)
-    jobs = shard_jobs(
-        plan_jobs(read_prompts(arguments.data_path) * arguments.videos_per_prompt, arguments.seed), rank, world_size
-    )
+    requests = repeat_requests(read_requests(arguments.data_path), arguments.videos_per_prompt)
+    jobs = shard_jobs(plan_jobs(requests, arguments.seed), rank, world_size)
     model_folder = Path(config.model_folder)
     weights = read_transformer(config.checkpoint_path or model_folder, arguments.use_ema)
     sizes = transformer_config(model_folder)

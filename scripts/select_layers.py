@@ -43,7 +43,7 @@ from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_siz
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
@@ -143,10 +143,11 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
         raise InputError("replacement compares models with full memory: set memory.kind to full")
     if min(arguments.videos, arguments.batch) < 1:
         raise InputError("--videos and --batch must be at least 1")
-    prompts = read_prompts(needed(arguments, "data_path"))
+    requests = read_requests(needed(arguments, "data_path"))
     if arguments.json is not None:
         check_writable(arguments.json.parent)
-    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
+    times = -(-arguments.videos // len(requests))
+    return plan_jobs(repeat_requests(requests, times)[: arguments.videos], arguments.seed)
 
 
 def load(
