@@ -32,6 +32,7 @@ SEED_LIMIT = 2**63
 MAX_NAME_BYTES = 200
 """Longest name of a request: file systems take 255 bytes, and endings and temporary names need some."""
 MAX_FILE_BYTES = 2**28
+FILE_CURE = "give a text file with one prompt per line, JSON lines or a CSV"
 DELIMITERS = ",\t;"
 LINE_SUFFIXES, TABLE_SUFFIXES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 RESERVED_NAMES = {
@@ -71,16 +72,19 @@ class _Record:
     values: dict[str, Any]
 
 
-def read_lines(path: Path, bytes_in_names: bool = False) -> list[tuple[int, str]]:
+def read_lines(
+    path: Path, what: str = "prompt file", cure: str = FILE_CURE, bytes_in_names: bool = False
+) -> list[tuple[int, str]]:
     """The lines of a text file that are not blank, with their numbers from 1; nothing else is stripped.
 
     Args:
+        what, cure: for messages: what the file is, and what to give in its place.
         bytes_in_names: let bytes that are not UTF-8 pass as surrogates, as they stand for such bytes in file names.
 
     Raises:
         InputError: the file is missing, too large, not text, or holds no lines.
     """
-    lines = [(number, line) for number, line in enumerate(_read_text(path, bytes_in_names).split("\n"), 1)]
+    lines = [(number, line) for number, line in enumerate(_read_text(path, what, cure, bytes_in_names).split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
         raise InputError(f"{shown(path)} holds no prompts: write one per line")
@@ -108,14 +112,13 @@ def read_prompt_file(path: Path, with_images: bool = False) -> list[PromptReques
     return requests
 
 
-def _read_text(path: Path, bytes_in_names: bool) -> str:
-    cure = "give a text file with one prompt per line, JSON lines or a CSV"
+def _read_text(path: Path, what: str, cure: str, bytes_in_names: bool) -> str:
     try:
         if path.is_dir():
             raise InputError(f"{shown(path)} is a folder: {cure}")
         # Path.is_file itself raises for names that are too long and folders that may not be entered.
         if not path.is_file():
-            raise InputError(f"no prompt file {shown(path)}: {cure}")
+            raise InputError(f"no {what} {shown(path)}: {cure}")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{shown(path)} is larger than {MAX_FILE_BYTES >> 20} MiB: {cure}")
         content = path.read_bytes()

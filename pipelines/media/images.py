@@ -225,7 +225,7 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
         raise InputError(f"{name} has no pixels ({image.width}×{image.height}): give another")
     try:
         image.load()
-        return ImageOps.exif_transpose(image) or image
+        return ImageOps.exif_transpose(image)
     except PILLOW_ERRORS as error:
         raise _damaged(name, error) from error
 
@@ -287,7 +287,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None, name: str) -> Image.Imag
         transform = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), inMode="LAB", outMode="RGB"
         )
-        return ImageCms.applyTransform(image, transform)
+        return transform.apply(image)
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     converted = None if not profile else _by_profile(image, profile, name)
