@@ -104,7 +104,7 @@ def read_prompt_file(path: Path, with_images: bool = False) -> list[PromptReques
     lines = read_lines(path)
     records = _records(path, lines)
     if records is None:
-        records = [_text_record(path, number, line.strip(), with_images) for number, line in lines]
+        records = [_text_record(path, number, line, with_images) for number, line in lines]
     if not records:
         raise InputError(f"{shown(path)} holds no prompts: write at least one")
     requests = [_request(path, record) for record in records]
@@ -353,8 +353,8 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
 
 def _text_record(path: Path, number: int, line: str, with_images: bool) -> _Record:
     if not with_images:
-        return _Record(number, {"prompt": line})
-    image, tab, prompt = line.partition("\t")
+        return _Record(number, {"prompt": line.strip()})
+    image, tab, prompt = line.rstrip().partition("\t")
     if not tab:
         raise InputError(
             f"{shown(path)} line {number}: with --i2v every line must be an image path, a tab, and a prompt"

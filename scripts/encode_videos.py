@@ -4,9 +4,10 @@
         --videos clips.tsv --folder data/clips [height=480 width=832 num_output_frames=21 fps=16]
     torchrun --nproc_per_node 8 scripts/encode_videos.py …         # every rank fills data/clips/rank-<n>
 
---videos is a file of lines path<TAB>prompt, or a folder of .mp4 with captions in .txt of the same name. Of every video
-the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized. Videos
-that are too short or cannot be read are skipped with a warning. A run that is started again makes what is missing.
+--videos is a file of lines path<TAB>prompt, or a folder of videos with captions in .txt of the same name. Of every
+video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized.
+Videos that are too short or cannot be read are skipped with a warning. A run that is started again makes what is
+missing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor
 from arl2.distillation.data import LatentWriter, text_file
 from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
+from pipelines.file_names import shown
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
 from wan.checkpoints.formats import transformer_config
@@ -81,7 +83,7 @@ def encode_all(
                 pictures = read_clip(video.path, config.height, config.width, config.fps)
                 latents = encode_frames(vae, pictures, config.num_output_frames)
             except UnusableVideoError as error:
-                log.warning("skipped %s: %s", video.source, error)
+                log.warning("skipped %s: %s", shown(video.source), error)
                 skipped += 1
                 continue
             text = embedding(encoder, folder, video.prompt)
