@@ -4,9 +4,9 @@
         --videos clips.tsv --folder data/clips [height=480 width=832 num_output_frames=21 fps=16]
     torchrun --nproc_per_node 8 scripts/encode_videos.py …         # every rank fills data/clips/rank-<n>
 
---videos is a file of lines path<TAB>prompt, or a folder of .mp4 with captions in .txt of the same name. Of every video
-the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized. Videos
-that are too short or cannot be read are skipped with a warning.
+--videos is a file of lines path<TAB>prompt, or a folder of videos with captions in .txt of the same name. Of every
+video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized.
+Videos that are too short or cannot be read are skipped with a warning.
 
 A run that is started again makes what is missing. Afterwards the folder holds what one made from nothing would hold:
 samples of other captions, of clips with another content, and of clips that the list does not name any more are replaced
@@ -25,6 +25,7 @@ from torch import Tensor
 from arl2.distillation.latent_writer import LatentWriter, SampleInfo, file_stamp
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, load_config
+from pipelines.file_names import shown
 from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
 from pipelines.provenance import text_encoder_fingerprint, vae_fingerprint
@@ -101,11 +102,11 @@ def encode_all(
                 try:
                     latents = encode_clip(video, config, vae, sample)
                 except UnusableVideoError as error:
-                    log.warning("skipped %s: %s", video.source, error)
+                    log.warning("skipped %s: %s", shown(video.source), error)
                     skipped += 1
                     continue
                 if not torch.isfinite(latents).all():
-                    log.error("%s is not finite: left out; check the VAE, or use --dtype float32", video.source)
+                    log.error("%s is not finite: left out; check the VAE, or use --dtype float32", shown(video.source))
                     failed += 1
                     continue
             text = writer.text(video.prompt)

@@ -28,7 +28,7 @@ from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts, shard_jobs
+from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import text_encoder_fingerprint
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="as for inference.py; hybrid layers are ignored")
-    parser.add_argument("--data_path", type=Path, required=True, help="prompts, one a line")
+    parser.add_argument("--data_path", type=Path, required=True, help="prompts: text, JSON lines or CSV")
     parser.add_argument("--folder", type=Path, required=True, help="where the shards go")
     parser.add_argument("--checkpoint_path", help="the teacher's weights")
     parser.add_argument("--use_ema", action="store_true")
@@ -68,8 +68,8 @@ def read_jobs(arguments: argparse.Namespace) -> list[PromptJob]:
     """
     if arguments.videos_per_prompt < 1:
         raise InputError(f"--videos_per_prompt {arguments.videos_per_prompt} is not positive")
-    prompts = read_prompts(arguments.data_path) * arguments.videos_per_prompt
-    return shard_jobs(plan_jobs(prompts, arguments.seed), *rank_and_world_size())
+    requests = repeat_requests(read_requests(arguments.data_path), arguments.videos_per_prompt)
+    return shard_jobs(plan_jobs(requests, arguments.seed), *rank_and_world_size())
 
 
 class Teacher:

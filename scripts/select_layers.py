@@ -42,7 +42,7 @@ from arl2.rollout import FewStepSampler, SeededNoise, num_blocks
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.records import Records, open_records
 from pipelines.training.config import GatesConfig
@@ -116,8 +116,9 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
         raise InputError("replacement compares models with full memory: set memory.kind to full")
     if min(arguments.videos, arguments.batch) < 1:
         raise InputError("--videos and --batch must be at least 1")
-    prompts = read_prompts(needed(arguments, "data_path"))
-    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
+    requests = read_requests(needed(arguments, "data_path"))
+    times = -(-arguments.videos // len(requests))
+    return plan_jobs(repeat_requests(requests, times)[: arguments.videos], arguments.seed)
 
 
 def load(

@@ -1,7 +1,9 @@
 """The UMT5 text encoder and its tokenizer, through transformers, from Wan's own files or a diffusers folder."""
 
 import html
+import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_
 from wan.checkpoints.saving import write_pickle
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -62,6 +66,10 @@ _BLOCK_PARTS = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
+INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Characters that Unicode counts as letters or symbols and that show nothing: fillers and the empty Braille cell."""
+SHOWN_CHARACTERS = 60
+"""How much of a prompt, and of what is cut from it, a warning shows."""
 _EMBEDDING = "token_embedding.weight"
 _EMBEDDING_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -72,6 +80,21 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", mended).strip()
 
 
+def has_text(prompt: str) -> bool:
+    """Whether anything that can be seen is left of a prompt once it is cleaned.
+
+    Spaces, control characters, marks without a letter, and characters without a shape of their own do not count.
+    """
+    return any(
+        unicodedata.category(character)[0] not in "CZM" and character not in INVISIBLE_LETTERS
+        for character in clean_prompt(prompt)
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
 class TextEncoder:
     """Prompts to embeddings.
 
@@ -79,15 +102,24 @@ class TextEncoder:
         model: the encoder. One in float16 is cast, as `wide_range_dtype` says: its activations exceed that range, and
             transformers would clip them.
         tokenizer: None if only token ids will be encoded.
-        text_len: tokens of every embedding; longer prompts are cut, shorter ones padded with zero rows.
+        text_len: tokens of every embedding, the end mark included; longer prompts are cut with a warning, shorter ones
+            padded with zero rows.
+        known_cuts: prompts whose cut was reported, which grows; encoders that share it warn once per prompt.
     """
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase | None, text_len: int) -> None:
+    def __init__(
+        self,
+        model: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_len: int,
+        known_cuts: set[str] | None = None,
+    ) -> None:
         if holds_float16(model):
             model.to(dtype=wide_range_dtype(torch.float16, model.device))
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self._known_cuts = set[str]() if known_cuts is None else known_cuts
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of some prompts, [B, text_len, dim] in the encoder's dtype.
@@ -106,13 +138,35 @@ class TextEncoder:
         """
         if self.tokenizer is None:
             raise InputError("this text encoder has no tokenizer: load it from a folder that has one")
-        return self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        tokens = self.tokenizer(
+            cleaned,
             padding="max_length",
             truncation=True,
             max_length=self.text_len,
             return_attention_mask=True,
             return_tensors="pt",
+        )
+        for prompt, mask_T in zip(cleaned, tokens["attention_mask"], strict=True):
+            if mask_T.all() and prompt not in self._known_cuts:
+                self._warn_of_cut(self.tokenizer, prompt)
+        return tokens
+
+    def _warn_of_cut(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+        """Report the part of a cleaned prompt that does not fit."""
+        whole = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids, kept = whole["input_ids"], self.text_len - tokenizer.num_special_tokens_to_add()
+        if len(ids) <= kept:
+            return
+        self._known_cuts.add(prompt)
+        lost = prompt[whole["offset_mapping"][kept][0] :] if tokenizer.is_fast else tokenizer.decode(ids[kept:])
+        log.warning(
+            "the prompt '%s' is too long: of its %d tokens the text encoder takes %d, the last %d are dropped: '%s'",
+            _shortened(prompt),
+            len(ids),
+            kept,
+            len(ids) - kept,
+            _shortened(lost.strip()),
         )
 
     @torch.no_grad()

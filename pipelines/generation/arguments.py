@@ -11,7 +11,8 @@ from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.cli import choose_device
 from pipelines.config import InferenceConfig, MemoryKind, SpeedConfig, check_size, load_config
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.generation.requests import requested_jobs
+from pipelines.prompts import PromptJob
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
@@ -37,7 +38,7 @@ def inference_parser() -> argparse.ArgumentParser:
     add("--output_folder", type=Path, required=True, help="where videos go; finished ones are skipped")
     add("--checkpoint_path", type=Path, help="transformer weights (.pt, .safetensors or a folder)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_path", type=Path, help="prompt file, one a line; with --i2v image<TAB>prompt")
+    source.add_argument("--data_path", type=Path, help="prompts: text, JSON lines or CSV; with --i2v also images")
     source.add_argument("--prompt", help="one prompt instead of a file")
     add("--image", type=Path, help="with --i2v and --prompt: the first frame")
     add("--hybrid_layers", type=int, nargs="*", help="layers with hybrid attention; by default those of the checkpoint")
@@ -120,15 +121,14 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
     check_config(config, arguments.i2v)
-    prompts, images = read_requests(arguments)
-    jobs = plan_jobs(prompts, arguments.seed)
+    jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
         check_writable(folder)
     return InferenceRun(
         config=config,
         jobs=jobs,
-        images={job.name: image for job, image in zip(jobs, images, strict=True)} if arguments.i2v else {},
+        images={job.name: job.image for job in jobs if job.image is not None},
         output_folder=arguments.output_folder,
         metrics_folder=metrics_folder,
         device=device,
@@ -188,29 +188,3 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     check_layers(config.hybrid.layers, sizes["num_layers"])
     check_size(config.height, config.width, spatial_stride(folder), sizes["patch_size"])
     config.hybrid.settings()
-
-
-def read_requests(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
-    """Prompts, and with --i2v their images.
-
-    Raises:
-        InputError: an empty prompt, a missing file, or a line without an image.
-    """
-    if arguments.prompt is not None:
-        if not arguments.prompt.strip():
-            raise InputError("--prompt is empty: write what the video should show")
-        if arguments.i2v != (arguments.image is not None):
-            raise InputError("--i2v with --prompt needs --image, and --image needs --i2v")
-        lines = [f"{arguments.image}\t{arguments.prompt}" if arguments.i2v else arguments.prompt]
-    else:
-        lines = read_prompts(arguments.data_path)
-    if not arguments.i2v:
-        return lines, []
-    pairs = [line.split("\t", 1) for line in lines]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{arguments.data_path}: with --i2v every line must be an image path, a tab, and a prompt")
-    images = [Path(image) for image, _ in pairs]
-    for image in images:
-        if not image.is_file():
-            raise InputError(f"no image {image}: check the path")
-    return [prompt for _, prompt in pairs], images

@@ -25,7 +25,9 @@ from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
+from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
+from pipelines.prompt_files import check_prompt
 from wan.checkpoints.formats import read_config, transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
@@ -137,6 +139,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
+        self._known_cuts = set[str]()
         self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
@@ -273,11 +276,12 @@ class CausalVideoPipeline(DiffusionPipeline):
         Raises:
             InputError: a prompt is empty, or the text encoder was not loaded.
         """
-        if any(not prompt.strip() for prompt in prompts):
-            raise InputError("the prompt is empty: write what the video should show")
+        for prompt in prompts:
+            check_prompt(prompt, "the prompt")
         if self.text_encoder is None or self.tokenizer is None:
             raise InputError("this pipeline has no text encoder: pass prompt_embeds")
-        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len=self.transformer.config.text_len)
+        text_len = self.transformer.config.text_len
+        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len, known_cuts=self._known_cuts)
         return encoder.encode(prompts)
 
     def latent_frames(self, num_frames: int) -> int:
@@ -327,7 +331,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         width: int = 832,
         *,
         prompt_embeds: Tensor | None = None,
-        image: Tensor | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         memory: MemoryConfig | None = None,
@@ -339,7 +343,9 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: one, or one a video of the batch; `prompt_embeds` from `encode_prompt` may take its place.
             num_frames: frames of the video; None to go on for ever (give `memory` a window then).
             height, width: pixels.
-            image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; remembered first.
+            image: what to start with, remembered first: a picture (PIL, uint8 [H, W, 3] or a file) or a list of one per
+                video, which are scaled and cropped about their centre; or frames [B, T, 3, H, W] in [-1, 1],
+                T = 1 + 4k. See `pipelines.media.images.first_frames`.
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
             memory: of the softmax layers; full by default.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
@@ -365,7 +371,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
-        context = None if image is None else self.wan_vae.encode(image.to(device, self.wan_vae.dtype))
+        context = None
+        if image is not None:
+            given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
+            context = self.wan_vae.encode(given_BTCHW.to(device, self.wan_vae.dtype))
         context_frames = 0 if context is None else context.shape[1]
         blocks, latent_frames = None, None
         if num_frames is not None:

@@ -7,14 +7,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from arl2.rollout import num_blocks
 from pipelines.generation.arguments import InferenceRun
@@ -30,10 +27,10 @@ from pipelines.generation.records import (
     video_path,
 )
 from pipelines.generation.timing import PhaseTimer
+from pipelines.media.images import read_image
 from pipelines.media.video import VideoWriter
 from pipelines.prompts import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
-from wan.utils.errors import InputError
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive
 from wan.utils.signals import check_interrupted
@@ -249,7 +246,7 @@ def generate_one(
         InputError: the video cannot be written.
     """
     config, timer = run.config, PhaseTimer(run.device)
-    image = read_image(run.images[job.name], config.height, config.width) if run.images else None
+    image = read_image(run.images[job.name], config.height, config.width, quiet=True) if run.images else None
     num_frames = num_pixel_frames(run, pipeline)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -292,20 +289,3 @@ def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> 
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
         "versions": versions(MEASURED_PACKAGES),
     }
-
-
-def read_image(path: Path, height: int, width: int) -> Tensor:
-    """An image scaled and cropped about its centre, [1, 1, 3, height, width] in [-1, 1].
-
-    Raises:
-        InputError: not an image.
-    """
-    try:
-        image = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"cannot read {path} as an image: give a PNG or JPEG") from error
-    scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = torch.from_numpy(np.asarray(image.crop((left, top, left + width, top + height))).copy())
-    return (pixels.permute(2, 0, 1).float() / 127.5 - 1)[None, None]
