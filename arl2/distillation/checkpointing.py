@@ -24,6 +24,9 @@ from wan.utils.settings import require_same_settings
 
 TRAINABLES, EMA, OPTIMIZER, STATE = "trainables.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
 Fingerprint = dict[str, Any]
+FORMER_NAMES = {"path": "forward_mode", "read_clean": "loss_on_clean_pass"}
+FORMER_VALUES = {("forward_mode", "loop"): "sequential", ("context", "student"): "self_rollout"}
+"""What settings were called in runs of earlier versions."""
 
 
 @dataclass
@@ -105,8 +108,15 @@ def _read_page(checkpoint: Path, fingerprint: Fingerprint) -> Progress:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read {checkpoint / STATE} ({error}): delete {checkpoint}") from error
     cure = "put them back, or choose another run_folder"
-    require_same_settings(before, fingerprint, f"{checkpoint} was trained", cure)
+    require_same_settings(current_names(before), fingerprint, f"{checkpoint} was trained", cure)
     return progress
+
+
+def current_names(fingerprint: Mapping[str, Any]) -> Fingerprint:
+    """A fingerprint of an earlier version under the names and values of today."""
+    renamed = {FORMER_NAMES.get(name, name): value for name, value in fingerprint.items()}
+    return {name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
+            for name, value in renamed.items()}
 
 
 def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint) -> None:

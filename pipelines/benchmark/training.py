@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset, LatentWriter
-from arl2.distillation.objective import LayerReports, Objective
-from arl2.distillation.objective import Path as BlocksPath
+from arl2.distillation.objective import ForwardMode, LayerReports, Objective
 from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
@@ -61,14 +60,14 @@ class TrainingRow:
     Attributes:
         name: of the row.
         stage: 1 or 2.
-        checkpointing, blocks_per_graph, path, compile: as in the stage's config.
+        checkpointing, blocks_per_graph, forward_mode, compile: as in the stage's config.
     """
 
     name: str
     stage: int
     checkpointing: bool = False
     blocks_per_graph: int | None = None
-    path: BlocksPath = BlocksPath.PARALLEL
+    forward_mode: ForwardMode = ForwardMode.PARALLEL
     compile: bool = False
 
 
@@ -77,10 +76,10 @@ ROWS = (
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
     TrainingRow("stage1-compiled", 1, compile=True),
     TrainingRow("stage2-checkpointed-compiled", 2, checkpointing=True, compile=True),
-    TrainingRow("stage1-loop", 1, path=BlocksPath.LOOP),
-    TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, path=BlocksPath.LOOP),
-    TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, path=BlocksPath.LOOP),
-    TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, path=BlocksPath.LOOP),
+    TrainingRow("stage1-loop", 1, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2", 2),
 )
 """The most important first, and last the one for which memory may not be enough."""
@@ -388,8 +387,8 @@ def _train(
 
 def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
     if row.stage == 1:
-        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.path))
-    settings = Stage2Settings(config.frames_per_block, row.blocks_per_graph, row.path, checkpointing=row.checkpointing)
+        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode))
+    settings = Stage2Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode, checkpointing=row.checkpointing)
     return Stage2(model, settings)
 
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,12 +27,14 @@ from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import num_blocks, rollout
 from pipelines.cli import choose_device
-from pipelines.config import MemoryConfig, load_config
-from pipelines.generation.arguments import choose_dtype
+from pipelines.config import MemoryConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser
 from pipelines.generation.pipeline import SeededNoise
 from pipelines.media.plots import plot_layers, plot_losses
 from pipelines.media.video import VideoWriter, to_uint8
 from pipelines.provenance import device_name, git_commit, versions
+from pipelines.settings import load_config
 from pipelines.training.config import (
     GatesConfig,
     Stage2Config,
@@ -56,11 +57,16 @@ PACKAGES = ("diffusers", "accelerate", "safetensors")
 
 def parse_config(kind: type[Config], description: str | None) -> Config:
     """The command line of a training stage: a config and `key=value` settings that go before its own."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="in the place of the config's own")
+    parser = Parser(description, kind, reads_config=True)
+    add, run = parser.add_setting, parser.add_argument_group("run")
+    add("--output_folder", "run_folder", "everything that the run leaves", group=run)
+    add("--checkpoint_path", "checkpoint_path", "the teacher's weights", group=run)
+    add("--use_ema", "use_ema", "take generator_ema of the checkpoint", group=run)
+    add("--seed", "seed", "of order, noise and initial values", group=run)
+    add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one", group=run)
+    add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU", group=run)
     arguments = parser.parse_args()
-    return load_config(kind, arguments.config, arguments.settings)
+    return load_config(kind, arguments.config, arguments.settings, arguments.flags)
 
 
 def train(config: TrainingConfig) -> None:
@@ -125,7 +131,7 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
         config.levels,
         config.sampler(),
         config.timestep_shift,
-        own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.STUDENT,
+        own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.SELF_ROLLOUT,
         text_dtype=model.patch_embedding.weight.dtype,
     )
     require_same_run(folder / CHECKPOINTS, fingerprint)
