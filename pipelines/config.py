@@ -10,7 +10,6 @@ import torch
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from pipelines.settings import load_config as load_config
-
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
@@ -25,9 +24,7 @@ FramesPerSecond = Annotated[int, Bounds(1, 1000)]
 """Rate of a video file."""
 Rank = Annotated[int, Bounds(1, 10**6)]
 """Rank of adapters."""
-Steps = Annotated[
-    list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1, NUM_TRAIN_TIMESTEPS), Falling()
-]
+Steps = Annotated[list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1, NUM_TRAIN_TIMESTEPS), Falling()]
 """Timesteps of a few-step generator."""
 ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
 """Timestep of the clean pass."""

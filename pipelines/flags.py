@@ -12,15 +12,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pipelines.dtypes import DTYPES
 from pipelines.yaml_files import resolve
 from wan.utils.errors import InputError
-from wan.utils.ranges import Choices, IsPath, Seed, declaration, declarations, declared, shown, typed, wanted
+from wan.utils.ranges import Bounds, Choices, IsPath, Seed, declaration, declarations, declared, shown, typed, wanted
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 _UNSET: Any = object()
+SceneSeed = Annotated[int, Bounds(0, 2**40)]
+"""What scenes of the toy world are drawn from: scene n of a set has the seed's successor n."""
 
 
 class _Store(argparse.Action):
@@ -59,9 +61,7 @@ class _Switch(argparse.Action):
         _store(parser, namespace, self, not str(option_string).startswith("--no_"))
 
 
-def _store(
-    parser: argparse.ArgumentParser, namespace: argparse.Namespace, action: argparse.Action, value: Any
-) -> None:
+def _store(parser: argparse.ArgumentParser, namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
     given: dict[str, Any] = vars(namespace).setdefault("given", {})
     if action.dest in given and given[action.dest] != value:
         flag = action.option_strings[0] if action.option_strings else action.dest
@@ -105,7 +105,9 @@ class Parser(argparse.ArgumentParser):
         if reads_config:
             self._aliases["--config_path"] = "--config"
             given = {"required": True} if config is None else {"default": config}
-            self.add_argument("--config", type=path, metavar="FILE", help=_about(config_help, default=config), **given)
+            self.add_argument(
+                "--config", type=as_path, metavar="FILE", help=_about(config_help, default=config), **given
+            )
             self.add_argument(
                 "settings", nargs="*", metavar="key=value", help="any setting of the config, in the place of the file's"
             )
@@ -259,7 +261,7 @@ def reader(hint: Any, flag: str) -> Callable[[str], Any]:
     return read
 
 
-def path(text: str) -> Path:
+def as_path(text: str) -> Path:
     """A path from the command line."""
     try:
         value: Path = typed(Path, text, "path")

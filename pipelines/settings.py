@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -156,6 +156,6 @@ def _current_value(value: Any, hint: Any, name: str, source: str) -> Any:
     return value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     log.warning("%s", message)

@@ -15,13 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipelines.benchmark.cases import BenchmarkConfig, select
+from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
 from pipelines.cli import choose_device, exit_on_input_error
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import check_speed
-from pipelines.flags import Parser, path
+from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import add_speed_flags
 from pipelines.settings import load_config
 from wan.config import wan_size
@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__, BenchmarkConfig, reads_config=True, config=Path("configs/benchmark.yaml"))
     add, setting, group = parser.add_argument, parser.add_setting, parser.add_argument_group("what is measured")
     results = "of the results; output/benchmark, or output/benchmark_quick with --quick"
-    add("--output_folder", type=path, metavar="PATH", help=results)
+    add("--output_folder", type=as_path, metavar="PATH", help=results)
     group.add_argument("--rows", nargs="+", help="names of rows of the config; all by default")
     setting("--lengths", "lengths", "pixel frames; by default those of the config", group=group)
     setting("--repeats", "repeats", "measured runs of a case", group=group)
@@ -56,8 +56,7 @@ def main() -> int:
     config = load_config(BenchmarkConfig, arguments.config, arguments.settings, arguments.flags)
     rows, lengths = arguments.rows, arguments.flags.get("lengths")
     if arguments.quick:
-        repeats = arguments.flags.get("repeats", config.quick.repeats)
-        config = replace(select(config, config.quick.rows, config.quick.lengths), repeats=repeats)
+        config = replace(quick(config), repeats=arguments.flags.get("repeats", config.quick.repeats))
     config = select(config, rows, lengths)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)

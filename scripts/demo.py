@@ -6,7 +6,6 @@ Every prompt is made twice from the same noise: by the softmax model, which keep
 that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pipelines.cli import exit_on_input_error
+from pipelines.flags import Parser
 from pipelines.generation.arguments import inference_parser, plan_run
 from pipelines.generation.run import generate, load_pipeline, video_path
 from pipelines.media.contact_sheet import contact_sheet
@@ -31,7 +31,7 @@ MODELS = {"softmax": None, "hybrid_75": Path("models/toyworld/hybrid_75.safetens
 def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
     """The prompts' videos by one model, as inference.py makes them; empty if one failed."""
     folder = OUTPUT_FOLDER / name
-    flags = ["--config_path", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
+    flags = ["--config", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
     flags += [] if checkpoint is None else ["--checkpoint_path", checkpoint]
     for former in folder.glob("*.mp4"):
         former.unlink()  # a demo shows what the code does now
@@ -48,7 +48,7 @@ def frames_of(path: Path) -> Tensor:
 @exit_on_input_error
 def main() -> int:
     """Do what inference.py does, with both models, and draw the sheet."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(__doc__).parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()

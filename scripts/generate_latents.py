@@ -1,7 +1,7 @@
 """Make training data: rollouts of the teacher as latents, with text embeddings, in resumable shards.
 
     python scripts/generate_latents.py --config configs/causal_forcing_dmd_chunkwise.yaml \\
-        --data_path prompts/test.txt --folder data/rollouts
+        --data_path prompts/test.txt --output_folder data/rollouts
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
 The VAE is not needed: nothing is decoded.
@@ -11,6 +11,7 @@ import argparse
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.progress import Progress
@@ -18,16 +19,20 @@ from rich.progress import Progress
 from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
-from arl2.rollout import FewStepSampler, num_blocks, rollout
+from arl2.rollout import num_blocks, rollout
 from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
-from pipelines.config import InferenceConfig, load_config
-from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import check_config, check_device, check_writable
 from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
+from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
 from wan.text import load_text_encoder
+from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
@@ -35,17 +40,23 @@ log = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="as for inference.py; hybrid layers are ignored")
-    parser.add_argument("--data_path", type=Path, required=True, help="prompts, one a line")
-    parser.add_argument("--folder", type=Path, required=True, help="where the shards go")
-    parser.add_argument("--checkpoint_path", help="the teacher's weights")
-    parser.add_argument("--use_ema", action="store_true")
-    parser.add_argument("--videos_per_prompt", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=DTYPES)
-    return parser.parse_args()
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py; hybrid layers are ignored",
+        aliases={"--folder": "--output_folder"},
+    )
+    parser.add_argument("--data_path", type=as_path, required=True, metavar="PATH", help="prompts, one a line")
+    parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
+    parser.add_setting("--checkpoint_path", "checkpoint_path", "the teacher's weights; by default the config's")
+    parser.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
+    repeats = "rollouts of each, from other noise"
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**6)], repeats, default=1)
+    parser.add_seed("of the noise")
+    parser.add_device()
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
 
 
 @end_together
@@ -54,14 +65,14 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
-    config = load_config(InferenceConfig, arguments.config)
-    if arguments.checkpoint_path is not None:
-        config = replace(config, checkpoint_path=arguments.checkpoint_path)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config = replace(config, hybrid=HybridConfig())
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
+    check_device(replace(config, speed=SpeedConfig(cuda_graphs=False)), device, dtype, decodes=False)
     rank, world_size = rank_and_world_size()
-    folder = arguments.folder / f"rank-{rank}" if world_size > 1 else arguments.folder
+    folder = arguments.output_folder / f"rank-{rank}" if world_size > 1 else arguments.output_folder
     check_writable(folder)
     jobs = shard_jobs(
         plan_jobs(read_prompts(arguments.data_path) * arguments.videos_per_prompt, arguments.seed), rank, world_size
@@ -72,7 +83,7 @@ def main() -> int:
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
     model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
     encoder = load_text_encoder(model_folder, text_len=model.config.text_len, dtype=dtype, device=device)
-    sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+    sampler = config.sampler()
     stride = spatial_stride(model_folder)
     size = (config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, found_settings
+from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
     Selection,
@@ -38,12 +39,15 @@ from arl2.layer_selection.scores import (
     replacement_scores,
 )
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
-from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
+from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import check_config, check_device, check_writable
 from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
@@ -52,10 +56,12 @@ from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
 from wan.utils.files import write_json
+from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
+METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
     'a time; give what each loses as --scores file.json: {"layer": score}, low is good; or take --method replacement'
@@ -64,23 +70,35 @@ VBENCH = (
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", type=Path, required=True, help="as for inference.py; its hybrid layers and memory are ignored")
-    add("--method", choices=("replacement", "stage1_error", "gates", "random", "vbench"), required=True)
-    add("--yaml", type=Path, required=True, help="where the sets go")
-    add("--checkpoint_path", help="replacement: a stage-1 export with all layers hybrid")
-    add("--data_path", type=Path, help="replacement: prompts, one a line")
-    add("--videos", type=int, default=12, help="replacement: how many; the first prompts, again with other noise")
-    add("--batch", type=int, default=1, help="replacement: videos at a time")
-    add("--json", type=Path, help="replacement: where the scores of every video go")
-    add("--scores", type=Path, help="stage1_error, gates: a run or one of its reports; vbench: a file")
-    add("--training", type=Path, help="gates: config of the training, see configs/gates.yaml")
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py; its hybrid layers and memory are ignored",
+        aliases={"--videos": "--num_videos"},
+    )
+    add, group = parser.add_argument, parser.add_argument_group("replacement")
+    add("--method", choices=METHODS, required=True, help="how to score layers")
+    add("--yaml", type=as_path, required=True, metavar="PATH", help="where the sets go")
+    weights = "a stage-1 export with all layers hybrid"
+    parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
+    group.add_argument("--data_path", type=as_path, metavar="PATH", help="prompts, one a line")
+    videos = "how many; the first prompts, again with other noise"
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**6)], videos, group=group, default=12)
+    parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)
+    group.add_argument("--json", type=as_path, metavar="PATH", help="where the scores of every video go")
+    add(
+        "--scores",
+        type=as_path,
+        metavar="PATH",
+        help="stage1_error, gates: a run or one of its reports; vbench: a file",
+    )
+    add("--training", type=as_path, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
-    add("--seed", type=int, default=0, help="of noise, or of the random scores")
-    add("--device")
-    add("--dtype", choices=DTYPES)
-    return parser.parse_args()
+    parser.add_seed("of noise, or of the random scores")
+    parser.add_device()
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
 
 
 def needed(arguments: argparse.Namespace, name: str) -> Any:
@@ -141,12 +159,10 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
     needed(arguments, "checkpoint_path")
     if config.memory.kind is MemoryKind.window:
         raise InputError("replacement compares models with full memory: set memory.kind to full")
-    if min(arguments.videos, arguments.batch) < 1:
-        raise InputError("--videos and --batch must be at least 1")
     prompts = read_prompts(needed(arguments, "data_path"))
     if arguments.json is not None:
         check_writable(arguments.json.parent)
-    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.videos)], arguments.seed)
+    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.num_videos)], arguments.seed)
 
 
 def load(
@@ -174,13 +190,16 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     """Make the videos that are missing, and score all."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    jobs, weights = plan(arguments, config), read_transformer(str(config.checkpoint_path))
+    jobs = plan(arguments, config)
+    plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
+    check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
+    weights = read_transformer(str(config.checkpoint_path))
     made_with = {"seed": arguments.seed, "dtype": str(dtype), "weights": fingerprint_of(weights.state)}
     kept = KeptScores(arguments.json, asdict(config) | made_with)
     missing = [job for job in jobs if job.name not in kept.videos]
     if missing:
         model, encoder = load(config, weights, dtype, device)
-        sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+        sampler = config.sampler()
         stride = spatial_stride(Path(config.model_folder))
         shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
         blocks = num_blocks(config.num_output_frames, config.frames_per_block)
@@ -217,9 +236,8 @@ def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dic
 def main() -> int:
     """Parse, check, score, write."""
     arguments = parse()
-    config = replace(load_config(InferenceConfig, arguments.config), hybrid=HybridConfig())
-    if arguments.checkpoint_path is not None:
-        config = replace(config, checkpoint_path=arguments.checkpoint_path)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config = replace(config, hybrid=HybridConfig())
     check_writable(arguments.yaml.parent)
     if arguments.method == "replacement":
         check_config(config, i2v=False)

@@ -115,8 +115,10 @@ def _read_page(checkpoint: Path, fingerprint: Fingerprint) -> Progress:
 def current_names(fingerprint: Mapping[str, Any]) -> Fingerprint:
     """A fingerprint of an earlier version under the names and values of today."""
     renamed = {FORMER_NAMES.get(name, name): value for name, value in fingerprint.items()}
-    return {name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
-            for name, value in renamed.items()}
+    return {
+        name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in renamed.items()
+    }
 
 
 def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint) -> None:

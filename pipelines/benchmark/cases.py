@@ -32,7 +32,8 @@ from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 BLOCKS_PER_SAMPLE = 4
 """Blocks measured at every sampled place."""
 Name = Annotated[str, Length(1, 100)]
-Lengths = Annotated[list[Annotated[int, Bounds(1, 4 * 10**6)]], Unique()]
+PixelFrames = Annotated[int, Bounds(1, 4 * 10**6)]
+Lengths = Annotated[list[PixelFrames], Unique()]
 Repeats = Annotated[int, Bounds(1, 1000)]
 """Ranges of what is measured: names of rows, pixel frames of videos, runs of a case."""
 
@@ -236,7 +237,9 @@ def plan_cases(config: BenchmarkConfig) -> list[Case]:
         for frames in config.lengths:
             _check_sampling(config, frames)
             vae = config.vae and config.blocks_sampled is None
-            cases.append(Case(row.name, row.num_hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed))
+            cases.append(
+                Case(row.name, row.num_hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed)
+            )
     model = empty_model(config, cases[0])
     check_size(config.height, config.width, config.height // config.latent_size[0], model.patch_size)
     return cases

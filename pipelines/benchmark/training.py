@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,13 +32,15 @@ from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
 from pipelines.benchmark.measure import out_of_memory, release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
+from pipelines.config import Frames, Pixels, Rank
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
 from pipelines.training.run import enable_grad, precision_of
-from wan.config import wan_size
+from wan.config import WAN_SIZES, wan_size
 from wan.memory import Memory
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_path
+from wan.utils.ranges import Bounds, Choices, Count, Seed, check_ranges
 from wan.vae.wan_vae import WAN21_VAE
 
 log = logging.getLogger(__name__)
@@ -93,22 +95,22 @@ class TrainingBenchmark:
         size: of the transformer, see `wan.config.WAN_SIZES`.
         height, width: pixels.
         frames, frames_per_block: latent frames.
-        hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
+        num_hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
         lora_rank: of stage 2.
         steps, warmup_steps: measured, and run before them.
         seed: of weights, data and noise.
     """
 
-    size: str = "1.3B"
-    height: int = 480
-    width: int = 832
-    frames: int = 21
-    frames_per_block: int = 3
-    hybrid_layers: int = 22
-    lora_rank: int = 16
-    steps: int = 3
-    warmup_steps: int = 1
-    seed: int = 0
+    size: Annotated[str, Choices(tuple(WAN_SIZES))] = "1.3B"
+    height: Pixels = 480
+    width: Pixels = 832
+    frames: Frames = 21
+    frames_per_block: Count = 3
+    num_hybrid_layers: Count = 22
+    lora_rank: Rank = 16
+    steps: Annotated[int, Bounds(1, 10**4)] = 3
+    warmup_steps: Annotated[int, Bounds(1, 10**4)] = 1
+    seed: Seed = 0
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -122,9 +124,9 @@ class TrainingBenchmark:
         return HybridSettings(tuple(range(layers))) if stage == 1 else self._stage2(layers)
 
     def _stage2(self, layers: int) -> HybridSettings:
-        if not 0 < self.hybrid_layers <= layers:
-            raise InputError(f"{self.hybrid_layers} hybrid layers, but the model has {layers}: give 1 to {layers}")
-        return HybridSettings(tuple(range(self.hybrid_layers)), self.lora_rank)
+        if self.num_hybrid_layers > layers:
+            raise InputError(f"{self.num_hybrid_layers} hybrid layers, but the model has {layers}: give 1 to {layers}")
+        return HybridSettings(tuple(range(self.num_hybrid_layers)), self.lora_rank)
 
     def check(self) -> None:
         """Make sure that it can be measured.
@@ -132,10 +134,9 @@ class TrainingBenchmark:
         Raises:
             InputError: it cannot.
         """
+        check_ranges(self)
         num_blocks(self.frames, self.frames_per_block)
         self.hybrid(2)
-        if min(self.steps, self.warmup_steps) < 1:
-            raise InputError("steps and warmup_steps must be at least 1: the first step allocates and tunes")
 
 
 class Allocator:
@@ -388,7 +389,9 @@ def _train(
 def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
     if row.stage == 1:
         return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode))
-    settings = Stage2Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode, checkpointing=row.checkpointing)
+    settings = Stage2Settings(
+        config.frames_per_block, row.blocks_per_graph, row.forward_mode, checkpointing=row.checkpointing
+    )
     return Stage2(model, settings)
 
 

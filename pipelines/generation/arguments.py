@@ -14,7 +14,7 @@ from pipelines.cli import choose_device
 from pipelines.config import InferenceConfig, MemoryKind, check_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
-from pipelines.flags import Parser, path
+from pipelines.flags import Parser, as_path
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
@@ -35,14 +35,20 @@ def inference_parser() -> Parser:
         reads_config=True,
     )
     add, setting, group = parser.add_argument, parser.add_setting, parser.add_argument_group
-    add("--output_folder", type=path, required=True, metavar="PATH", help="where videos go; finished ones are skipped")
-    add("--metrics_dir", type=path, metavar="PATH", help="where measurements go; by default the output folder")
+    add(
+        "--output_folder",
+        type=as_path,
+        required=True,
+        metavar="PATH",
+        help="where videos go; finished ones are skipped",
+    )
+    add("--metrics_dir", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data_path", type=path, metavar="PATH", help="prompt file, one a line; with --i2v image<TAB>prompt"
+        "--data_path", type=as_path, metavar="PATH", help="prompt file, one a line; with --i2v image<TAB>prompt"
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
-    add("--image", type=path, metavar="PATH", help="with --i2v and --prompt: the first frame")
+    add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
     add("--i2v", action="store_true", help="start from an image (frame-wise models)")
     parser.add_seed()
     video = group("video")
@@ -62,7 +68,9 @@ def inference_parser() -> Parser:
     setting("--memory", "memory.kind", "everything, or a sink and a sliding window", group=memory)
     seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
     setting("--window_frames", "memory.window_frames", seen, group=memory)
-    setting("--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory)
+    setting(
+        "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
+    )
     add_speed_flags(parser)
     parser.add_device()
     return parser

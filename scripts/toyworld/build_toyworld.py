@@ -15,14 +15,13 @@ A killed step goes on from where it was at most 500 steps before. Each leaves it
 settings, seconds, card and versions in the work folder.
 """
 
-import argparse
 import logging
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -53,12 +52,14 @@ from arl2.toyworld.world.latents import (
     world_tokenizer,
 )
 from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from wan.config import wan_size
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder, write_json
+from wan.utils.ranges import Bounds, Count
 from wan.vae.wan_vae import load_vae
 
 log = logging.getLogger(__name__)
@@ -285,18 +286,20 @@ STEPS: dict[str, Callable[[Build], Result]] = {
 @exit_on_input_error
 def main() -> int:
     """Parse, and run the steps that are not done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the steps' results")
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
+    parser.add_argument("--work", type=as_path, required=True, metavar="PATH", help="folder of the steps' results")
     parser.add_argument("--step", choices=STEPS, help="only this one, again if it is done")
-    parser.add_argument("--steps", type=int, help="optimiser steps in the place of the default, with --step")
-    parser.add_argument("--videos", type=int, default=TRAINING_VIDEOS, help="at most, everywhere; few for a rehearsal")
-    parser.add_argument("--vae", type=Path, help="folder of a trained VAE, such as models/toyworld/vae: trains none")
-    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_value("--steps", Count, "optimiser steps in the place of the default, with --step")
+    videos = "at most, everywhere; few for a rehearsal"
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**7)], videos, default=TRAINING_VIDEOS)
+    trained = "folder of a trained VAE, such as models/toyworld/vae: trains none"
+    parser.add_argument("--vae", type=as_path, metavar="PATH", help=trained)
+    parser.add_device(None)
     arguments = parser.parse_args()
-    if arguments.steps is not None and arguments.step is None and arguments.videos == TRAINING_VIDEOS:
-        raise InputError("--steps needs --step, but for a rehearsal with --videos")
+    if arguments.steps is not None and arguments.step is None and arguments.num_videos == TRAINING_VIDEOS:
+        raise InputError("--steps needs --step, but for a rehearsal with --num_videos")
     device = choose_device(arguments.device)
-    build = Build(arguments.work, device, arguments.steps, arguments.videos, arguments.vae)
+    build = Build(arguments.work, device, arguments.steps, arguments.num_videos, arguments.vae)
     arguments.work.mkdir(parents=True, exist_ok=True)
     for name, step in STEPS.items():
         page = arguments.work / f"{name}.json"

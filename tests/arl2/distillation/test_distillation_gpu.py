@@ -69,7 +69,9 @@ def loss_and_gradients(objective: Objective, dtype: torch.dtype, videos: int = 2
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.FLASH])
-@pytest.mark.parametrize(("stage", "mode"), [(1, ForwardMode.PARALLEL), (2, ForwardMode.SEQUENTIAL), (2, ForwardMode.PARALLEL)])
+@pytest.mark.parametrize(
+    ("stage", "mode"), [(1, ForwardMode.PARALLEL), (2, ForwardMode.SEQUENTIAL), (2, ForwardMode.PARALLEL)]
+)
 def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, mode: ForwardMode, backend: AttentionBackend) -> None:
     exact_loss, exact = loss_and_gradients(objective_of(stage, mode, torch.float32, CPU), torch.float32)
     objective = objective_of(stage, mode, torch.bfloat16, torch.device("cuda"))

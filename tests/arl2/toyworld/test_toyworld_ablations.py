@@ -227,7 +227,13 @@ def test_a_window_student_learns_from_a_teacher_that_sees_everything() -> None:
 
     assert loss(9) < 1e-20 < loss(6) and loss(3) > 0
     student.requires_grad_(True)
-    part = next(iter(WindowStudent(student, teacher, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL), 3, 0).losses(batch, noise)))
+    part = next(
+        iter(
+            WindowStudent(student, teacher, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL), 3, 0).losses(
+                batch, noise
+            )
+        )
+    )
     part.backward()
     assert all(p.grad is None for p in teacher.parameters())
 
