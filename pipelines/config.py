@@ -1,4 +1,4 @@
-"""Settings of an inference run, each with its range; `pipelines.settings` reads them from YAML, `key=value` and flags."""
+"""Settings of an inference run, each with its range; `pipelines.settings` reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,7 @@
 """What a device can do, found out before weights load: whether it has what switches need, and room for the sizes.
 
-Estimates are of what is needed at the least, so that nothing that fits is refused: weights, memory of the layers, and the
-largest tensors that live at one time. `tests/pipelines/test_feasibility.py` compares them with measured bytes.
+Estimates are lower bounds, so that nothing that fits is refused: weights, memory of the layers, and the largest tensors
+that live at one time. `tests/pipelines/test_feasibility.py` compares them with measured bytes.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Command lines: the same flags with the same meaning everywhere, their types, ranges and defaults from declarations.
 
-Flags are written with underscores; dashes are understood too, and so are former names. Abbreviations are refused. A flag
-given twice with two values is an error. Entry points that read a config take its settings as `key=value` as well.
+Flags are written with underscores; dashes are understood too, and so are former names. Abbreviations are refused. A
+flag given twice with two values is an error. Entry points that read a config take its settings as `key=value` as well.
 """
 
 import argparse
@@ -104,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         self._paths: dict[str, str] = {}
         if reads_config:
             self._aliases["--config_path"] = "--config"
+            about = _about(config_help, default=config)
             given = {"required": True} if config is None else {"default": config}
             self.add_argument(
                 "--config", type=as_path, metavar="FILE", help=_about(config_help, default=config), **given
@@ -168,7 +169,9 @@ class Parser(argparse.ArgumentParser):
         # A declaration's message names the flag itself.
         raise InputError(f"{re.sub(r'^argument [^:]+: (?=--)', '', message)}; --help lists all flags")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse declares overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         """Parse as argparse does, strictly.
 
         Returns:
@@ -184,7 +187,7 @@ class Parser(argparse.ArgumentParser):
         for extra in (*(getattr(parsed, "settings", None) or []), *extras):
             what = f"{shown(extra)} is no setting: give key=value" if self._reads_config else f"unexpected {extra}"
             self.error(what)
-        given = vars(parsed).pop("given", {})
+        given = dict(getattr(parsed, "given", {}))
         parsed.settings = settings
         parsed.flags = {self._paths[name]: value for name, value in given.items() if name in self._paths}
         return parsed

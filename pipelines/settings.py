@@ -1,7 +1,7 @@
 """From a YAML file, `key=value` settings and flags to a checked config: one reading for every config and entry point.
 
-What stands nearer to the user goes first: flags and `key=value` settings before the file, the file before the defaults. A
-flag and a `key=value` that contradict one another are an error, and so is a setting under two names.
+Flags and `key=value` settings go before the file, the file before the defaults. A flag and a `key=value` that contradict
+one another are an error, and so is a setting under two names.
 """
 
 import dataclasses
@@ -144,6 +144,7 @@ def _current_value(value: Any, hint: Any, name: str, source: str) -> Any:
         return [_current_value(element, get_args(kind)[0], name, source) for element in value]
     if get_origin(kind) is not None:
         return value
+    assert isinstance(kind, type)
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         return current_names(value, kind, source)
     if issubclass(kind, Enum) and isinstance(value, str) and value not in {member.value for member in kind}:

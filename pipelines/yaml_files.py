@@ -1,7 +1,7 @@
 """Strict YAML: text, numbers, switches, lists and mappings, of which nothing is guessed.
 
-Scalars are those of YAML 1.2's core schema: `on` and `yes` are text, and `1e-3` is a number. What a config has no use for
-is refused: anchors, tags, several documents, names given twice, deep nesting.
+Scalars are those of YAML 1.2's core schema: `on` and `yes` are text, and `1e-3` is a number. What a config has no use
+for is refused: anchors, tags, several documents, names given twice, deep nesting.
 """
 
 import re
@@ -166,4 +166,5 @@ class _Builder:
             self._fail(event, f"it holds more than {MAX_NODES} values: no config does")
 
     def _fail(self, event: Event, message: str) -> None:
-        raise InputError(f"{self._source}, line {event.start_mark.line + 1}: {message}")
+        line = "" if event.start_mark is None else f", line {event.start_mark.line + 1}"
+        raise InputError(f"{self._source}{line}: {message}")

@@ -45,8 +45,7 @@ def parse() -> argparse.Namespace:
     group.add_argument("--again", action="store_true", help="measure also what the results have already")
     add_speed_flags(parser)
     parser.add_device()
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 @exit_on_input_error

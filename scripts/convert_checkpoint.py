@@ -45,8 +45,7 @@ def parse() -> argparse.Namespace:
     setting("--ffn_lora_all_layers", "ffn_lora", "adapters on the feed-forward of every block", const=FFNLoRA.ALL)
     add("--merge_ffn_lora", action="store_true", help="fold feed-forward adapters into their linear layers")
     parser.add_seed("of new parameters")
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def save(model: HybridWanModel, target: Path) -> None:

@@ -4,8 +4,8 @@
         --data_path clips.tsv --output_folder data/clips [height=480 width=832 num_output_frames=21 fps=16]
     torchrun --nproc_per_node 8 scripts/encode_videos.py …         # every rank fills data/clips/rank-<n>
 
---data_path is a file of lines path<TAB>prompt, or a folder of .mp4 with captions in .txt of the same name. Of every video
-the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized. Videos
+--data_path is a file of lines path<TAB>prompt, or a folder of .mp4 with captions in .txt of the same name. Of every
+video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized. Videos
 that are too short or cannot be read are skipped with a warning. A run that is started again makes what is missing.
 """
 
@@ -47,8 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data_path", type=as_path, required=True, metavar="PATH", help="videos: a list or a folder")
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
     parser.add_device()
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def read_config(arguments: argparse.Namespace) -> InferenceConfig:

@@ -55,8 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**6)], repeats, default=1)
     parser.add_seed("of the noise")
     parser.add_device()
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 @end_together

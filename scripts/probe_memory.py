@@ -133,8 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
     parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
     parser.add_device(None)
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 @exit_on_input_error

@@ -97,8 +97,7 @@ def parse() -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
     parser.add_seed("of noise, or of the random scores")
     parser.add_device()
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def needed(arguments: argparse.Namespace, name: str) -> Any:

@@ -44,8 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=as_path, metavar="PATH", help="where to write everything")
     add_speed_flags(parser)
     parser.add_device()
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def measure(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> dict[str, Any]:

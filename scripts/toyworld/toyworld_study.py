@@ -59,8 +59,7 @@ def parse() -> argparse.Namespace:
     number("--budget_seconds", NotNegative, "stop cleanly after them")
     parser.add_device(None)
     add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as batch=2")
-    arguments: argparse.Namespace = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def settings_from(arguments: argparse.Namespace) -> StudySettings:

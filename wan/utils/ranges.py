@@ -5,8 +5,8 @@
         batch: Annotated[int, Bounds(1)] = 1
         betas: tuple[Momentum, Momentum] = (0.9, 0.99)  # Momentum = Annotated[float, Bounds(0, 1, below=True)]
 
-`typed(Settings, value)` turns what a YAML file or a command line holds into the class, strictly: no text for numbers, no
-numbers for switches, no fractions for integers. `check_ranges(settings)` checks an object that a program built.
+`typed(Settings, value)` turns what a YAML file or a command line holds into the class, strictly: no text for numbers,
+no numbers for switches, no fractions for integers. `check_ranges(settings)` checks an object that a program built.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
+from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -102,7 +103,7 @@ class Falling:
 
     def admits(self, value: Any) -> bool:
         """See `Rule`."""
-        return all(former > latter for former, latter in zip(value, value[1:], strict=False))
+        return all(former > latter for former, latter in pairwise(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +373,8 @@ def check_ranges(settings: Any, name: str = "") -> None:
         InputError: a field has another type or is out of range; the message names field, value and range.
     """
     prefix = f"{name}." if name else ""
-    for field, hint in declarations(type(settings)).items():
+    kind: type = type(settings)
+    for field, hint in declarations(kind).items():
         typed(hint, vars(settings)[field], f"{prefix}{field}")
 
 
