@@ -1,12 +1,14 @@
 """Command lines: the same flags with the same meaning everywhere, their types, ranges and defaults from declarations.
 
-Flags are written with underscores; dashes are understood too, and so are former names. Abbreviations are refused. A
-flag given twice with two values is an error. Entry points that read a config take its settings as `key=value` as well.
+Flags are written with underscores; dashes are understood too, and so are former names. Abbreviations are refused. Of a
+flag or setting that is given twice the last counts, and the log says so. Entry points that read a config take its
+settings as `key=value` as well; a flag and a setting that contradict one another are an error.
 """
 
 import argparse
 import dataclasses
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,8 @@ from pipelines.yaml_files import resolve
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds, Choices, IsPath, Seed, declaration, declarations, declared, shown, typed, wanted
 
+log = logging.getLogger(__name__)
+
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 _UNSET: Any = object()
 SceneSeed = Annotated[int, Bounds(0, 2**40)]
@@ -26,12 +30,12 @@ SceneSeed = Annotated[int, Bounds(0, 2**40)]
 
 
 class _Store(argparse.Action):
-    """Stores a value; another value for the same flag is an error."""
+    """Stores a value."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        _store(parser, namespace, self, values)
+        _store(namespace, self, values)
 
 
 class _StoreConstant(argparse.Action):
@@ -45,7 +49,7 @@ class _StoreConstant(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        _store(parser, namespace, self, self.const)
+        _store(namespace, self, self.const)
 
 
 class _Switch(argparse.Action):
@@ -58,14 +62,14 @@ class _Switch(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        _store(parser, namespace, self, not str(option_string).startswith("--no_"))
+        _store(namespace, self, not str(option_string).startswith("--no_"))
 
 
-def _store(parser: argparse.ArgumentParser, namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
+def _store(namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
     given: dict[str, Any] = vars(namespace).setdefault("given", {})
-    if action.dest in given and given[action.dest] != value:
-        flag = action.option_strings[0] if action.option_strings else action.dest
-        parser.error(f"{flag} is given twice, as {shown(given[action.dest])} and {shown(value)}: give it once")
+    former = given.get(action.dest, value)
+    if former != value:
+        log.warning("--%s is given twice, %s and %s: the last counts", action.dest, shown(former), shown(value))
     given[action.dest] = value
     setattr(namespace, action.dest, value)
 
@@ -104,7 +108,6 @@ class Parser(argparse.ArgumentParser):
         self._paths: dict[str, str] = {}
         if reads_config:
             self._aliases["--config_path"] = "--config"
-            about = _about(config_help, default=config)
             given = {"required": True} if config is None else {"default": config}
             self.add_argument(
                 "--config", type=as_path, metavar="FILE", help=_about(config_help, default=config), **given
@@ -189,6 +192,9 @@ class Parser(argparse.ArgumentParser):
             self.error(what)
         given = dict(getattr(parsed, "given", {}))
         parsed.settings = settings
+        names = [setting.partition("=")[0] for setting in settings]
+        for name in {name for name in names if names.count(name) > 1}:
+            log.warning("%s= is given more than once: the last counts", name)
         parsed.flags = {self._paths[name]: value for name, value in given.items() if name in self._paths}
         return parsed
 

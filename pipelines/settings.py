@@ -1,7 +1,7 @@
 """From a YAML file, `key=value` settings and flags to a checked config: one reading for every config and entry point.
 
-Flags and `key=value` settings go before the file, the file before the defaults. A flag and a `key=value` that contradict
-one another are an error, and so is a setting under two names.
+Flags and `key=value` settings go before the file, the file before the defaults. A flag and a `key=value` that
+contradict one another are an error, and so is a setting under two names.
 """
 
 import dataclasses
@@ -53,10 +53,10 @@ def load_config(
 
 
 def parse_overrides(kind: type, overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of `key=value` settings by dotted name of today.
+    """The values of `key=value` settings by dotted name of today; of several for one name the last counts.
 
     Raises:
-        InputError: no `=`, no value, an unknown name, or a name that is given two values.
+        InputError: no `=`, no value, or an unknown name.
     """
     found: dict[str, Any] = {}
     for text in overrides:
@@ -73,8 +73,6 @@ def parse_overrides(kind: type, overrides: Sequence[str]) -> dict[str, Any]:
             is_text = declared(declaration(kind, key)).kind is str and key.count(".") == name.count(".")
             if is_text and value is not None and not isinstance(value, Quoted):
                 value = value_text
-            if key in found and found[key] != value:
-                raise InputError(f"{key} is given twice, as {shown(found[key])} and {shown(value)}: give it once")
             found[key] = value
     return found
 

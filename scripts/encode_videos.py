@@ -5,8 +5,9 @@
     torchrun --nproc_per_node 8 scripts/encode_videos.py …         # every rank fills data/clips/rank-<n>
 
 --data_path is a file of lines path<TAB>prompt, or a folder of .mp4 with captions in .txt of the same name. Of every
-video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized. Videos
-that are too short or cannot be read are skipped with a warning. A run that is started again makes what is missing.
+video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized.
+Videos that are too short or cannot be read are skipped with a warning. A run that is started again makes what is
+missing.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import Frames, FramesPerSecond, MemoryConfig, Rank, SamplingConfig, check_size
+from pipelines.feasibility import TransformerSizes
 from pipelines.generation.arguments import check_writable
 from pipelines.yaml_files import read_mapping
 from wan.checkpoints.formats import transformer_config
@@ -274,7 +275,7 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     if config.checkpoint_path is not None and not Path(config.checkpoint_path).exists():
         raise InputError(f"no checkpoint at {config.checkpoint_path}: check the path")
     sizes = transformer_config(folder)
-    config.hybrid(sizes["num_layers"])
+    config.hybrid(TransformerSizes.of(sizes, folder).num_layers)
     if config.sample_every:
         spatial_stride(folder)
         if config.sample_every % config.report_every:

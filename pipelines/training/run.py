@@ -29,6 +29,7 @@ from arl2.rollout import num_blocks, rollout
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig
 from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
 from pipelines.generation.pipeline import SeededNoise
 from pipelines.media.plots import plot_layers, plot_losses
@@ -43,6 +44,7 @@ from pipelines.training.config import (
     init_from,
     resume_fingerprint,
 )
+from pipelines.training.room import check_room
 from wan.checkpoints.formats import WEIGHT_FILES, read_transformer, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, fingerprint_of, read_weights, summarize_names
 from wan.utils.errors import CheckpointError
@@ -76,6 +78,8 @@ def train(config: TrainingConfig) -> None:
         InputError: something in the config cannot work, or see `Trainer.run`.
     """
     data = check_training(config)
+    folder = Path(config.model_folder)
+    check_room(config, TransformerSizes.of(transformer_config(folder), folder), tuple(data[0][0].shape))
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
