@@ -25,7 +25,7 @@ setup(
         "accelerate>=1.15",
         "safetensors>=0.8",
         "einops>=0.8",
-        "omegaconf>=2.4,<3",
+        "psutil>=6",
         "numpy>=2",
         "pillow>=11",
         "huggingface_hub>=1.32,<3",

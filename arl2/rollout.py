@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from wan.flow import FlowSchedule, add_noise, flow_to_x0
 from wan.memory import Memory
 from wan.model import FlowModel, TextKV
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, typed
 
 Noise = Callable[[int, int], Tensor]
 """(block, step) to the noise of that block before that step, [B, F, C, H, W]."""
@@ -33,6 +35,10 @@ class FewStepSampler:
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        typed(tuple[Annotated[float, Bounds(0, 1000)], ...], self.timesteps, "timesteps")
+        typed(tuple[Annotated[float, Bounds(0, 1)], ...], self.sigmas, "sigmas")
 
     @classmethod
     def from_steps(cls, steps: Sequence[int], shift: float, warp: bool = True) -> "FewStepSampler":

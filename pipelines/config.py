@@ -1,22 +1,33 @@
-"""Settings of an inference run: a typed YAML file, in which an unknown key is an error."""
+"""Settings of an inference run, each with its range; `pipelines.settings` reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Self
 
 import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
+from arl2.rollout import FewStepSampler
+from pipelines.settings import load_config as load_config
+from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, Falling, LayerIndices, Length, PathText
 
-Config = TypeVar("Config")
+Frames = Annotated[int, Bounds(1, 10**6)]
+"""Latent frames of a video."""
+Pixels = Annotated[int, Bounds(1, 16384)]
+"""Height or width of a video; encoders of mp4 take no larger ones."""
+FramesPerSecond = Annotated[int, Bounds(1, 1000)]
+"""Rate of a video file."""
+Rank = Annotated[int, Bounds(1, 10**6)]
+"""Rank of adapters."""
+Steps = Annotated[list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1, NUM_TRAIN_TIMESTEPS), Falling()]
+"""Timesteps of a few-step generator."""
+ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
+"""Timestep of the clean pass."""
 
 
 class MemoryKind(StrEnum):
@@ -37,8 +48,8 @@ class MemoryConfig:
     """
 
     kind: MemoryKind = MemoryKind.full
-    window_frames: int = 9
-    sink_frames: int = 3
+    window_frames: Frames = 9
+    sink_frames: Annotated[int, Bounds(0, 10**6)] = 3
 
     @property
     def window(self) -> tuple[int | None, int]:
@@ -76,7 +87,7 @@ class SpeedConfig:
     overlap_decoding: bool | None = None
     fp8: bool = False
     kernels: bool | None = None
-    tiny_vae: str | None = None
+    tiny_vae: PathText | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Self:
         """With every switch that was left open thrown as it pays on a device for weights of a type."""
@@ -96,9 +107,9 @@ class SpeedConfig:
 class HybridConfig:
     """Which layers are hybrid; empty means those of the checkpoint. See `arl2.model.HybridSettings`."""
 
-    layers: list[int] = field(default_factory=list)
-    lora_rank: int | None = None
-    lora_alpha: float = DEFAULT_LORA_ALPHA
+    layers: LayerIndices = field(default_factory=list)
+    lora_rank: Rank | None = None
+    lora_alpha: Annotated[float, Bounds(0, 10**6)] = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
 
     def settings(self) -> HybridSettings:
@@ -107,33 +118,55 @@ class HybridConfig:
 
 
 @dataclass
-class InferenceConfig:
-    """Everything that shapes a video, but the prompt and the seed.
+class SamplingConfig:
+    """Blocks and steps of a few-step generator.
 
     Attributes:
+        frames_per_block: latent frames generated at a time, 3 for chunk-wise and 1 for frame-wise checkpoints.
+        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+    """
+
+    frames_per_block: Annotated[int, Bounds(1, 1000)] = 3
+    denoising_steps: Steps = field(default_factory=lambda: [1000, 750, 500, 250])
+    warp_denoising_steps: bool = True
+    timestep_shift: Shift = 5.0
+
+    def sampler(self) -> FewStepSampler:
+        """The steps."""
+        return FewStepSampler.from_steps(self.denoising_steps, self.timestep_shift, self.warp_denoising_steps)
+
+
+@dataclass
+class GeneratorSampling(SamplingConfig):
+    """How a pipeline generates.
+
+    Attributes, beside those of `SamplingConfig`:
+        context_noise: timestep of the clean pass.
+    """
+
+    context_noise: ContextNoise = 0.0
+
+
+@dataclass
+class InferenceConfig(GeneratorSampling):
+    """Everything that shapes a video, but the prompt and the seed.
+
+    Attributes, beside those of `GeneratorSampling`:
         model_folder: native Wan 2.1 or diffusers folder with text encoder, tokenizer, VAE and transformer sizes.
         checkpoint_path: transformer weights; null for those in the folder.
-        frames_per_block: latent frames generated at a time, 3 for chunk-wise and 1 for frame-wise checkpoints.
         num_output_frames: latent frames of a video; F of them decode to 4F - 3 frames.
         height, width: pixels.
         fps: of the video file.
-        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
-        context_noise: timestep of the clean pass.
         attention_backend: see `wan.ops.attention.AttentionBackend`.
         speed: of the transformer.
     """
 
-    model_folder: str = "wan_models/Wan2.1-T2V-1.3B"
-    checkpoint_path: str | None = None
-    frames_per_block: int = 3
-    num_output_frames: int = 21
-    height: int = 480
-    width: int = 832
-    fps: int = 16
-    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    warp_denoising_steps: bool = True
-    timestep_shift: float = 5.0
-    context_noise: float = 0.0
+    model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
+    checkpoint_path: PathText | None = None
+    num_output_frames: Frames = 21
+    height: Pixels = 480
+    width: Pixels = 832
+    fps: FramesPerSecond = 16
     attention_backend: str = "auto"
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -152,30 +185,3 @@ def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) 
             f"{height}×{width} pixels do not divide into patches: height must be a multiple of {rows}, "
             f"width of {columns}"
         )
-
-
-def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file into the dataclass `kind`; keys that it leaves out keep their defaults.
-
-    Args:
-        overrides: `key=value` or `outer.inner=value`, which go before the file's own.
-
-    Raises:
-        InputError: missing or malformed file, unknown key, or a value of the wrong type.
-    """
-    if not path.is_file():
-        raise InputError(f"no config file {path}: see configs/ for those that come with the project")
-    try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ValueError("it is a list: write key: value lines")
-        merged = OmegaConf.merge(OmegaConf.structured(kind), loaded, OmegaConf.from_dotlist(list(overrides)))
-        config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f" at {error.full_key!r}" if error.full_key else ""
-        raise InputError(
-            f"config {path}{key}: {str(error).splitlines()[0]}; see {kind.__name__} for the known keys"
-        ) from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"config {path} is not valid YAML: {error}") from error
-    return config

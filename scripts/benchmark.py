@@ -19,41 +19,48 @@ from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
 from pipelines.cli import choose_device, entry_point
-from pipelines.config import load_config
-from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import check_speed
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import add_speed_flags
+from pipelines.settings import load_config
+from wan.config import wan_size
 
 log = logging.getLogger(__name__)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__, BenchmarkConfig, reads_config=True, config=Path("configs/benchmark.yaml"))
+    add, setting, group = parser.add_argument, parser.add_setting, parser.add_argument_group("what is measured")
+    results = "of the results; output/benchmark, or output/benchmark_quick with --quick"
+    add("--output_folder", type=as_path, metavar="PATH", help=results)
+    group.add_argument("--rows", nargs="+", help="names of rows of the config; all by default")
+    setting("--lengths", "lengths", "pixel frames; by default those of the config", group=group)
+    setting("--repeats", "repeats", "measured runs of a case", group=group)
+    group.add_argument("--quick", action="store_true", help="the few short cases that the config calls quick")
+    setting("--no_vae", "vae", "only the transformer, without decoding and mp4", group=group, const=False)
+    sampled = "only the transformer, measured at so many places of the video, integrated"
+    setting("--blocks_sampled", "blocks_sampled", sampled, group=group)
+    group.add_argument("--again", action="store_true", help="measure also what the results have already")
+    add_speed_flags(parser)
+    parser.add_device()
+    return parser.parse_args()
 
 
 @entry_point()
 def main() -> int:
     """Parse, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", type=Path, default=Path("configs/benchmark.yaml"))
-    add("--output_folder", type=Path, help="of the results; output/benchmark, or output/benchmark_quick with --quick")
-    add("--rows", nargs="+", help="names of rows of the config; all by default")
-    add("--lengths", type=int, nargs="+", help="pixel frames; those of the config by default")
-    add("--repeats", type=int, help="measured runs of a case")
-    add("--quick", action="store_true", help="the few short cases that the config calls quick")
-    add("--no_vae", action="store_true", help="only the transformer, without decoding and mp4")
-    add("--blocks_sampled", type=int, help="only the transformer, measured at so many places of the video, integrated")
-    add("--again", action="store_true", help="measure also what the results have already")
-    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
-    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
-    add_speed_flags(parser)
-    arguments = parser.parse_args()
-    config = load_config(BenchmarkConfig, arguments.config)
-    config = select(quick(config) if arguments.quick else config, arguments.rows, arguments.lengths)
-    config = replace(
-        config,
-        repeats=config.repeats if arguments.repeats is None else arguments.repeats,
-        vae=config.vae and not arguments.no_vae,
-        blocks_sampled=config.blocks_sampled if arguments.blocks_sampled is None else arguments.blocks_sampled,
-        speed=apply_speed_flags(config.speed, arguments),
-    )
+    arguments = parse()
+    config = load_config(BenchmarkConfig, arguments.config, arguments.settings, arguments.flags)
+    rows, lengths = arguments.rows, arguments.flags.get("lengths")
+    if arguments.quick:
+        config = replace(quick(config), repeats=arguments.flags.get("repeats", config.quick.repeats))
+    config = select(config, rows, lengths)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    size = wan_size(config.size)
+    check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     folder = arguments.output_folder or Path("output") / ("benchmark_quick" if arguments.quick else "benchmark")
     report = partial(write_report, folder=folder)
     run_benchmark(config, device, dtype, folder, arguments.again, report)

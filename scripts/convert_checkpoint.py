@@ -1,7 +1,8 @@
 """Convert transformer weights between formats, strictly.
 
     # Causal Forcing .pt → diffusers-style folder that HybridWanModel.from_pretrained loads
-    python scripts/convert_checkpoint.py causal_forcing.pt models/causal-forcing --config wan_models/Wan2.1-T2V-1.3B
+    python scripts/convert_checkpoint.py causal_forcing.pt models/causal-forcing \\
+        --model_folder wan_models/Wan2.1-T2V-1.3B
     # hybrid folder → ARL² .pt under the official names; adapters of the feed-forward folded into their linears
     python scripts/convert_checkpoint.py models/hybrid arl2.pt --merge_ffn_lora
 
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 
 from arl2.checkpoint import build_hybrid, save_generator
-from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
+from arl2.model import FFNLoRA, HybridWanModel
 from pipelines.cli import entry_point
+from pipelines.config import HybridConfig
+from pipelines.flags import Parser, as_path
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
@@ -27,20 +30,21 @@ log = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("source", type=Path, help="weights of any supported format")
-    add("target", type=Path, help=".pt, .safetensors or a folder that does not exist yet")
+    parser = Parser(__doc__, HybridConfig, aliases={"--config": "--model_folder"})
+    add, setting = parser.add_argument, parser.add_setting
+    add("source", type=as_path, help="weights of any supported format")
+    add("target", type=as_path, help=".pt, .safetensors or a folder that does not exist yet")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--config", type=Path, help="folder with the transformer's config.json, for a bare weight file")
+    about = "folder with the transformer's config.json, for a bare weight file"
+    sizes.add_argument("--model_folder", type=as_path, metavar="PATH", help=about)
     sizes.add_argument("--size", choices=WAN_SIZES, help="sizes of the transformer, for a bare weight file")
     add("--use_ema", action="store_true", help="take generator_ema of a file that has both")
-    add("--hybrid_layers", type=int, nargs="*", default=[], help="convert to hybrid in these layers, untrained")
-    add("--lora_rank", type=int)
-    add("--lora_alpha", type=float, default=DEFAULT_LORA_ALPHA, help="of adapters; weights do not store it")
-    add("--ffn_lora_all_layers", action="store_true")
+    setting("--hybrid_layers", "layers", "convert to hybrid in these layers, untrained")
+    setting("--lora_rank", "lora_rank", "rank of the adapters")
+    setting("--lora_alpha", "lora_alpha", "of adapters; weights do not store it")
+    setting("--ffn_lora_all_layers", "ffn_lora", "adapters on the feed-forward of every block", const=FFNLoRA.ALL)
     add("--merge_ffn_lora", action="store_true", help="fold feed-forward adapters into their linear layers")
-    add("--seed", type=int, default=0, help="of new parameters")
+    parser.add_seed("of new parameters")
     return parser.parse_args()
 
 
@@ -60,20 +64,15 @@ def main() -> int:
     if arguments.target.exists():
         raise InputError(f"{arguments.target} exists: choose another target or remove it")
     weights = read_transformer(arguments.source, arguments.use_ema)
-    if arguments.config is not None:
-        config = transformer_config(arguments.config)
+    if arguments.model_folder is not None:
+        config = transformer_config(arguments.model_folder)
     elif arguments.size is not None:
         config = dict(wan_size(arguments.size))
     elif weights.config:
         config = {}
     else:
-        raise InputError(f"{arguments.source} does not state the model's sizes: give --config or --size")
-    wanted = HybridSettings(
-        tuple(arguments.hybrid_layers),
-        arguments.lora_rank,
-        arguments.lora_alpha,
-        FFNLoRA.ALL if arguments.ffn_lora_all_layers else FFNLoRA.HYBRID,
-    )
+        raise InputError(f"{arguments.source} does not state the model's sizes: give --model_folder or --size")
+    wanted = HybridConfig(**arguments.flags).settings()
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
     if arguments.merge_ffn_lora:

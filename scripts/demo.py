@@ -6,7 +6,6 @@ Every prompt is made twice from the same noise: by the softmax model, which keep
 that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
-import argparse
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines.cli import entry_point
+from pipelines.flags import Parser
+from pipelines.generation.arguments import inference_parser, plan_run
+from pipelines.generation.run import generate, load_pipeline
+from pipelines.media.contact_sheet import contact_sheet
+from pipelines.media.video import read_video
 from wan.utils.files import atomic_path
 from wan.utils.locks import exclusive
 from wan.utils.signals import check_interrupted
@@ -26,21 +30,11 @@ MODELS = {"softmax": None, "hybrid_75": Path("models/toyworld/hybrid_75.safetens
 
 def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
     """The prompts' videos by one model, as inference.py makes them, made anew; empty if one failed."""
-    from pipelines.generation.arguments import inference_parser, plan_run
     from pipelines.generation.records import video_path
-    from pipelines.generation.run import generate, load_pipeline
 
     check_interrupted()
-    flags = [
-        "--config_path",
-        CONFIG,
-        "--output_folder",
-        OUTPUT_FOLDER / name,
-        "--data_path",
-        PROMPTS,
-        "--device",
-        "cpu",
-    ]
+    folder = OUTPUT_FOLDER / name
+    flags = ["--config", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
     flags += [] if checkpoint is None else ["--checkpoint_path", checkpoint]
     run = plan_run(inference_parser().parse_args(list(map(str, flags))))
     failed = generate(run, load_pipeline(run), anew=True)
@@ -50,9 +44,6 @@ def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
 def draw_sheet(videos: dict[str, dict[str, Path]], path: Path) -> None:
     """Draw a row of frames per prompt and model."""
     import torch
-
-    from pipelines.media.contact_sheet import contact_sheet
-    from pipelines.media.video import read_video
 
     rows = [
         (torch.from_numpy(read_video(videos[name][prompt])).permute(0, 3, 1, 2), f"{name}: {prompt}")
@@ -66,7 +57,7 @@ def draw_sheet(videos: dict[str, dict[str, Path]], path: Path) -> None:
 @entry_point()
 def main() -> int:
     """Do what inference.py does, with both models, and draw the sheet."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(__doc__).parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()

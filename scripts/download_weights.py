@@ -7,7 +7,6 @@ A connection that drops is taken up where it broke. A run that was stopped can b
 the one it was at begins anew.
 """
 
-import argparse
 import logging
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
 from pipelines.cli import entry_point
+from pipelines.flags import Parser, as_path
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
 
@@ -32,7 +32,7 @@ class Source:
 
     Attributes:
         repository: its name on the hub.
-        folder: where it goes, below --folder.
+        folder: where it goes, below --output_folder.
         patterns: the files that we need of it.
     """
 
@@ -121,15 +121,16 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
 @entry_point()
 def main() -> int:
     """Parse, fetch, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="+", default=DEFAULT)
-    parser.add_argument("--folder", type=Path, default=Path(), help="below which wan_models/ and checkpoints/ go")
+    parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
+    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="+", default=DEFAULT, help="which weights")
+    below = "below which wan_models/ and checkpoints/ go; by default here"
+    parser.add_argument("--output_folder", type=as_path, default=Path(), metavar="PATH", help=below)
     parser.add_argument("--endpoint", help="another hub, a mirror for instance (default: $HF_ENDPOINT)")
     arguments = parser.parse_args()
     for client in ("httpx", "httpx2"):  # by release of huggingface_hub; they log every request
         logging.getLogger(client).setLevel(logging.WARNING)
     for name in SOURCES if "all" in arguments.what else arguments.what:
-        target = fetch(SOURCES[name], arguments.folder, arguments.endpoint)
+        target = fetch(SOURCES[name], arguments.output_folder, arguments.endpoint)
         Console(soft_wrap=True, highlight=False).print(f"{SOURCES[name].repository} is in {target}", markup=False)
     return 0
 

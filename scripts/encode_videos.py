@@ -1,10 +1,10 @@
 """Make training data from real videos: latents of a given size and length, with text embeddings, in resumable shards.
 
     python scripts/encode_videos.py --config configs/causal_forcing_dmd_chunkwise.yaml \\
-        --videos clips.tsv --folder data/clips [height=480 width=832 num_output_frames=21 fps=16]
+        --data_path clips.tsv --output_folder data/clips [height=480 width=832 num_output_frames=21 fps=16]
     torchrun --nproc_per_node 8 scripts/encode_videos.py …         # every rank fills data/clips/rank-<n>
 
---videos is a file of lines path<TAB>prompt, or a folder of videos with captions in .txt of the same name. Of every
+--data_path is a file of lines path<TAB>prompt, or a folder of videos with captions in .txt of the same name. Of every
 video the first 4F - 3 frames are taken at the config's frame rate, their middle cropped to its aspect and resized.
 Videos that are too short or cannot be read are skipped with a warning.
 
@@ -24,11 +24,15 @@ from torch import Tensor
 
 from arl2.distillation.latent_writer import LatentWriter, SampleInfo, file_stamp
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, load_config
+from pipelines.config import HybridConfig, InferenceConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import Estimate, decoder_bytes, require_room
 from pipelines.file_names import shown
-from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import check_config
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
 from pipelines.provenance import text_encoder_fingerprint, vae_fingerprint
+from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -40,13 +44,16 @@ log = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="as for inference.py; the transformer is not needed")
-    parser.add_argument("--videos", type=Path, required=True, help="a list or a folder")
-    parser.add_argument("--folder", type=Path, required=True, help="where the shards go")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the config's")
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py; the transformer is not needed",
+        aliases={"--folder": "--output_folder", "--videos": "--data_path"},
+    )
+    parser.add_argument("--data_path", type=as_path, required=True, metavar="PATH", help="videos: a list or a folder")
+    parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
+    parser.add_device()
     return parser.parse_args()
 
 
@@ -56,11 +63,9 @@ def read_config(arguments: argparse.Namespace) -> InferenceConfig:
     Raises:
         InputError: a value that cannot work.
     """
-    config = load_config(InferenceConfig, arguments.config, arguments.settings)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     config.checkpoint_path, config.hybrid = None, HybridConfig()
     check_config(config, i2v=False)
-    if config.fps < 1:
-        raise InputError(f"fps {config.fps} is not positive: give frames a second")
     return config
 
 
@@ -138,10 +143,13 @@ def main() -> int:
     config = read_config(arguments)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    encoding = decoder_bytes(Path(config.model_folder), config.height, config.width, dtype)
+    pictures = f"encoding pictures of {config.height}×{config.width}"
+    require_room(Estimate({"tensors of one picture": encoding}), device, pictures, "lower height and width")
     rank, world_size = rank_and_world_size()
-    folder, part = own_folder(arguments.folder)
+    folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
-    videos = find_videos(arguments.videos)[rank::world_size]
+    videos = find_videos(arguments.data_path)[rank::world_size]
     model_folder = Path(config.model_folder)
     sizes = transformer_config(model_folder)
     text_len = {"text_len": sizes["text_len"]} if "text_len" in sizes else {}

@@ -1,7 +1,7 @@
 """Make training data: rollouts of the teacher as latents, with text embeddings, in resumable shards.
 
     python scripts/generate_latents.py --config configs/causal_forcing_dmd_chunkwise.yaml \\
-        --data_path prompts/test.txt --folder data/rollouts
+        --data_path prompts/test.txt --output_folder data/rollouts
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
 The VAE is not needed: nothing is decoded.
@@ -16,6 +16,7 @@ import argparse
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.progress import Progress
@@ -26,16 +27,20 @@ from arl2.distillation.latent_writer import LatentWriter, SampleInfo
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
-from pipelines.config import InferenceConfig, load_config
-from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
+from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import text_encoder_fingerprint
+from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
+from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
@@ -46,17 +51,24 @@ IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="as for inference.py; hybrid layers are ignored")
-    parser.add_argument("--data_path", type=Path, required=True, help="prompts: text, JSON lines or CSV")
-    parser.add_argument("--folder", type=Path, required=True, help="where the shards go")
-    parser.add_argument("--checkpoint_path", help="the teacher's weights")
-    parser.add_argument("--use_ema", action="store_true")
-    parser.add_argument("--videos_per_prompt", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py; hybrid layers are ignored",
+        aliases={"--folder": "--output_folder"},
+    )
+    parser.add_argument(
+        "--data_path", type=as_path, required=True, metavar="PATH", help="prompts: text, JSON lines or CSV"
+    )
+    parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
+    parser.add_setting("--checkpoint_path", "checkpoint_path", "the teacher's weights; by default the config's")
+    parser.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
+    repeats = "rollouts of each, from other noise"
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**6)], repeats, default=1)
+    parser.add_seed("of the noise")
     parser.add_argument("--prune", action="store_true", help="remove samples that this command line does not name")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_device()
     return parser.parse_args()
 
 
@@ -144,14 +156,14 @@ def generate_all(jobs: list[PromptJob], teacher: Teacher, writer: LatentWriter, 
 def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
-    config = load_config(InferenceConfig, arguments.config)
-    if arguments.checkpoint_path is not None:
-        config = replace(config, checkpoint_path=arguments.checkpoint_path)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config = replace(config, hybrid=HybridConfig())
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
+    check_device(replace(config, speed=SpeedConfig(cuda_graphs=False)), device, dtype, decodes=False)
     jobs = read_jobs(arguments)
-    folder, part = own_folder(arguments.folder)
+    folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
     settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
     settings |= {"source": "rollouts", "dtype": str(dtype)}

@@ -1,16 +1,17 @@
 """Write a model folder with random weights, of real or toy size: to measure speed and memory without the real ones.
 
-python scripts/make_random_model.py --size 1.3B --folder wan_models/random-1.3B          # 20 GB, as released
-python scripts/make_random_model.py --size toy --layout diffusers --folder models/random-toy
+python scripts/make_random_model.py --size 1.3B --output_folder wan_models/random-1.3B          # 20 GB, as released
+python scripts/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
 """
 
-import argparse
 import logging
 from pathlib import Path
 
 from arl2.model import HybridSettings
 from pipelines.cli import choose_device, entry_point
-from pipelines.generation.arguments import DTYPES
+from pipelines.config import HybridConfig
+from pipelines.dtypes import DTYPES
+from pipelines.flags import Parser, as_path
 from pipelines.generation.random_model import random_pipeline, save_native_folder
 from wan.config import WAN_SIZES
 from wan.text import TOY_TEXT, UMT5_XXL
@@ -31,15 +32,15 @@ def is_model(folder: Path) -> bool:
 @entry_point()
 def main() -> int:
     """Parse, draw, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, HybridConfig, aliases={"--folder": "--output_folder"})
     parser.add_argument("--size", choices=WAN_SIZES, required=True, help="toy brings a toy VAE and text encoder")
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--layout", choices=("native", "diffusers"), default="native")
-    parser.add_argument("--hybrid_layers", type=int, nargs="*", default=[], help="only in the diffusers layout")
+    parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the model goes")
+    parser.add_argument("--layout", choices=("native", "diffusers"), default="native", help="of the folder")
+    parser.add_setting("--hybrid_layers", "layers", "layers with hybrid attention; only in the diffusers layout")
     parser.add_argument("--text_encoder", choices=("real", "toy"), default="real", help="real is UMT5-XXL, 11 GB")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="where the weights are drawn")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_seed()
+    parser.add_argument("--device", help="where the weights are drawn; by default the GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
     arguments = parser.parse_args()
     toy = arguments.size == "toy"
     released = not (arguments.hybrid_layers or toy or arguments.text_encoder == "toy")
@@ -59,12 +60,12 @@ def main() -> int:
         device=choose_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
     )
-    with atomic_folder(arguments.folder) as temporary:
+    with atomic_folder(arguments.output_folder) as temporary:
         if arguments.layout == "native":
             save_native_folder(pipeline, temporary)
         else:
             pipeline.save_pretrained(temporary)
-    log.info("random %s model written to %s", arguments.size, arguments.folder)
+    log.info("random %s model written to %s", arguments.size, arguments.output_folder)
     return 0
 
 

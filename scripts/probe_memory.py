@@ -1,6 +1,6 @@
 """Measure on the toy world what a model remembers: JSON, and a table.
 
-    python scripts/probe_memory.py --config configs/toyworld/inference.yaml --videos 256 --seed 0 --json probe.json
+    python scripts/probe_memory.py --config configs/toyworld/inference.yaml --num_videos 256 --seed 0 --json probe.json
 
     python scripts/probe_memory.py --config … --also hybrid_75=models/toyworld/hybrid_75.safetensors --json probe.json
 
@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -31,14 +31,17 @@ from arl2.toyworld.probe.leakage import leakage_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
 from pipelines.cli import choose_device, entry_point
-from pipelines.config import InferenceConfig, load_config
+from pipelines.config import InferenceConfig
+from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from pipelines.records import reserved, without_infinities
+from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
 from wan.utils.files import write_json
+from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import WanVAE
 
 log = logging.getLogger(__name__)
@@ -131,7 +134,7 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
     rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
-    probe_set = make_probe_set(vae, encoder, arguments.videos, arguments.seed, arguments.hidden_frames)
+    probe_set = make_probe_set(vae, encoder, arguments.num_videos, arguments.seed, arguments.hidden_frames)
     models: dict[str, dict[str, Any]] = {}
     for name, setup in rows.items():
         models[name] = probe_model(setup, vae, probe_set)
@@ -141,29 +144,38 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
     return {
         "models": models,
         "leak": leakage_by_block(probe_set.latents_BFCHW, probe_set.scenes),
-        "settings": {"videos": arguments.videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
+        "settings": {"videos": arguments.num_videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
         "device": device_name(device),
         "torch": torch.__version__,
     }
 
 
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py",
+        aliases={"--videos": "--num_videos"},
+    )
+    parser.add_value("--num_videos", Annotated[int, Bounds(2, 10**5)], "how many of every form", default=256)
+    parser.add_value("--seed", SceneSeed, "of the scenes and the noise", default=0)
+    hidden = "frames behind the wall, at the least"
+    parser.add_value("--hidden_frames", Annotated[int, Bounds(1, 1000)], hidden, default=STANDARD_HIDDEN_FRAMES)
+    parser.add_argument("--multi_step", type=as_path, metavar="PATH", help="folder of the multi-step model")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
+    parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
+    parser.add_device(None)
+    return parser.parse_args()
+
+
 @entry_point()
 def main() -> int:
     """Parse, probe, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="as for inference.py")
-    parser.add_argument("--videos", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the noise")
-    parser.add_argument("--hidden_frames", type=int, default=STANDARD_HIDDEN_FRAMES, help="at the least")
-    parser.add_argument("--multi_step", type=Path, help="folder of the multi-step model")
-    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--device", help="cuda or cpu")
-    arguments = parser.parse_args()
-    if arguments.videos < 2:
-        raise InputError("--videos must be at least 2")
-    config = load_config(InferenceConfig, arguments.config)
+    arguments = parse()
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     device = choose_device(arguments.device)
     with reserved(arguments.json):
         result = probe(arguments, config, device)

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from arl2.checkpoint import build_hybrid, found_settings
+from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
     Selection,
@@ -38,13 +39,16 @@ from arl2.layer_selection.scores import (
     replacement_scores,
 )
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, SeededNoise, num_blocks
+from arl2.rollout import SeededNoise, num_blocks
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
-from pipelines.generation.arguments import DTYPES, check_config, choose_dtype
+from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.records import Records, open_records
+from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
@@ -53,12 +57,14 @@ from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
 from wan.utils.files import check_target
+from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
 IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
 """Settings that latents do not depend on here; weights count by their content."""
+METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
     'a time; give what each loses as --scores file.json: {"layer": score}, low is good; or take --method replacement'
@@ -67,22 +73,33 @@ VBENCH = (
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", type=Path, required=True, help="as for inference.py; its hybrid layers and memory are ignored")
-    add("--method", choices=("replacement", "stage1_error", "gates", "random", "vbench"), required=True)
-    add("--yaml", type=Path, required=True, help="where the sets go")
-    add("--checkpoint_path", help="replacement: a stage-1 export with all layers hybrid")
-    add("--data_path", type=Path, help="replacement: prompts, one a line")
-    add("--videos", type=int, default=12, help="replacement: how many; the first prompts, again with other noise")
-    add("--batch", type=int, default=1, help="replacement: videos at a time")
-    add("--json", type=Path, help="replacement: where the scores of every video go")
-    add("--scores", type=Path, help="stage1_error, gates: a run or one of its reports; vbench: a file")
-    add("--training", type=Path, help="gates: config of the training, see configs/gates.yaml")
+    parser = Parser(
+        __doc__,
+        InferenceConfig,
+        reads_config=True,
+        config_help="as for inference.py; its hybrid layers and memory are ignored",
+        aliases={"--videos": "--num_videos"},
+    )
+    add, group = parser.add_argument, parser.add_argument_group("replacement")
+    add("--method", choices=METHODS, required=True, help="how to score layers")
+    add("--yaml", type=as_path, required=True, metavar="PATH", help="where the sets go")
+    weights = "a stage-1 export with all layers hybrid"
+    parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
+    group.add_argument("--data_path", type=as_path, metavar="PATH", help="prompts, one a line")
+    videos = "how many; the first prompts, again with other noise"
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**6)], videos, group=group, default=12)
+    parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)
+    group.add_argument("--json", type=as_path, metavar="PATH", help="where the scores of every video go")
+    add(
+        "--scores",
+        type=as_path,
+        metavar="PATH",
+        help="stage1_error, gates: a run or one of its reports; vbench: a file",
+    )
+    add("--training", type=as_path, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
-    add("--seed", type=int, default=0, help="of noise, or of the random scores")
-    add("--device")
-    add("--dtype", choices=DTYPES)
+    parser.add_seed("of noise, or of the random scores")
+    parser.add_device()
     return parser.parse_args()
 
 
@@ -114,11 +131,9 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
     needed(arguments, "checkpoint_path")
     if config.memory.kind is MemoryKind.window:
         raise InputError("replacement compares models with full memory: set memory.kind to full")
-    if min(arguments.videos, arguments.batch) < 1:
-        raise InputError("--videos and --batch must be at least 1")
     requests = read_requests(needed(arguments, "data_path"))
-    times = -(-arguments.videos // len(requests))
-    return plan_jobs(repeat_requests(requests, times)[: arguments.videos], arguments.seed)
+    times = -(-arguments.num_videos // len(requests))
+    return plan_jobs(repeat_requests(requests, times)[: arguments.num_videos], arguments.seed)
 
 
 def load(
@@ -146,6 +161,8 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     jobs = plan(arguments, config)
+    plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
+    check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
     settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
     settings |= {"seed": arguments.seed, "dtype": str(dtype)}
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
@@ -170,7 +187,7 @@ def score_videos(
     records: Records,
 ) -> None:
     """Make videos batch by batch and note the scores of each, by layer."""
-    sampler = FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+    sampler = config.sampler()
     stride = spatial_stride(Path(config.model_folder))
     shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
@@ -207,9 +224,8 @@ def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dic
 def main() -> int:
     """Parse, check, score, write."""
     arguments = parse()
-    config = replace(load_config(InferenceConfig, arguments.config), hybrid=HybridConfig())
-    if arguments.checkpoint_path is not None:
-        config = replace(config, checkpoint_path=arguments.checkpoint_path)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config = replace(config, hybrid=HybridConfig())
     check_target(arguments.yaml)
     if arguments.method == "replacement":
         check_config(config, i2v=False)

@@ -6,10 +6,8 @@
 The folder holds pairs of .json and .safetensors, and manifests (.json alone). Exit status 1 if any case fails.
 """
 
-import argparse
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from rich.console import Console
 from arl2.evaluation.golden.run import verify_folder
 from arl2.evaluation.golden.vectors import CaseResult, Precision
 from pipelines.cli import choose_device, entry_point
-from pipelines.generation.arguments import DTYPES
+from pipelines.dtypes import DTYPES
+from pipelines.flags import Parser, as_path
 from pipelines.provenance import device_name
 from wan.ops.attention import require_backend
 from wan.utils.files import check_target, write_json
@@ -52,12 +51,12 @@ def row(result: CaseResult) -> dict[str, Any]:
 @entry_point()
 def main() -> int:
     """Parse, replay, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of golden files")
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=as_path, help="folder of golden files")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=VERIFY_DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=VERIFY_DTYPES, default="float32", help="of the weights (default float32)")
     parser.add_argument("--backend", default="auto", help="attention backend, see wan/ops/attention.py")
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--json", type=as_path, metavar="PATH", help="also write the results here")
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
     if arguments.json:

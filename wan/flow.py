@@ -8,11 +8,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from wan.utils.ranges import Bounds, check_ranges
+
 NUM_TRAIN_TIMESTEPS = 1000
+Shift = Annotated[float, Bounds(0.001, 1000)]
+"""How far noise levels are moved; beyond it float32 cannot tell the levels apart."""
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
@@ -57,7 +62,10 @@ class FlowSchedule:
         shift: s of `shift_sigma`; 5 for the few-step models.
     """
 
-    shift: float
+    shift: Shift
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @cached_property
     def sigmas(self) -> Tensor:

@@ -29,6 +29,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every parameter, beside the number of its steps."""
 _NAME = re.compile(r"step-(\d{8,})")
 Fingerprint = dict[str, Any]
+FORMER_NAMES = {"path": "forward_mode", "read_clean": "loss_on_clean_pass"}
+FORMER_VALUES = {("forward_mode", "loop"): "sequential", ("context", "student"): "self_rollout"}
+"""What settings were called in runs of earlier versions."""
 
 
 @dataclass
@@ -167,7 +170,7 @@ def stored_fingerprint(folder: Path) -> Fingerprint | None:
 
 def _require_same(checkpoint: Path, before: Fingerprint, now: Fingerprint) -> None:
     cure = "put them back, or choose another run_folder"
-    require_same_settings(before, now, f"{checkpoint} was trained", cure)
+    require_same_settings(current_names(before), now, f"{checkpoint} was trained", cure)
 
 
 def _read_page(checkpoint: Path) -> tuple[Progress, Fingerprint]:
@@ -191,6 +194,15 @@ def _read_page(checkpoint: Path) -> tuple[Progress, Fingerprint]:
     if progress.step != _step_of(checkpoint):
         raise damaged(checkpoint, STATE, f"step is {progress.step}")
     return progress, page["fingerprint"]
+
+
+def current_names(fingerprint: Mapping[str, Any]) -> Fingerprint:
+    """A fingerprint of an earlier version under the names and values of today."""
+    renamed = {FORMER_NAMES.get(name, name): value for name, value in fingerprint.items()}
+    return {
+        name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in renamed.items()
+    }
 
 
 def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint) -> None:

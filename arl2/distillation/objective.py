@@ -12,16 +12,22 @@ from torch import Tensor, nn
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.model import HybridWanModel
 from wan.utils.errors import InputError
+from wan.utils.ranges import Count, check_ranges
 
 LayerReports = dict[str, dict[int, float]]
 """Name of a measurement to its value in every hybrid layer."""
 
 
-class Path(StrEnum):
+class ForwardMode(StrEnum):
     """How the blocks of a video are computed: one after the other over a memory, or all in one forward."""
 
-    LOOP = "loop"
+    SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "ForwardMode | None":
+        """The member that a former value stands for."""
+        return cls.SEQUENTIAL if value == "loop" else None
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,20 @@ class ObjectiveSettings:
     Attributes:
         frames_per_block: latent frames of a block.
         blocks_per_graph: blocks through which gradients go back; None for the whole video.
-        path: the loop is the specification and takes everything; in parallel the same takes half the time or less, by
-            fewer and larger kernels.
+        forward_mode: sequential is the specification and takes everything; in parallel the same takes half the time or
+            less, by fewer and larger kernels.
     """
 
-    frames_per_block: int
-    blocks_per_graph: int | None = None
-    path: Path = Path.LOOP
+    frames_per_block: Count
+    blocks_per_graph: Count | None = None
+    forward_mode: ForwardMode = ForwardMode.SEQUENTIAL
 
     def __post_init__(self) -> None:
-        if self.blocks_per_graph is not None and self.blocks_per_graph < 1:
-            raise InputError(f"blocks_per_graph {self.blocks_per_graph} is not positive: give blocks, or null for all")
-        if self.path is Path.PARALLEL and self.blocks_per_graph is not None:
-            raise InputError("path parallel has one graph for all blocks: drop blocks_per_graph, or take path loop")
+        check_ranges(self)
+        if self.forward_mode is ForwardMode.PARALLEL and self.blocks_per_graph is not None:
+            raise InputError(
+                "forward_mode parallel has one graph for all blocks: drop blocks_per_graph, or take sequential"
+            )
 
     def starts_graph(self, block: int) -> bool:
         """Whether the memory is to be detached before this block is remembered.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from arl2.distillation.data import Samples
 from arl2.rollout import FewStepSampler, num_blocks
 from wan.flow import shift_sigma
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds
 
 
 class LevelSource(StrEnum):
@@ -37,16 +39,14 @@ class NoiseLevels:
     """
 
     source: LevelSource = LevelSource.LIST
-    per_block: int = 1
+    per_block: Annotated[int, Bounds(1, 1000)] = 1
 
     def check(self, steps: int) -> None:
         """Make sure that there are as many levels.
 
         Raises:
-            InputError: none, or more than the generator has `steps`.
+            InputError: more than the generator has `steps`.
         """
-        if self.per_block < 1:
-            raise InputError(f"levels.per_block {self.per_block} is not positive")
         if self.source is LevelSource.LIST and self.per_block > steps:
             raise InputError(
                 f"levels.per_block {self.per_block} is more than the generator's {steps} steps: "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
 from arl2.distillation.diagnostics import measured
 from arl2.distillation.losses import mean_squared_errors, mean_squares
-from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
+from arl2.distillation.objective import ForwardMode, LayerReports, Objective, ObjectiveSettings, frozen_teacher
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
 from arl2.rollout import num_blocks, predict_flow, remember_block
@@ -129,7 +129,7 @@ class Stage1(Objective):
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         """The error of every layer in every graph; their sum is the mean over layers and passes."""
-        parallel = self.settings.path is Path.PARALLEL
+        parallel = self.settings.forward_mode is ForwardMode.PARALLEL
         yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
 
     def metrics(self) -> dict[str, float]:

@@ -9,26 +9,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
 from arl2.distillation.diagnostics import measured
-from arl2.distillation.objective import LayerReports, Objective, ObjectiveSettings, Path, frozen_teacher
+from arl2.distillation.objective import ForwardMode, LayerReports, Objective, ObjectiveSettings, frozen_teacher
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
 from wan.memory import Memory, check_window
 from wan.model import TextKV
 from wan.teacher_forcing import teacher_forced_flow
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, Count
 
 
 class Context(StrEnum):
-    """Which latents are remembered."""
+    """Which latents are remembered: those of the data, or those that the student makes."""
 
     DATA = "data"
-    STUDENT = "student"
+    SELF_ROLLOUT = "self_rollout"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Context | None":
+        """The member that a former value stands for."""
+        return cls.SELF_ROLLOUT if value == "student" else None
 
 
 class Target(StrEnum):
@@ -53,8 +60,8 @@ class Stage2Settings(ObjectiveSettings):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
-    window_frames: int | None = None
-    sink_frames: int = 0
+    window_frames: Count | None = None
+    sink_frames: Annotated[int, Bounds(0)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,8 +99,8 @@ class Stage2(Objective):
         self._sampler = sampler
         self._error: list[Tensor] = []
         self._power: list[Tensor] = []
-        if settings.context is Context.STUDENT and sampler is None:
-            raise InputError("context student needs the steps of the student's sampler")
+        if settings.context is Context.SELF_ROLLOUT and sampler is None:
+            raise InputError("context self_rollout needs the steps of the student's sampler")
         if settings.checkpointing:
             model.enable_gradient_checkpointing()
 
@@ -103,7 +110,7 @@ class Stage2(Objective):
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         """The squared difference of student and teacher in every graph; their sum is the mean over comparisons."""
-        parallel = self.settings.path is Path.PARALLEL
+        parallel = self.settings.forward_mode is ForwardMode.PARALLEL
         yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
 
     def metrics(self) -> dict[str, float]:
@@ -128,7 +135,7 @@ class Stage2(Objective):
         errors: list[Tensor] = []
         share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
-            if settings.context is Context.STUDENT:
+            if settings.context is Context.SELF_ROLLOUT:
                 block = block._replace(clean=self._own_block(block, noise, text, memory))
             errors += self._comparisons(block, noise, text, memory, teacher_memory)
             if block.last:
@@ -176,7 +183,7 @@ class Stage2(Objective):
 
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._power = [], []
-        if self.settings.context is Context.STUDENT:
+        if self.settings.context is Context.SELF_ROLLOUT:
             batch = replace(batch, latents_BFCHW=self._own_video(batch, noise))
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)

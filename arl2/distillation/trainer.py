@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -43,10 +43,16 @@ from wan.checkpoints.loading import fingerprint_of
 from wan.utils.errors import InputError, Interrupted
 from wan.utils.files import write_json, writing
 from wan.utils.json_lines import JsonLinesWriter
+from wan.utils.ranges import Bounds, Choices, Count, Fraction, Positive
 from wan.utils.ranks import OtherRankError, num_ranks, raise_together
 from wan.utils.signals import check_interrupted, on_signals
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
+DECAYS = ("constant", "cosine")
+Momentum = Annotated[float, Bounds(0, 1, below=True)]
+"""How much of a running mean a step keeps."""
+BatchSize = Annotated[int, Bounds(1, 10**6)]
+"""Videos at a time, or batches of a step."""
 
 
 class TrainingError(InputError):
@@ -84,23 +90,12 @@ class OptimizerSettings:
         max_grad_norm: longer gradients are shortened to it.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    decay: str = "cosine"
-    max_grad_norm: float = 1.0
-
-    def check(self) -> None:
-        """Make sure that it can work.
-
-        Raises:
-            InputError: it cannot.
-        """
-        if self.decay not in ("constant", "cosine"):
-            raise InputError(f"optimizer.decay {self.decay!r} is unknown: give constant or cosine")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
-            raise InputError(f"optimizer.lr {self.lr} and optimizer.max_grad_norm {self.max_grad_norm} must be > 0")
+    lr: Annotated[float, Bounds(0, 100, above=True)] = 1e-3
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
+    weight_decay: Annotated[float, Bounds(0, 100)] = 0.0
+    warmup_steps: Annotated[int, Bounds(0)] = 100
+    decay: Annotated[str, Choices(DECAYS)] = "cosine"
+    max_grad_norm: Positive = 1.0
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0, in a run of `steps`."""
@@ -126,15 +121,15 @@ class TrainerSettings:
         max_bad_steps: so many steps in a row may be skipped.
     """
 
-    steps: int
-    batch: int = 1
-    accumulation: int = 1
+    steps: Count
+    batch: BatchSize = 1
+    accumulation: BatchSize = 1
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    ema_decay: float | None = None
-    save_every: int = 100
-    keep: int = 2
-    report_every: int = 100
-    max_bad_steps: int = 10
+    ema_decay: Fraction | None = None
+    save_every: Count = 100
+    keep: Count = 2
+    report_every: Count = 100
+    max_bad_steps: Count = 10
 
 
 class Trainer:

@@ -9,7 +9,7 @@ it will be used; its gradient is that of a soft one (straight-through, binary co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,14 @@ from wan.model import SelfAttention
 from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds
 
 HYBRID_SHARE = "hybrid_share"
 """Name of the p_l in reports."""
+Budget = Annotated[float, Bounds(0.001, 0.999)]
+BudgetWeight = Annotated[float, Bounds(0, 10**6)]
+Temperature = Annotated[float, Bounds(0.001, 1000)]
+"""Ranges of the settings; outside them logits and soft switches overflow."""
 
 
 class MixedView(NamedTuple):
@@ -121,14 +126,12 @@ class GateSettings(Stage2Settings):
         temperature: of the soft switch whose gradient is taken.
     """
 
-    budget: float = 0.5
-    budget_weight: float = 10.0
-    temperature: float = 1.0
+    budget: Budget = 0.5
+    budget_weight: BudgetWeight = 10.0
+    temperature: Temperature = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.budget < 1:
-            raise InputError(f"layer gates for a budget of {self.budget}: give a share of the layers between 0 and 1")
         if self.blocks_per_graph is not None:
             raise InputError("layer gates have one graph for all blocks: drop blocks_per_graph")
         if self.context is not Context.DATA:

@@ -2,24 +2,40 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from arl2.rollout import num_blocks
-from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig, check_size
+from pipelines.config import (
+    Frames,
+    FramesPerSecond,
+    MemoryConfig,
+    MemoryKind,
+    Pixels,
+    Rank,
+    SamplingConfig,
+    SpeedConfig,
+    check_size,
+)
 from pipelines.generation.pipeline import CausalVideoPipeline
-from wan.config import wan_size
+from wan.config import WAN_SIZES, wan_size
 from wan.memory import MemorySpec
 from wan.ops.attention import require_backend
 from wan.text import TOY_TEXT, UMT5_XXL
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, Choices, Formerly, Length, Seed, Unique, check_ranges
 from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 
 BLOCKS_PER_SAMPLE = 4
 """Blocks measured at every sampled place."""
+Name = Annotated[str, Length(1, 100)]
+PixelFrames = Annotated[int, Bounds(1, 4 * 10**6)]
+Lengths = Annotated[list[PixelFrames], Unique()]
+Repeats = Annotated[int, Bounds(1, 1000)]
+"""Ranges of what is measured: names of rows, pixel frames of videos, runs of a case."""
 
 
 @dataclass
@@ -52,8 +68,8 @@ class SpeedOptions(SpeedConfig):
 class RowConfig:
     """One model: how many of its first layers are hybrid, and what its softmax layers remember."""
 
-    name: str
-    hybrid_layers: int = 0
+    name: Name
+    num_hybrid_layers: Annotated[int, Bounds(0, 10**5), Formerly("hybrid_layers")] = 0
     memory: MemoryKind = MemoryKind.full
 
 
@@ -61,9 +77,9 @@ class RowConfig:
 class QuickConfig:
     """What --quick measures."""
 
-    rows: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    repeats: int = 1
+    rows: Annotated[list[Name], Unique()] = field(default_factory=list)
+    lengths: Lengths = field(default_factory=list)
+    repeats: Repeats = 1
 
 
 @dataclass
@@ -77,14 +93,13 @@ class PublishedFigure:
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(SamplingConfig):
     """Everything that a benchmark measures.
 
-    Attributes:
+    Attributes, beside those of `pipelines.config.SamplingConfig`:
         size: of the transformer, see `wan.config.WAN_SIZES`; "toy" brings a toy VAE.
         height, width: pixels.
         fps: of the video files.
-        frames_per_block, denoising_steps: as in `pipelines.config.InferenceConfig`.
         window_frames, sink_frames: of softmax layers with a window.
         lora_rank: of the adapters of hybrid layers and their feed-forwards; null for none.
         rows, lengths: models, and pixel frames of the videos.
@@ -99,22 +114,20 @@ class BenchmarkConfig:
         published: figures of others.
     """
 
-    size: str = "1.3B"
-    height: int = 480
-    width: int = 832
-    fps: int = 16
-    frames_per_block: int = 3
-    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    window_frames: int = 9
-    sink_frames: int = 3
-    lora_rank: int | None = None
+    size: Annotated[str, Choices(tuple(WAN_SIZES))] = "1.3B"
+    height: Pixels = 480
+    width: Pixels = 832
+    fps: FramesPerSecond = 16
+    window_frames: Frames = 9
+    sink_frames: Annotated[int, Bounds(0, 10**6)] = 3
+    lora_rank: Rank | None = None
     rows: list[RowConfig] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    repeats: int = 3
-    warmup_blocks: int = 4
+    lengths: Lengths = field(default_factory=list)
+    repeats: Repeats = 3
+    warmup_blocks: Annotated[int, Bounds(1, 1000)] = 4
     vae: bool = True
-    blocks_sampled: int | None = None
-    seed: int = 0
+    blocks_sampled: Annotated[int, Bounds(2, 10**5)] | None = None
+    seed: Seed = 0
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     quick: QuickConfig = field(default_factory=QuickConfig)
     published: list[PublishedFigure] = field(default_factory=list)
@@ -209,14 +222,7 @@ def plan_cases(config: BenchmarkConfig) -> list[Case]:
     Raises:
         InputError: sizes, lengths, or memories that cannot work.
     """
-    least = (
-        ("repeats", config.repeats, 1),
-        ("warmup_blocks", config.warmup_blocks, 1),
-        ("blocks_sampled", config.blocks_sampled, 2),
-    )
-    for name, value, bound in least:
-        if value is not None and value < bound:
-            raise InputError(f"{name} {value} must be at least {bound}")
+    check_ranges(config)
     if not config.rows or not config.lengths:
         raise InputError("nothing to measure: the config needs rows and lengths")
     if len({row.name for row in config.rows}) < len(config.rows):
@@ -224,14 +230,16 @@ def plan_cases(config: BenchmarkConfig) -> list[Case]:
     cases = []
     for row in config.rows:
         layers = wan_size(config.size)["num_layers"]
-        if not 0 <= row.hybrid_layers <= layers:
-            raise InputError(f"row {row.name}: {row.hybrid_layers} hybrid layers, but the model has {layers}")
+        if row.num_hybrid_layers > layers:
+            raise InputError(f"row {row.name}: {row.num_hybrid_layers} hybrid layers, but the model has {layers}")
         memory = MemoryConfig(row.memory, config.window_frames, config.sink_frames)
         memory.check(config.frames_per_block)
         for frames in config.lengths:
             _check_sampling(config, frames)
             vae = config.vae and config.blocks_sampled is None
-            cases.append(Case(row.name, row.hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed))
+            cases.append(
+                Case(row.name, row.num_hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed)
+            )
     model = empty_model(config, cases[0])
     check_size(config.height, config.width, config.height // config.latent_size[0], model.patch_size)
     return cases

@@ -123,6 +123,8 @@ def build_stage(config: BenchmarkConfig, case: Case, device: torch.device, dtype
         dtype=dtype,
         frames_per_block=config.frames_per_block,
         denoising_steps=config.denoising_steps,
+        warp_denoising_steps=config.warp_denoising_steps,
+        timestep_shift=config.timestep_shift,
     )
     keep_gates_in_float32(pipeline.transformer, dtype)
     case.speed.apply(pipeline)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset
 from arl2.distillation.latent_writer import LatentWriter
-from arl2.distillation.objective import LayerReports, Objective
-from arl2.distillation.objective import Path as BlocksPath
+from arl2.distillation.objective import ForwardMode, LayerReports, Objective
 from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
@@ -33,13 +32,15 @@ from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
 from pipelines.benchmark.measure import release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
+from pipelines.config import Frames, Pixels, Rank
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
 from pipelines.records import open_records
 from pipelines.training.run import enable_grad, precision_of
-from wan.config import wan_size
+from wan.config import WAN_SIZES, wan_size
 from wan.memory import Memory
 from wan.utils.errors import InputError, out_of_memory
+from wan.utils.ranges import Bounds, Choices, Count, Seed, check_ranges
 from wan.utils.settings import require_same_settings
 from wan.vae.wan_vae import WAN21_VAE
 
@@ -62,14 +63,14 @@ class TrainingRow:
     Attributes:
         name: of the row.
         stage: 1 or 2.
-        checkpointing, blocks_per_graph, path, compile: as in the stage's config.
+        checkpointing, blocks_per_graph, forward_mode, compile: as in the stage's config.
     """
 
     name: str
     stage: int
     checkpointing: bool = False
     blocks_per_graph: int | None = None
-    path: BlocksPath = BlocksPath.PARALLEL
+    forward_mode: ForwardMode = ForwardMode.PARALLEL
     compile: bool = False
 
 
@@ -78,10 +79,10 @@ ROWS = (
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
     TrainingRow("stage1-compiled", 1, compile=True),
     TrainingRow("stage2-checkpointed-compiled", 2, checkpointing=True, compile=True),
-    TrainingRow("stage1-loop", 1, path=BlocksPath.LOOP),
-    TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, path=BlocksPath.LOOP),
-    TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, path=BlocksPath.LOOP),
-    TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, path=BlocksPath.LOOP),
+    TrainingRow("stage1-loop", 1, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2", 2),
 )
 """The most important first, and last the one for which memory may not be enough."""
@@ -95,22 +96,22 @@ class TrainingBenchmark:
         size: of the transformer, see `wan.config.WAN_SIZES`.
         height, width: pixels.
         frames, frames_per_block: latent frames.
-        hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
+        num_hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
         lora_rank: of stage 2.
         steps, warmup_steps: measured, and run before them.
         seed: of weights, data and noise.
     """
 
-    size: str = "1.3B"
-    height: int = 480
-    width: int = 832
-    frames: int = 21
-    frames_per_block: int = 3
-    hybrid_layers: int = 22
-    lora_rank: int = 16
-    steps: int = 3
-    warmup_steps: int = 1
-    seed: int = 0
+    size: Annotated[str, Choices(tuple(WAN_SIZES))] = "1.3B"
+    height: Pixels = 480
+    width: Pixels = 832
+    frames: Frames = 21
+    frames_per_block: Count = 3
+    num_hybrid_layers: Count = 22
+    lora_rank: Rank = 16
+    steps: Annotated[int, Bounds(1, 10**4)] = 3
+    warmup_steps: Annotated[int, Bounds(1, 10**4)] = 1
+    seed: Seed = 0
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -124,9 +125,9 @@ class TrainingBenchmark:
         return HybridSettings(tuple(range(layers))) if stage == 1 else self._stage2(layers)
 
     def _stage2(self, layers: int) -> HybridSettings:
-        if not 0 < self.hybrid_layers <= layers:
-            raise InputError(f"{self.hybrid_layers} hybrid layers, but the model has {layers}: give 1 to {layers}")
-        return HybridSettings(tuple(range(self.hybrid_layers)), self.lora_rank)
+        if self.num_hybrid_layers > layers:
+            raise InputError(f"{self.num_hybrid_layers} hybrid layers, but the model has {layers}: give 1 to {layers}")
+        return HybridSettings(tuple(range(self.num_hybrid_layers)), self.lora_rank)
 
     def check(self) -> None:
         """Make sure that it can be measured.
@@ -134,10 +135,9 @@ class TrainingBenchmark:
         Raises:
             InputError: it cannot.
         """
+        check_ranges(self)
         num_blocks(self.frames, self.frames_per_block)
         self.hybrid(2)
-        if min(self.steps, self.warmup_steps) < 1:
-            raise InputError("steps and warmup_steps must be at least 1: the first step allocates and tunes")
 
 
 class Allocator:
@@ -393,8 +393,10 @@ def _train(
 
 def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
     if row.stage == 1:
-        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.path))
-    settings = Stage2Settings(config.frames_per_block, row.blocks_per_graph, row.path, checkpointing=row.checkpointing)
+        return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode))
+    settings = Stage2Settings(
+        config.frames_per_block, row.blocks_per_graph, row.forward_mode, checkpointing=row.checkpointing
+    )
     return Stage2(model, settings)
 
 

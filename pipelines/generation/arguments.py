@@ -3,89 +3,90 @@
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from arl2.model import FFNLoRA, check_layers
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import num_blocks
 from pipelines.cli import choose_device
-from pipelines.config import InferenceConfig, MemoryKind, SpeedConfig, check_size, load_config
+from pipelines.config import InferenceConfig, MemoryKind, check_size
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
+from pipelines.flags import Parser, as_path
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts import PromptJob
+from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
+from wan.utils.ranges import check_ranges
 from wan.vae.wan_vae import spatial_stride
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-Speed = TypeVar("Speed", bound=SpeedConfig)
 
-
-def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type called `name`, one of `DTYPES`; by default bfloat16 on a GPU and float32 elsewhere."""
-    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
-
-
-def inference_parser() -> argparse.ArgumentParser:
-    """The flags of inference.py; those that the config also has override it."""
-    parser = argparse.ArgumentParser(
-        description="Generate videos from prompts with a causal Wan model, hybrid or softmax."
+def inference_parser() -> Parser:
+    """The flags of inference.py; those that the config also has go before it."""
+    parser = Parser(
+        "Generate videos from prompts with a causal Wan model, hybrid or softmax.",
+        InferenceConfig,
+        reads_config=True,
     )
-    add = parser.add_argument
-    add("--config_path", type=Path, required=True, help="YAML file, see configs/")
-    add("--output_folder", type=Path, required=True, help="where videos go; finished ones are skipped")
-    add("--checkpoint_path", type=Path, help="transformer weights (.pt, .safetensors or a folder)")
+    add, setting, group = parser.add_argument, parser.add_setting, parser.add_argument_group
+    add(
+        "--output_folder",
+        type=as_path,
+        required=True,
+        metavar="PATH",
+        help="where videos go; finished ones are skipped",
+    )
+    add("--metrics_dir", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_path", type=Path, help="prompts: text, JSON lines or CSV; with --i2v also images")
+    source.add_argument(
+        "--data_path", type=as_path, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
+    )
     source.add_argument("--prompt", help="one prompt instead of a file")
-    add("--image", type=Path, help="with --i2v and --prompt: the first frame")
-    add("--hybrid_layers", type=int, nargs="*", help="layers with hybrid attention; by default those of the checkpoint")
-    add("--lora_rank", type=int, help="rank of the adapters")
-    add("--lora_alpha", type=float, help="scale of the adapters times their rank")
-    add("--ffn_lora_all_layers", action="store_true", help="adapters on the feed-forward of every block")
-    add("--num_output_frames", type=int, help="latent frames, the given one included; F make 4F - 3 frames")
-    add("--seed", type=int, default=0)
-    add("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
+    add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
     add("--i2v", action="store_true", help="start from an image (frame-wise models)")
-    add("--memory", choices=[kind.value for kind in MemoryKind], help="memory of the softmax layers")
-    add("--metrics_dir", type=Path, help="where the measurements of each video go; by default the output folder")
-    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
-    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    parser.add_seed()
+    video = group("video")
+    frames = "latent frames, the given one included; F make 4F - 3 frames"
+    setting("--num_output_frames", "num_output_frames", frames, group=video)
+    model = group("model")
+    weights = "transformer weights (.pt, .safetensors or a folder); by default the config's"
+    setting("--checkpoint_path", "checkpoint_path", weights, group=model)
+    model.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
+    layers = "layers with hybrid attention; by default those of the checkpoint"
+    setting("--hybrid_layers", "hybrid.layers", layers, group=model)
+    setting("--lora_rank", "hybrid.lora_rank", "rank of the adapters", group=model)
+    setting("--lora_alpha", "hybrid.lora_alpha", "scale of the adapters times their rank", group=model)
+    everywhere = "adapters on the feed-forward of every block"
+    setting("--ffn_lora_all_layers", "hybrid.ffn_lora", everywhere, group=model, const=FFNLoRA.ALL)
+    memory = group("memory of the softmax layers")
+    setting("--memory", "memory.kind", "everything, or a sink and a sliding window", group=memory)
+    seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
+    setting("--window_frames", "memory.window_frames", seen, group=memory)
+    setting(
+        "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
+    )
     add_speed_flags(parser)
+    parser.add_device()
     return parser
 
 
-def add_speed_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that override a `SpeedConfig`."""
-    add = parser.add_argument
-    switch = argparse.BooleanOptionalAction
-    add("--compile", action=switch, help="compile the transformer's blocks; on a GPU by default")
-    add("--cuda-graphs", action=switch, help="record passes as CUDA graphs; on a GPU by default")
-    add("--fast-vae", action=switch, help="decode with the fast form of the VAE; by default")
-    add(
-        "--overlap-decoding",
-        action=switch,
-        help="decode beside the next block's denoising; for inference on a GPU by default",
-    )
-    add("--fp8", action="store_true", help="linear layers in FP8: faster, less exact; Ada or Hopper GPUs")
-    add("--tiny-vae", help="decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact")
-    add("--kernels", action=switch, help="our Triton kernels between products; on a GPU in half precision by default")
-
-
-def apply_speed_flags(speed: Speed, arguments: argparse.Namespace) -> Speed:
-    """The settings with the flags that were given in the place of their own values."""
-    return replace(
-        speed,
-        compile=speed.compile if arguments.compile is None else arguments.compile,
-        cuda_graphs=speed.cuda_graphs if arguments.cuda_graphs is None else arguments.cuda_graphs,
-        fast_vae=speed.fast_vae if arguments.fast_vae is None else arguments.fast_vae,
-        overlap_decoding=speed.overlap_decoding if arguments.overlap_decoding is None else arguments.overlap_decoding,
-        fp8=speed.fp8 or arguments.fp8,
-        kernels=speed.kernels if arguments.kernels is None else arguments.kernels,
-        tiny_vae=speed.tiny_vae if arguments.tiny_vae is None else arguments.tiny_vae,
-    )
+def add_speed_flags(parser: Parser) -> None:
+    """Add the flags that set the fields of a config's `speed`."""
+    group = parser.add_argument_group("speed")
+    on_gpu = "by default on a GPU"
+    for flag, about in {
+        "--compile": f"compile the transformer's blocks; {on_gpu}",
+        "--cuda_graphs": f"record passes as CUDA graphs; {on_gpu}",
+        "--fast_vae": "decode with the fast form of the VAE",
+        "--overlap_decoding": f"decode beside the next block's denoising; for inference {on_gpu}",
+        "--fp8": "linear layers in FP8: faster, less exact; Ada or Hopper GPUs",
+        "--tiny_vae": "decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact",
+        "--kernels": f"our Triton kernels between products; {on_gpu}, in half precision",
+    }.items():
+        parser.add_setting(flag, f"speed.{flag[2:]}", about, group=group)
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,16 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     Raises:
         InputError: the cause and the cure in one line.
     """
-    config = apply_flags(load_config(InferenceConfig, arguments.config_path), arguments)
+    config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    if config.memory.kind is MemoryKind.full:
+        for name in ("window_frames", "sink_frames"):
+            if f"memory.{name}" in arguments.flags:
+                raise InputError(f"--{name} needs a window, the memory is full: give --memory window too")
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
     check_config(config, arguments.i2v)
+    check_device(config, device, dtype)
     jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
@@ -139,28 +145,6 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     )
 
 
-def apply_flags(config: InferenceConfig, arguments: argparse.Namespace) -> InferenceConfig:
-    """The config with the flags that were given in the place of its own values."""
-    flags = {
-        "layers": arguments.hybrid_layers,
-        "lora_rank": arguments.lora_rank,
-        "lora_alpha": arguments.lora_alpha,
-        "ffn_lora": FFNLoRA.ALL if arguments.ffn_lora_all_layers else None,
-    }
-    hybrid = replace(config.hybrid, **{key: value for key, value in flags.items() if value is not None})
-    memory = replace(config.memory, kind=MemoryKind(arguments.memory)) if arguments.memory else config.memory
-    frames = config.num_output_frames if arguments.num_output_frames is None else arguments.num_output_frames
-    checkpoint = config.checkpoint_path if arguments.checkpoint_path is None else str(arguments.checkpoint_path)
-    return replace(
-        config,
-        hybrid=hybrid,
-        memory=memory,
-        num_output_frames=frames,
-        checkpoint_path=checkpoint,
-        speed=apply_speed_flags(config.speed, arguments),
-    )
-
-
 def check_config(config: InferenceConfig, i2v: bool) -> None:
     """Check settings against each other and against the model's sizes.
 
@@ -172,11 +156,10 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
             f"--i2v needs a frame-wise model, this config is chunk-wise ({config.frames_per_block} frames a block): "
             "use configs/causal_forcing_dmd_framewise.yaml with a frame-wise checkpoint"
         )
-    if config.frames_per_block < 1:
-        raise InputError(f"frames_per_block {config.frames_per_block} is not positive")
+    check_ranges(config)
     num_blocks(config.num_output_frames - (1 if i2v else 0), config.frames_per_block)
     config.memory.check(config.frames_per_block)
-    FewStepSampler.from_steps(config.denoising_steps, config.timestep_shift, config.warp_denoising_steps)
+    config.sampler()
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
@@ -184,7 +167,31 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     if tiny is not None and not Path(tiny).is_file():
         raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny-vae")
     folder = Path(config.model_folder)
-    sizes = transformer_config(folder)
-    check_layers(config.hybrid.layers, sizes["num_layers"])
-    check_size(config.height, config.width, spatial_stride(folder), sizes["patch_size"])
+    sizes = TransformerSizes.of(transformer_config(folder), folder)
+    check_layers(config.hybrid.layers, sizes.num_layers)
+    check_size(config.height, config.width, spatial_stride(folder), sizes.patch_size)
     config.hybrid.settings()
+
+
+def check_device(
+    config: InferenceConfig, device: torch.device, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+) -> None:
+    """Make sure that a device can do what a config asks for, and has room for it.
+
+    Args:
+        batch: videos at a time.
+        decodes: whether they are decoded.
+
+    Raises:
+        InputError: it cannot, or has not.
+    """
+    folder = Path(config.model_folder)
+    sizes = TransformerSizes.of(transformer_config(folder), folder)
+    check_speed(config.speed, device, dtype, sizes.dim, sizes.ffn_dim)
+    estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
+    videos = f"{batch} videos of " if batch > 1 else ""
+    what = (
+        f"{videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
+        f"{config.memory.kind.value} memory"
+    )
+    require_room(estimate, device, what, "lower num_output_frames, height, width or lora_rank, or give --memory window")

@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
-from arl2.inference.fused_ops import require_kernels
-from arl2.inference.linear import require_fp8
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
-from pipelines.config import MemoryConfig, SpeedConfig, check_size
+from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
+from pipelines.feasibility import check_speed
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
@@ -35,12 +34,13 @@ from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.device import wide_range_dtype
 from wan.utils.errors import InputError
+from wan.utils.ranges import declarations, typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
 
-SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", "timestep_shift", "context_noise")
+SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -126,14 +126,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         context_noise: float = 0.0,
     ) -> None:
         super().__init__()
+        sampling = {
+            "frames_per_block": frames_per_block,
+            "denoising_steps": list(denoising_steps),
+            "warp_denoising_steps": warp_denoising_steps,
+            "timestep_shift": timestep_shift,
+            "context_noise": context_noise,
+        }
+        typed(GeneratorSampling, sampling, "")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(
-            frames_per_block=frames_per_block,
-            denoising_steps=list(denoising_steps),
-            warp_denoising_steps=warp_denoising_steps,
-            timestep_shift=timestep_shift,
-            context_noise=context_noise,
-        )
+        self.register_to_config(**sampling)
         self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
         self.wan_vae = WanVAE(vae)
         self._fast: FlowModel | None = None
@@ -219,13 +221,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         device, config = self.transformer.device, self.transformer.config
         speed = speed.on(device, self.transformer.dtype)
-        for switch in ("cuda_graphs", "overlap_decoding"):
-            if vars(speed)[switch] and device.type != "cuda":
-                raise InputError(f"{switch} needs a GPU: leave it off")
-        if speed.fp8:
-            require_fp8(device, config.dim, config.ffn_dim)
-        if speed.kernels:
-            require_kernels(device, self.transformer.dtype)
+        check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
         self._fast = self._pool = None
         self._side = SideStream(device) if speed.overlap_decoding else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None

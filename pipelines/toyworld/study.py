@@ -48,9 +48,10 @@ from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
 from arl2.toyworld.world.latents import encode_world, models_of, require_same_models, save_latent_videos
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
-from pipelines.config import MemoryConfig, MemoryKind, load_config
+from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.provenance import ROOT, device_name, git_commit, text_encoder_fingerprint, vae_fingerprint
 from pipelines.records import SETTINGS, claimed, read_record, write_record
+from pipelines.settings import load_config
 from pipelines.training.config import (
     GatesConfig,
     Stage1Config,

@@ -1,30 +1,47 @@
 """Settings of the two training stages: typed YAML files, checked before any model loads."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-
-from arl2.distillation import objective
 from arl2.distillation.checkpointing import TRAINABLES, complete_checkpoints, newest_checkpoint
 from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
+from arl2.distillation.objective import ForwardMode, ObjectiveSettings
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
 from arl2.distillation.stage2 import Context, Stage2Settings, Target
-from arl2.distillation.trainer import CHECKPOINTS, OptimizerSettings, TrainerSettings
-from arl2.layer_selection.gates import GateSettings
+from arl2.distillation.trainer import CHECKPOINTS, BatchSize, OptimizerSettings, TrainerSettings
+from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
-from pipelines.config import MemoryConfig
+from pipelines.config import Frames, FramesPerSecond, MemoryConfig, Rank, SamplingConfig
+from pipelines.feasibility import TransformerSizes
 from pipelines.training.checks import check_data
+from pipelines.yaml_files import read_mapping
 from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
+from wan.utils.ranges import (
+    Bounds,
+    Choices,
+    Count,
+    Formerly,
+    Fraction,
+    LayerIndices,
+    Length,
+    PathText,
+    Seed,
+    Unique,
+    check_ranges,
+    typed,
+)
 from wan.vae.wan_vae import spatial_stride
+
+log = logging.getLogger(__name__)
 
 TRAINING_DTYPES = ("bfloat16", "float32")
 TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wandb", "none": ""}
@@ -38,20 +55,19 @@ FREE_TO_CHANGE = (
 
 
 @dataclass
-class TrainingConfig:
-    """What both stages need.
+class TrainingConfig(SamplingConfig):
+    """What both stages need; the steps of `SamplingConfig` are the teacher's.
 
-    Attributes:
+    Attributes, beside those of `SamplingConfig`:
         model_folder: sizes, and with `checkpoint_path` null the weights too; the VAE, if samples are wanted.
         checkpoint_path, use_ema: the teacher's weights, as for inference.
         data: folders of latents, made by scripts/generate_latents.py or scripts/encode_videos.py; or one .safetensors
             file that stays in the device's memory whole, see `arl2.distillation.data.ResidentLatents`.
         run_folder: everything that the run leaves.
         resume: go on where an earlier session of the run stopped; without it, a folder that holds a run is an error.
-        frames_per_block, denoising_steps, warp_denoising_steps, timestep_shift: of the teacher, as for inference.
         levels: see `arl2.distillation.sampling.NoiseLevels`.
-        blocks_per_graph, path: see `arl2.distillation.objective.ObjectiveSettings`.
-        compile: compile the frozen teacher's blocks; with path parallel, whose passes are all of one size.
+        blocks_per_graph, forward_mode: see `arl2.distillation.objective.ObjectiveSettings`.
+        compile: compile the frozen teacher's blocks; with forward_mode parallel, whose passes are all of one size.
         steps, batch, accumulation, optimizer, ema_decay, save_every, keep, report_every, max_bad_steps: see
             `arl2.distillation.trainer.TrainerSettings`; `batch` is a rank's.
         seed: of order, noise and initial values.
@@ -63,41 +79,33 @@ class TrainingConfig:
         shard: divide the frozen weights over ranks (FSDP2).
     """
 
-    model_folder: str = "wan_models/Wan2.1-T2V-1.3B"
-    checkpoint_path: str | None = None
+    model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
+    checkpoint_path: PathText | None = None
     use_ema: bool = False
-    data: list[str] = field(default_factory=lambda: ["data/rollouts"])
-    run_folder: str = "runs/stage1"
+    data: Annotated[list[PathText], Length(1, 1000), Unique()] = field(default_factory=lambda: ["data/rollouts"])
+    run_folder: PathText = "runs/stage1"
     resume: bool = True
-    frames_per_block: int = 3
-    denoising_steps: list[int] = field(default_factory=lambda: [1000, 750, 500, 250])
-    warp_denoising_steps: bool = True
-    timestep_shift: float = 5.0
     levels: NoiseLevels = field(default_factory=NoiseLevels)
-    blocks_per_graph: int | None = None
-    path: objective.Path = objective.Path.LOOP
+    blocks_per_graph: Count | None = None
+    forward_mode: Annotated[ForwardMode, Formerly("path")] = ForwardMode.SEQUENTIAL
     compile: bool = False
-    steps: int = 6000
-    batch: int = 1
-    accumulation: int = 1
+    steps: Count = 6000
+    batch: BatchSize = 1
+    accumulation: BatchSize = 1
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    ema_decay: float | None = None
-    seed: int = 0
-    save_every: int = 100
-    keep: int = 2
-    report_every: int = 100
-    sample_every: int = 0
-    sample_frames: int | None = None
-    sample_fps: int = 16
-    max_bad_steps: int = 10
-    tracker: str = "tensorboard"
+    ema_decay: Fraction | None = None
+    seed: Seed = 0
+    save_every: Count = 100
+    keep: Count = 2
+    report_every: Count = 100
+    sample_every: Annotated[int, Bounds(0, 10**9)] = 0
+    sample_frames: Frames | None = None
+    sample_fps: FramesPerSecond = 16
+    max_bad_steps: Count = 10
+    tracker: Annotated[str, Choices(tuple(TRACKERS))] = "tensorboard"
     device: str | None = None
-    dtype: str | None = None
+    dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
     shard: bool = False
-
-    def sampler(self) -> FewStepSampler:
-        """The teacher's steps."""
-        return FewStepSampler.from_steps(self.denoising_steps, self.timestep_shift, self.warp_denoising_steps)
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""
@@ -117,7 +125,7 @@ class TrainingConfig:
         """Where and how the model is made hybrid; differs by stage."""
         raise NotImplementedError
 
-    def objective_settings(self) -> objective.ObjectiveSettings:
+    def objective_settings(self) -> ObjectiveSettings:
         """As the objective takes them; differs by stage."""
         raise NotImplementedError
 
@@ -131,8 +139,8 @@ class Stage1Config(TrainingConfig):
         loss_on_clean_pass, relative: see `arl2.distillation.stage1.Stage1Settings`.
     """
 
-    layers: list[int] = field(default_factory=list)
-    loss_on_clean_pass: bool = True
+    layers: LayerIndices = field(default_factory=list)
+    loss_on_clean_pass: Annotated[bool, Formerly("read_clean")] = True
     relative: bool = True
 
     def hybrid(self, num_layers: int) -> HybridSettings:
@@ -144,7 +152,7 @@ class Stage1Config(TrainingConfig):
         return Stage1Settings(
             self.frames_per_block,
             self.blocks_per_graph,
-            self.path,
+            self.forward_mode,
             loss_on_clean_pass=self.loss_on_clean_pass,
             relative=self.relative,
         )
@@ -163,15 +171,15 @@ class Stage2Config(TrainingConfig):
         memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything.
     """
 
-    run_folder: str = "runs/stage2"
-    steps: int = 12000
-    hybrid_layers: list[int] = field(default_factory=list)
-    layers_file: str | None = None
-    share: int = 75
-    init_from: str | None = None
+    run_folder: PathText = "runs/stage2"
+    steps: Count = 12000
+    hybrid_layers: LayerIndices = field(default_factory=list)
+    layers_file: PathText | None = None
+    share: Annotated[int, Bounds(1, 100)] = 75
+    init_from: PathText | None = None
     lora: bool = True
-    lora_rank: int = 16
-    lora_alpha: float = DEFAULT_LORA_ALPHA
+    lora_rank: Rank = 16
+    lora_alpha: Annotated[float, Bounds(0, 10**6, above=True)] = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
     context: Context = Context.DATA
     target: Target = Target.FLOW
@@ -195,7 +203,7 @@ class Stage2Config(TrainingConfig):
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,
-            self.path,
+            self.forward_mode,
             context=self.context,
             target=self.target,
             checkpointing=self.checkpointing,
@@ -213,12 +221,12 @@ class GatesConfig(TrainingConfig):
         budget, budget_weight, temperature: see `arl2.layer_selection.gates.GateSettings`.
     """
 
-    run_folder: str = "runs/gates"
-    steps: int = 500
-    init_from: str = "runs/stage1"
-    budget: float = 0.5
-    budget_weight: float = 10.0
-    temperature: float = 1.0
+    run_folder: PathText = "runs/gates"
+    steps: Count = 500
+    init_from: PathText = "runs/stage1"
+    budget: Budget = 0.5
+    budget_weight: BudgetWeight = 10.0
+    temperature: Temperature = 1.0
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """All layers, without adapters."""
@@ -229,7 +237,7 @@ class GatesConfig(TrainingConfig):
         return GateSettings(
             self.frames_per_block,
             self.blocks_per_graph,
-            self.path,
+            self.forward_mode,
             budget=self.budget,
             budget_weight=self.budget_weight,
             temperature=self.temperature,
@@ -242,13 +250,13 @@ def read_layers(path: Path, share: int) -> list[int]:
     Raises:
         InputError: no such file or set.
     """
-    try:
-        sets = yaml.safe_load(path.read_text())
-        return [int(layer) for layer in sets[str(share)]]
-    except OSError as error:
-        raise InputError(f"no layers file {path} ({error.strerror}): make one with scripts/select_layers.py") from error
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} names no layers for a share of {share}: see scripts/select_layers.py") from error
+    if not path.is_file():
+        raise InputError(f"no layers file {path}: make one with scripts/select_layers.py")
+    sets = read_mapping(path, "layers file")
+    if str(share) not in sets:
+        raise InputError(f"{path} names no layers for a share of {share}: see scripts/select_layers.py")
+    layers: list[int] = typed(LayerIndices, sets[str(share)], f"{path}: layers of {share}")
+    return layers
 
 
 def check_training(config: TrainingConfig, data: Samples | None = None) -> Samples:
@@ -260,25 +268,15 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     Raises:
         InputError: the cause and the cure in one line.
     """
-    settings = config.objective_settings()
-    _check_numbers(config)
-    if settings.path is objective.Path.PARALLEL and config.levels.per_block != 1:
-        raise InputError(f"path parallel takes one level a block, not {config.levels.per_block}: take path loop")
-    if config.compile and settings.path is objective.Path.LOOP:
-        raise InputError("path loop makes passes of many sizes, each compiled anew: set compile=false or path=parallel")
-    config.levels.check(len(config.sampler().sigmas))
-    config.optimizer.check()
-    if config.tracker not in TRACKERS:
-        raise InputError(f"tracker {config.tracker!r} is unknown: give {', '.join(TRACKERS)}")
+    check_ranges(config)
+    _check_together(config)
     if config.tracker != "none" and find_spec(config.tracker) is None:
         raise InputError(f"{config.tracker} is not installed: {TRACKERS[config.tracker]}, or set tracker=none")
-    if config.dtype not in (None, *TRAINING_DTYPES):
-        raise InputError(f"dtype {config.dtype!r} does not train: give {' or '.join(TRAINING_DTYPES)}")
     folder = Path(config.model_folder)
     if config.checkpoint_path is not None and not Path(config.checkpoint_path).exists():
         raise InputError(f"no checkpoint at {config.checkpoint_path}: check the path")
     sizes = transformer_config(folder)
-    config.hybrid(sizes["num_layers"])
+    config.hybrid(TransformerSizes.of(sizes, folder).num_layers)
     if config.sample_every:
         spatial_stride(folder)
         if config.sample_every % config.report_every:
@@ -304,14 +302,25 @@ def open_data(config: TrainingConfig) -> Samples:
     return LatentDataset(paths)
 
 
-def _check_numbers(config: TrainingConfig) -> None:
-    counts = ("frames_per_block", "steps", "batch", "accumulation", "keep", "max_bad_steps", "sample_fps")
-    positive = (*counts, "save_every", "report_every")
-    for name in positive:
-        if vars(config)[name] < 1:
-            raise InputError(f"{name} {vars(config)[name]} is not positive")
-    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
-        raise InputError(f"ema_decay {config.ema_decay} must be between 0 and 1, or null for no average")
+def _check_together(config: TrainingConfig) -> None:
+    """Check settings against one another; each is in its own range."""
+    mode, per_block = config.objective_settings().forward_mode, config.levels.per_block
+    if mode is ForwardMode.PARALLEL and per_block != 1:
+        raise InputError(
+            f"forward_mode parallel takes one level per block, not levels.per_block={per_block}: take sequential"
+        )
+    if config.compile and mode is ForwardMode.SEQUENTIAL:
+        raise InputError(
+            "forward_mode sequential makes passes of many sizes, each compiled anew: set compile=false or "
+            "forward_mode=parallel"
+        )
+    config.levels.check(len(config.sampler().sigmas))
+    if config.optimizer.warmup_steps >= config.steps:
+        log.warning(
+            "optimizer.warmup_steps %d is not below steps %d: the learning rate does not reach optimizer.lr",
+            config.optimizer.warmup_steps,
+            config.steps,
+        )
     if config.shard and rank_and_world_size()[1] == 1:
         raise InputError("shard=true divides the weights over ranks: start with torchrun, or set shard=false")
     if config.sample_frames is not None:

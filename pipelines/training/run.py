@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -26,9 +25,11 @@ from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from pipelines.cli import choose_device
-from pipelines.config import load_config
-from pipelines.generation.arguments import choose_dtype
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import TransformerSizes
+from pipelines.flags import Parser
 from pipelines.provenance import device_name, git_commit, versions
+from pipelines.settings import load_config
 from pipelines.training.config import (
     GatesConfig,
     Stage2Config,
@@ -39,6 +40,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
+from pipelines.training.room import check_room
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights, summarize_names
 from wan.utils.errors import CheckpointError, InputError
@@ -55,11 +57,16 @@ LOCK = ".lock"
 
 def parse_config(kind: type[Config], description: str | None) -> Config:
     """The command line of a training stage: a config and `key=value` settings that go before its own."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="in the place of the config's own")
+    parser = Parser(description, kind, reads_config=True)
+    add, run = parser.add_setting, parser.add_argument_group("run")
+    add("--output_folder", "run_folder", "everything that the run leaves", group=run)
+    add("--checkpoint_path", "checkpoint_path", "the teacher's weights", group=run)
+    add("--use_ema", "use_ema", "take generator_ema of the checkpoint", group=run)
+    add("--seed", "seed", "of order, noise and initial values", group=run)
+    add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one", group=run)
+    add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU", group=run)
     arguments = parser.parse_args()
-    return load_config(kind, arguments.config, arguments.settings)
+    return load_config(kind, arguments.config, arguments.settings, arguments.flags)
 
 
 def train(config: TrainingConfig) -> None:
@@ -69,6 +76,8 @@ def train(config: TrainingConfig) -> None:
         InputError: something in the config cannot work, or see `Trainer.run`.
     """
     data = check_training(config)
+    folder = Path(config.model_folder)
+    check_room(config, TransformerSizes.of(transformer_config(folder), folder), tuple(data[0][0].shape))
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
@@ -155,7 +164,7 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
         config.levels,
         config.sampler(),
         config.timestep_shift,
-        own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.STUDENT,
+        own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.SELF_ROLLOUT,
         text_dtype=model.patch_embedding.weight.dtype,
     )
     with ending_together(accelerator):

@@ -6,11 +6,9 @@
 Errors are relative to float64, beside those of the plain form in bfloat16. Attention and writes are timed by backend.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +23,7 @@ from arl2.inference.linear import RowScaledFP8
 from arl2.inference.model import new_fused_ops
 from arl2.ops.gated_delta import WriteBackend, gated_delta_write
 from pipelines.cli import choose_device, entry_point
+from pipelines.flags import Parser, as_path
 from pipelines.provenance import device_name
 from wan.config import wan_size
 from wan.model import Block
@@ -234,8 +233,8 @@ def bench_writes(bench: Bench, layers: int = 8) -> None:
 @entry_point()
 def main() -> int:
     """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser = Parser(__doc__)
+    parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
     parser.add_argument("--sweep", action="store_true", help="other launch shapes too")
     parser.add_argument("--device", help="cuda or cuda:N")
     arguments = parser.parse_args()

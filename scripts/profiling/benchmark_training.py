@@ -2,13 +2,12 @@
 
     python scripts/profiling/benchmark_training.py  # Wan 1.3B, 21 latents of 480×832: one H100
     python scripts/profiling/benchmark_training.py --rows stage2-checkpointed --steps 5
-    python scripts/profiling/benchmark_training.py --size toy --height 64 --width 96 --hybrid_layers 6 --device cpu
+    python scripts/profiling/benchmark_training.py --size toy --height 64 --width 96 --num_hybrid_layers 6 --device cpu
 
 Weights and data are random. Every row is written as soon as it is measured, and the same command goes on where a killed
 one stopped; a row for which memory runs out says so.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,21 @@ from rich.table import Table
 
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
 from pipelines.cli import choose_device, entry_point
-from pipelines.generation.arguments import DTYPES, choose_dtype
+from pipelines.dtypes import choose_dtype
+from pipelines.flags import Parser, as_path
 
-DEFAULTS = TrainingBenchmark()
+OUTPUT_FOLDER = Path("output/benchmark_training")
+FLAGS = {
+    "size": "of the transformer",
+    "height": "in pixels",
+    "width": "in pixels",
+    "frames": "latent frames",
+    "frames_per_block": "latent frames per block",
+    "num_hybrid_layers": "how many of the first layers are hybrid in stage 2",
+    "lora_rank": "of stage 2",
+    "steps": "measured",
+    "seed": "of weights, data and noise",
+}
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -41,21 +52,16 @@ def table(results: dict[str, Any]) -> Table:
 @entry_point()
 def main() -> int:
     """Parse, measure, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, TrainingBenchmark, aliases={"--hybrid_layers": "--num_hybrid_layers"})
     add = parser.add_argument
     names = [row.name for row in ROWS]
-    add("--rows", nargs="+", choices=names, default=names)
-    add("--size", default=DEFAULTS.size, help="of the transformer")
-    for name in ("height", "width", "frames", "frames_per_block", "hybrid_layers", "lora_rank", "steps", "seed"):
-        add(f"--{name}", type=int, default=vars(DEFAULTS)[name])
-    add("--output_folder", type=Path, default=Path("output/benchmark_training"))
-    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
-    add("--dtype", choices=DTYPES, help="of the frozen weights; bfloat16 on a GPU, float32 on a CPU by default")
+    add("--rows", nargs="+", choices=names, default=names, help="which ones (default all)")
+    for name, about in FLAGS.items():
+        parser.add_setting(f"--{name}", name, about)
+    add("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=f"of results ({OUTPUT_FOLDER})")
+    parser.add_device()
     arguments = parser.parse_args()
-    config = TrainingBenchmark(
-        **{name: value for name, value in vars(arguments).items() if name in vars(DEFAULTS)},
-        warmup_steps=DEFAULTS.warmup_steps,
-    )
+    config = TrainingBenchmark(**arguments.flags)
     device, folder, console = choose_device(arguments.device), arguments.output_folder, Console()
     dtype = choose_dtype(arguments.dtype, device)
     rows = tuple(row for row in ROWS if row.name in arguments.rows)

@@ -18,13 +18,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, select
+from pipelines.benchmark.cases import BenchmarkConfig, PixelFrames, plan_cases, select
 from pipelines.benchmark.measure import Trace, build_stage, warm_up, whole_run
 from pipelines.benchmark.profile import profiled, summary
 from pipelines.cli import choose_device, entry_point
-from pipelines.config import load_config
-from pipelines.generation.arguments import DTYPES, add_speed_flags, apply_speed_flags, choose_dtype
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import check_speed
+from pipelines.flags import Parser, as_path
+from pipelines.generation.arguments import add_speed_flags
 from pipelines.provenance import environment
+from pipelines.settings import load_config
+from wan.config import wan_size
 from wan.utils.files import check_target, write_json
 
 SHOWN = 25
@@ -33,16 +37,13 @@ SHOWN = 25
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", type=Path, default=Path("configs/benchmark.yaml"))
-    add("--row", required=True, help="name of a row of the config")
-    add("--frames", type=int, default=249, help="pixel frames of the video")
-    add("--no_vae", action="store_true", help="only the transformer")
-    add("--json", type=Path, help="where to write everything")
-    add("--device", help="cpu, cuda or cuda:N; the GPU if there is one")
-    add("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU by default")
+    parser = Parser(__doc__, BenchmarkConfig, reads_config=True, config=Path("configs/benchmark.yaml"))
+    parser.add_argument("--row", required=True, help="name of a row of the config")
+    parser.add_value("--frames", PixelFrames, "pixel frames of the video", default=249)
+    parser.add_setting("--no_vae", "vae", "only the transformer", const=False)
+    parser.add_argument("--json", type=as_path, metavar="PATH", help="where to write everything")
     add_speed_flags(parser)
+    parser.add_device()
     return parser.parse_args()
 
 
@@ -89,13 +90,14 @@ def pages(result: dict[str, Any]) -> list[Table]:
 def main() -> int:
     """Parse, profile, report."""
     arguments = parse()
-    config = select(load_config(BenchmarkConfig, arguments.config), [arguments.row], [arguments.frames])
-    speed = apply_speed_flags(config.speed, arguments)
-    config = replace(config, vae=config.vae and not arguments.no_vae, blocks_sampled=None, speed=speed)
+    config = load_config(BenchmarkConfig, arguments.config, arguments.settings, arguments.flags)
+    config = replace(select(config, [arguments.row], [arguments.frames]), blocks_sampled=None)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     if arguments.json is not None:
         check_target(arguments.json)
+    size = wan_size(config.size)
+    check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     with tempfile.TemporaryDirectory() as folder:
         result = measure(config, device, dtype, Path(folder))
     Console().print(*pages(result), sep="\n")

@@ -16,7 +16,6 @@ settings, seconds, card and versions in the work folder. A step that was made wi
 were made again since, is not skipped but refused: --step makes it again. One process at a time works on a folder.
 """
 
-import argparse
 import hashlib
 import logging
 import platform
@@ -24,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -56,6 +55,7 @@ from arl2.toyworld.world.latents import (
     world_tokenizer,
 )
 from pipelines.cli import choose_device, entry_point
+from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from pipelines.records import read_record, write_record
@@ -64,6 +64,7 @@ from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder, check_writable, content_hash
 from wan.utils.locks import exclusive
+from wan.utils.ranges import Bounds, Count
 from wan.vae.wan_vae import load_vae
 
 log = logging.getLogger(__name__)
@@ -348,22 +349,22 @@ def run_steps(build: Build, only: str | None) -> None:
 @entry_point()
 def main() -> int:
     """Parse, and run the steps that are not done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the steps' results")
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
+    parser.add_argument("--work", type=as_path, required=True, metavar="PATH", help="folder of the steps' results")
     parser.add_argument("--step", choices=STEPS, help="only this one, again if it is done")
-    parser.add_argument("--steps", type=int, help="optimiser steps in the place of the default, with --step")
-    parser.add_argument("--videos", type=int, default=TRAINING_VIDEOS, help="at most, everywhere; few for a rehearsal")
-    parser.add_argument("--vae", type=Path, help="folder of a trained VAE, such as models/toyworld/vae: trains none")
-    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_value("--steps", Count, "optimiser steps in the place of the default, with --step")
+    videos = "at most, everywhere; few for a rehearsal"
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**7)], videos, default=TRAINING_VIDEOS)
+    trained = "folder of a trained VAE, such as models/toyworld/vae: trains none"
+    parser.add_argument("--vae", type=as_path, metavar="PATH", help=trained)
+    parser.add_device(None)
     arguments = parser.parse_args()
-    if arguments.steps is not None and arguments.step is None and arguments.videos == TRAINING_VIDEOS:
-        raise InputError("--steps needs --step, but for a rehearsal with --videos")
-    if arguments.videos < 1 or (arguments.steps is not None and arguments.steps < 1):
-        raise InputError("--videos and --steps must be at least 1")
+    if arguments.steps is not None and arguments.step is None and arguments.num_videos == TRAINING_VIDEOS:
+        raise InputError("--steps needs --step, but for a rehearsal with --num_videos")
     device = choose_device(arguments.device)
     check_writable(arguments.work)
     with exclusive(arguments.work / ".lock", str(arguments.work)):
-        build = Build(arguments.work, device, arguments.steps, arguments.videos, arguments.vae)
+        build = Build(arguments.work, device, arguments.steps, arguments.num_videos, arguments.vae)
         run_steps(build, arguments.step)
     return 0
 

@@ -3,7 +3,6 @@
 python scripts/toyworld/toyworld_samples.py
 """
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from arl2.toyworld.world.captions import caption_scenes
 from arl2.toyworld.world.render import render
 from arl2.toyworld.world.scenes import BACKGROUNDS, NUM_FRAMES, STANDARD_HIDDEN_FRAMES, sample_scenes
 from pipelines.cli import entry_point
+from pipelines.config import FramesPerSecond
+from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.media.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.media.video import VideoWriter
 from wan.utils.errors import InputError
@@ -59,12 +60,15 @@ def video_wall(videos: list[Tensor]) -> Tensor:
 @entry_point()
 def main() -> int:
     """Draw and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs/images"))
-    parser.add_argument("--seed", type=int, default=6816, help="the default shows all colours and shapes")
-    parser.add_argument("--fps", type=int, default=16)
+    parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
+    folder = Path("docs/images")
+    parser.add_argument(
+        "--output_folder", type=as_path, default=folder, metavar="PATH", help=f"where both go ({folder})"
+    )
+    parser.add_value("--seed", SceneSeed, "the default shows all colours and shapes", default=6816)
+    parser.add_value("--fps", FramesPerSecond, "of the video", default=16)
     arguments = parser.parse_args()
-    sheet_path, video_path = (arguments.folder / f"toyworld_samples.{ending}" for ending in ("png", "mp4"))
+    sheet_path, video_path = (arguments.output_folder / f"toyworld_samples.{ending}" for ending in ("png", "mp4"))
     for path in (sheet_path, video_path):
         check_target(path)
     samples = [first_video(*row, arguments.seed + index) for index, row in enumerate(ROWS)]

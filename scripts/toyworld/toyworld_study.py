@@ -19,15 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
 from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
 from pipelines.cli import choose_device, entry_point
+from pipelines.flags import Parser, as_path
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
 from pipelines.toyworld.table import write_report
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
+from wan.utils.ranges import Bounds, Count, NotNegative
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +39,26 @@ EXAM_BATCH = {"cpu": 16, "cuda": 256}
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--work", type=Path, required=True, help="folder of everything")
-    add("--part", choices=("data", "stage1", *PARTS, "selection", "table", "export"), required=True, nargs="+")
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos", "--model": "--model_folder"})
+    add, number = parser.add_argument, parser.add_value
+    add("--work", type=as_path, required=True, metavar="PATH", help="folder of everything")
+    parts = ("data", "stage1", *PARTS, "selection", "table", "export")
+    add("--part", choices=parts, required=True, nargs="+", help="what to make")
     add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
-    add("--model", type=Path, default=Path("models/toyworld"), help="the bundle: VAE, text encoder, few-step generator")
-    add("--steps", type=int, help="of every training but stage 1, in the place of configs/toyworld/*.yaml")
-    add("--stage1_steps", type=int, help="of stage 1")
-    add("--videos", type=int, default=256, help="of an exam")
-    add("--long_videos", type=int, default=128, help="of four times the length; 0 for none")
-    add("--exam_batch", type=int, help="videos made at a time")
-    add("--training_videos", type=int, default=24576, help="to draw, if WORK has no latents_*_from_0.safetensors yet")
-    add("--layers_file", type=Path, help="of scripts/select_layers.py, in the place of stage 1's errors")
-    add("--seed", type=int, default=0, help="of stage 2")
-    add("--budget_seconds", type=float, help="stop cleanly after them")
-    add("--device", help="cuda or cpu")
+    bundle = "the bundle: VAE, text encoder, few-step generator (models/toyworld)"
+    add("--model_folder", type=as_path, default=Path("models/toyworld"), metavar="PATH", help=bundle)
+    number("--steps", Count, "of every training but stage 1, in the place of configs/toyworld/*.yaml")
+    number("--stage1_steps", Count, "of stage 1")
+    number("--num_videos", Annotated[int, Bounds(2, 10**5)], "of an exam", default=256)
+    number("--long_videos", Annotated[int, Bounds(0, 10**5)], "of four times the length; 0 for none", default=128)
+    number("--exam_batch", Annotated[int, Bounds(1, 10**5)], "videos made at a time")
+    to_draw = "to draw, if WORK has no latents_*_from_0.safetensors yet"
+    number("--training_videos", Annotated[int, Bounds(1, 10**7)], to_draw, default=24576)
+    layers = "of scripts/select_layers.py, in the place of stage 1's errors"
+    add("--layers_file", type=as_path, metavar="PATH", help=layers)
+    number("--seed", Annotated[int, Bounds(0, 2**40)], "of stage 2", default=0)
+    number("--budget_seconds", NotNegative, "stop cleanly after them")
+    parser.add_device(None)
     add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as batch=2")
     return parser.parse_args()
 
@@ -62,16 +69,14 @@ def settings_from(arguments: argparse.Namespace) -> StudySettings:
     Raises:
         InputError: it cannot work.
     """
-    if arguments.videos < 2 or arguments.long_videos < 0 or arguments.training_videos < 1:
-        raise InputError("--videos must be at least 2, --training_videos 1, --long_videos 0")
     device = choose_device(arguments.device)
     batch = arguments.exam_batch or EXAM_BATCH[device.type]
     settings = StudySettings(
         work=arguments.work,
-        model=arguments.model,
+        model=arguments.model_folder,
         device=device,
         training_videos=arguments.training_videos,
-        exam=MemoryBenchmarkSettings(arguments.videos, arguments.long_videos, batch),
+        exam=MemoryBenchmarkSettings(arguments.num_videos, arguments.long_videos, batch),
         seed=arguments.seed,
         steps=arguments.steps,
         stage1_steps=arguments.stage1_steps,

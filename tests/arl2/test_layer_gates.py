@@ -3,7 +3,7 @@
 import json
 import sys
 from importlib import import_module
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from training_world import CONFIG, build_world
 
 import train_stage1
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.objective import Path
+from arl2.distillation.objective import ForwardMode
 from arl2.distillation.stage2 import Context
 from arl2.layer_selection.gates import GateSettings, LayerGates, mix_among
 from arl2.layer_selection.scores import Selection, read_gates
@@ -81,19 +81,19 @@ def test_switches_are_hard_and_follow_the_probabilities() -> None:
     assert all(torch.equal(a, layer.mix_B11) for a, layer in zip(first, objective._mixed.values(), strict=True))
 
 
-@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("broken", [0, 2])
-def test_a_layer_whose_hybrid_is_broken_is_not_chosen(path: Path, broken: int) -> None:
+def test_a_layer_whose_hybrid_is_broken_is_not_chosen(mode: ForwardMode, broken: int) -> None:
     model, video = tiny_model(ALL, torch.float32), tiny_video(dtype=torch.float32)
     model.requires_grad_(False)
     module = model.hybrid_attentions()[broken]
     module.phi_v.weight.mul_(30)
     module.gate_proj.weight.zero_()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    objective = LayerGates(model, GateSettings(3, path=path, budget=2 / 3))
+    objective = LayerGates(model, GateSettings(3, forward_mode=mode, budget=2 / 3))
     logits = objective.parameters_to_train()
     optimizer = torch.optim.Adam(logits.values(), lr=0.2)
-    for step in range(15 if path is Path.PARALLEL else 10):
+    for step in range(15 if mode is ForwardMode.PARALLEL else 10):
         noise = fixed_noise(step)
         noise = BatchNoise(noise.levels_BNP, noise.noise_BNPFCHW.float())
         (loss,) = objective.losses(VideoBatch(video.clean, video.text), noise)
@@ -112,13 +112,13 @@ def test_what_gates_cannot_do_is_said() -> None:
     for settings, message in (
         ({"budget": 1.0}, "between 0 and 1"),
         ({"blocks_per_graph": 2}, "blocks_per_graph"),
-        ({"context": Context.STUDENT}, "context data"),
+        ({"context": Context.SELF_ROLLOUT}, "context data"),
     ):
         with pytest.raises(InputError, match=message):
             GateSettings(3, **settings)  # type: ignore[arg-type]
 
 
-def test_the_script_trains_gates_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> None:
+def test_the_script_trains_gates_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = build_world(tmp_path)
     torch.set_num_threads(1)
     monkeypatch.setattr(sys, "argv", ["train", "--config", str(root / "stage1.yaml"), "steps=2"])

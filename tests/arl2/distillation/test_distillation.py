@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.losses import mean_squared_errors, mean_squares
-from arl2.distillation.objective import Objective, Path, frozen_teacher
+from arl2.distillation.objective import ForwardMode, Objective, frozen_teacher
 from arl2.distillation.stage1 import Stage1, Stage1Settings, observed, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, stage2_parameters
 from arl2.hybrid_attention import HybridAttention
@@ -110,8 +110,8 @@ def test_the_parallel_path_of_stage_one_equals_the_loop(loss_on_clean_pass: bool
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage1_parameters(model))
     noise, both = mixed_noise(batch), []
-    for path in Path:
-        objective = Stage1(model, Stage1Settings(3, path=path, loss_on_clean_pass=loss_on_clean_pass))
+    for mode in ForwardMode:
+        objective = Stage1(model, Stage1Settings(3, forward_mode=mode, loss_on_clean_pass=loss_on_clean_pass))
         both.append((*trained(objective, batch, noise), objective.relative_errors()))
     torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-5, atol=1e-8)
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-4, atol=1e-7)
@@ -122,7 +122,7 @@ def test_the_parallel_path_of_stage_one_equals_the_loop(loss_on_clean_pass: bool
 def test_a_compiled_teacher_teaches_alike_and_the_student_is_not_compiled(stage: int) -> None:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage1_parameters(model) if stage == 1 else stage2_parameters(model))
-    settings = (Stage1Settings if stage == 1 else Stage2Settings)(3, path=Path.PARALLEL)
+    settings = (Stage1Settings if stage == 1 else Stage2Settings)(3, forward_mode=ForwardMode.PARALLEL)
     noise, both, graphs = mixed_noise(batch), [], 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -147,7 +147,7 @@ def test_a_compiled_teacher_teaches_alike_and_the_student_is_not_compiled(stage:
 def test_what_was_compiled_before_layers_are_observed_does_not_hide_them() -> None:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage1_parameters(model))
-    noise, objective = mixed_noise(batch), Stage1(model, Stage1Settings(3, path=Path.PARALLEL))
+    noise, objective = mixed_noise(batch), Stage1(model, Stage1Settings(3, forward_mode=ForwardMode.PARALLEL))
     plain = trained(objective, batch, noise)
     torch.compiler.reset()
     compile_blocks(model, backend="eager")
@@ -271,8 +271,8 @@ def test_the_parallel_path_of_stage_two_equals_the_loop(target: Target, context:
     model, batch = tiny_model(ALL), videos()
     trainable(model, stage2_parameters(model))
     noise, both, sampler = mixed_noise(batch), [], FewStepSampler.from_steps([1000, 500], 5.0)
-    for path in Path:
-        objective = Stage2(model, Stage2Settings(3, path=path, target=target, context=context), sampler)
+    for mode in ForwardMode:
+        objective = Stage2(model, Stage2Settings(3, forward_mode=mode, target=target, context=context), sampler)
         both.append((*trained(objective, batch, noise), objective.metrics()["relative_error"]))
     torch.testing.assert_close(both[0][0], both[1][0], rtol=1e-4, atol=1e-8)
     assert_same_gradients(both[0][1], both[1][1], rtol=1e-3, atol=1e-6)
@@ -284,14 +284,14 @@ def test_a_student_that_sees_a_window(window: int, sink: int) -> None:
     model, batch = tiny_model(HYBRID), videos()
     trainable(model, stage2_parameters(model))
     noise, losses = mixed_noise(batch), {}
-    for path in Path:
-        settings = Stage2Settings(3, path=path, window_frames=window, sink_frames=sink)
-        losses[path] = trained(Stage2(model, settings), batch, noise)
+    for mode in ForwardMode:
+        settings = Stage2Settings(3, forward_mode=mode, window_frames=window, sink_frames=sink)
+        losses[mode] = trained(Stage2(model, settings), batch, noise)
     everything = trained(Stage2(model, Stage2Settings(3)), batch, noise)
-    torch.testing.assert_close(losses[Path.LOOP][0], losses[Path.PARALLEL][0], rtol=1e-4, atol=1e-8)
-    assert_same_gradients(losses[Path.LOOP][1], losses[Path.PARALLEL][1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(losses[ForwardMode.SEQUENTIAL][0], losses[ForwardMode.PARALLEL][0], rtol=1e-4, atol=1e-8)
+    assert_same_gradients(losses[ForwardMode.SEQUENTIAL][1], losses[ForwardMode.PARALLEL][1], rtol=1e-3, atol=1e-6)
     # Videos have 9 frames: a window of as many leaves nothing out.
-    assert (losses[Path.LOOP][0] == everything[0]).item() == (window == 9)
+    assert (losses[ForwardMode.SEQUENTIAL][0] == everything[0]).item() == (window == 9)
 
 
 def test_a_window_must_hold_a_block() -> None:
@@ -382,7 +382,7 @@ def test_context_from_the_students_own_rollout_does_not_read_the_data() -> None:
         ]
         for context in Context
     }
-    assert losses[Context.STUDENT][0] == losses[Context.STUDENT][1]
+    assert losses[Context.SELF_ROLLOUT][0] == losses[Context.SELF_ROLLOUT][1]
     assert losses[Context.DATA][0] != losses[Context.DATA][1]
 
 
@@ -410,4 +410,4 @@ def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(InputError, match="do not divide"):
         next(Stage2(model, Stage2Settings(3)).losses(batch, fixed_noise(batch)))
     with pytest.raises(InputError, match="blocks_per_graph"):
-        Stage1Settings(3, 2, Path.PARALLEL)
+        Stage1Settings(3, 2, ForwardMode.PARALLEL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.objective import Objective, Path
+from arl2.distillation.objective import ForwardMode, Objective
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.model import HybridWanModel
@@ -24,7 +24,7 @@ HYBRID_LAYERS = [0, 1, 3]
 CPU = torch.device("cpu")
 
 
-def objective_of(stage: int, path: Path, dtype: torch.dtype, device: torch.device) -> Objective:
+def objective_of(stage: int, mode: ForwardMode, dtype: torch.dtype, device: torch.device) -> Objective:
     """An objective on a model of four layers of the toy world, none of whose parameters is at a special value."""
     torch.manual_seed(0)
     model = HybridWanModel(**wan_size("toy") | {"num_layers": 4}, hybrid_layers=HYBRID_LAYERS, lora_rank=4)
@@ -33,9 +33,9 @@ def objective_of(stage: int, path: Path, dtype: torch.dtype, device: torch.devic
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     if stage == 1:
-        objective: Objective = Stage1(model, Stage1Settings(FRAMES_PER_BLOCK, path=path))
+        objective: Objective = Stage1(model, Stage1Settings(FRAMES_PER_BLOCK, forward_mode=mode))
     else:
-        objective = Stage2(model, Stage2Settings(FRAMES_PER_BLOCK, path=path))
+        objective = Stage2(model, Stage2Settings(FRAMES_PER_BLOCK, forward_mode=mode))
     names = objective.parameters_to_train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -69,10 +69,12 @@ def loss_and_gradients(objective: Objective, dtype: torch.dtype, videos: int = 2
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [AttentionBackend.AUTO, AttentionBackend.FLASH])
-@pytest.mark.parametrize(("stage", "path"), [(1, Path.PARALLEL), (2, Path.LOOP), (2, Path.PARALLEL)])
-def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, path: Path, backend: AttentionBackend) -> None:
-    exact_loss, exact = loss_and_gradients(objective_of(stage, path, torch.float32, CPU), torch.float32)
-    objective = objective_of(stage, path, torch.bfloat16, torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("stage", "mode"), [(1, ForwardMode.PARALLEL), (2, ForwardMode.SEQUENTIAL), (2, ForwardMode.PARALLEL)]
+)
+def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, mode: ForwardMode, backend: AttentionBackend) -> None:
+    exact_loss, exact = loss_and_gradients(objective_of(stage, mode, torch.float32, CPU), torch.float32)
+    objective = objective_of(stage, mode, torch.bfloat16, torch.device("cuda"))
     objective.model.use_attention_backend(backend)
     loss, rounded = loss_and_gradients(objective, torch.bfloat16)
     assert loss == pytest.approx(exact_loss, rel=0.02)
@@ -88,8 +90,8 @@ def test_a_gpu_has_the_gradients_of_a_cpu(stage: int, path: Path, backend: Atten
 def test_compiled_blocks_have_the_gradients_of_plain_ones() -> None:
     """On as many tokens as training has: the compiler sums many rows in other ways than few."""
     gpu, videos = torch.device("cuda"), 32
-    exact = loss_and_gradients(objective_of(2, Path.PARALLEL, torch.float32, gpu), torch.float32, videos)[1]
-    objective = objective_of(2, Path.PARALLEL, torch.bfloat16, gpu)
+    exact = loss_and_gradients(objective_of(2, ForwardMode.PARALLEL, torch.float32, gpu), torch.float32, videos)[1]
+    objective = objective_of(2, ForwardMode.PARALLEL, torch.bfloat16, gpu)
     compile_blocks(objective.model)
     rounded = loss_and_gradients(objective, torch.bfloat16, videos)[1]
     error, length = (

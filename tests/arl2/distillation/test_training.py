@@ -32,9 +32,9 @@ from arl2.distillation.trainer import OptimizerSettings, products_in_tf32
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler
-from pipelines.config import load_config
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.video import read_video
+from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig, Stage1Config, Stage2Config
 from wan.checkpoints.formats import read_transformer
 from wan.utils.errors import InputError

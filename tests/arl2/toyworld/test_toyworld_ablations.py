@@ -6,7 +6,7 @@ from tiny_models import TINY, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.objective import Path
+from arl2.distillation.objective import ForwardMode
 from arl2.distillation.stage2 import Stage2, Stage2Settings, stage2_parameters
 from arl2.hybrid_attention import HybridAttention, StateView
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
@@ -182,7 +182,7 @@ def test_the_noisy_write_objective_equals_its_loop() -> None:
     model.requires_grad_(False)
     for parameter in names.values():
         parameter.requires_grad_(True)
-    (loss,) = NoisyWriteStage2(model, Stage2Settings(3, path=Path.PARALLEL)).losses(batch, noise)
+    (loss,) = NoisyWriteStage2(model, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL)).losses(batch, noise)
     (gradient,) = torch.autograd.grad(loss, [names["blocks.0.self_attn.phi_k.weight"]])
 
     memory, text, errors = new_memory(model, differentiable=True), model.embed_text(video.text), []
@@ -221,13 +221,19 @@ def test_a_window_student_learns_from_a_teacher_that_sees_everything() -> None:
     batch, noise = VideoBatch(video.clean, video.text), noise_of(1, torch.full((2, 3, 1), 0.5))
 
     def loss(window: int) -> float:
-        objective = WindowStudent(student, teacher, Stage2Settings(3, path=Path.PARALLEL), window, 0)
+        objective = WindowStudent(student, teacher, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL), window, 0)
         assert len(objective.parameters_to_train()) == len(list(student.parameters()))
         return sum(objective.losses(batch, noise)).item()
 
     assert loss(9) < 1e-20 < loss(6) and loss(3) > 0
     student.requires_grad_(True)
-    part = next(iter(WindowStudent(student, teacher, Stage2Settings(3, path=Path.PARALLEL), 3, 0).losses(batch, noise)))
+    part = next(
+        iter(
+            WindowStudent(student, teacher, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL), 3, 0).losses(
+                batch, noise
+            )
+        )
+    )
     part.backward()
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -248,7 +254,7 @@ def test_blocks_that_train_can_be_compiled_whole() -> None:
         model = model_of(Variant.PLAIN)
         for block in model.layers() if compiled else ():
             block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
-        (loss,) = Stage2(model, Stage2Settings(3, path=Path.PARALLEL)).losses(
+        (loss,) = Stage2(model, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL)).losses(
             VideoBatch(video.clean, video.text), noise
         )
         loss.backward()
@@ -261,7 +267,7 @@ def test_a_variant_trains_like_any_hybrid() -> None:
     noise = noise_of(1, torch.full((2, 3, 1), 0.5))
     for variant in Variant:
         model = model_of(variant)
-        (loss,) = Stage2(model, Stage2Settings(3, path=Path.PARALLEL)).losses(
+        (loss,) = Stage2(model, Stage2Settings(3, forward_mode=ForwardMode.PARALLEL)).losses(
             VideoBatch(video.clean, video.text), noise
         )
         loss.backward()

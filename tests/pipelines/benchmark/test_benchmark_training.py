@@ -155,7 +155,7 @@ def test_a_row_of_another_kind_is_not_taken_for_this_one(
     assert run(monkeypatch, tmp_path, "--rows", "stage1") == 0
     file = tmp_path / "training.json"
     page = json.loads(file.read_text())
-    page["rows"]["stage1"]["row"]["path"] = "loop"
+    page["rows"]["stage1"]["row"]["forward_mode"] = "sequential"
     file.write_text(json.dumps(page))
     assert run(monkeypatch, tmp_path, "--rows", "stage1") == 2
     assert "stage1 measured with other settings (path was loop, is parallel)" in capsys.readouterr().err

@@ -1,0 +1,251 @@
+"""What a device can do, found out before weights load: whether it has what switches need, and room for the sizes.
+
+Estimates are lower bounds, so that nothing that fits is refused: weights, memory of the layers, and the largest tensors
+that live at one time. `tests/pipelines/test_feasibility.py` compares them with measured bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+from zipfile import is_zipfile
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+
+from arl2.checkpoint import found_settings
+from arl2.inference.fused_ops import require_kernels
+from arl2.inference.linear import require_fp8
+from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from pipelines.config import InferenceConfig, SpeedConfig
+from wan.checkpoints.formats import GENERATOR, GENERATOR_EMA, read_config, unwrapped_name
+from wan.checkpoints.loading import read_weights
+from wan.text import NATIVE_TEXT_FILE
+from wan.utils.device import triton_installed
+from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, typed
+from wan.vae.wan_vae import WAN21_VAE, spatial_stride
+
+GIGABYTE = 1e9
+TRITON_CAPABILITY = (7, 0)
+"""Compute capability of the oldest GPUs that Triton compiles for."""
+CGROUP = Path("/sys/fs/cgroup")
+
+Width = Annotated[int, Bounds(1, 2**17)]
+Few = Annotated[int, Bounds(1, 2**12)]
+
+
+@dataclass(frozen=True)
+class TransformerSizes:
+    """Sizes of a transformer, in the ranges in which it can be built; defaults as in `arl2.model.HybridWanModel`."""
+
+    patch_size: tuple[Few, Few, Few] = (1, 2, 2)
+    text_len: Annotated[int, Bounds(1, 2**16)] = 512
+    in_dim: Few = 16
+    out_dim: Few = 16
+    dim: Width = 1536
+    ffn_dim: Annotated[int, Bounds(1, 2**20)] = 8960
+    freq_dim: Width = 256
+    text_dim: Width = 4096
+    num_heads: Few = 12
+    num_layers: Few = 30
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], source: Path) -> "TransformerSizes":
+        """The sizes that a model's config.json states.
+
+        Raises:
+            InputError: a size is no number, or out of range.
+        """
+        known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        try:
+            sizes: TransformerSizes = typed(cls, known, "")
+        except InputError as error:
+            raise InputError(f"the transformer's config.json in {source}: {error}") from error
+        if sizes.dim % sizes.num_heads:
+            raise InputError(
+                f"the transformer's config.json in {source}: dim {sizes.dim} is no multiple of num_heads "
+                f"{sizes.num_heads}: download it again"
+            )
+        return sizes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that are needed at the least, by what they are for."""
+
+    parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self.parts.values())
+
+
+@lru_cache(maxsize=8)
+def parameters(sizes: TransformerSizes, lora_rank: int | None, ffn_lora: FFNLoRA) -> tuple[int, int, int]:
+    """Numbers of parameters: of a softmax layer, of a hybrid layer, and of what is beside the layers.
+
+    Counted on models of one and two layers without storage.
+    """
+
+    def count(layers: int, hybrid: tuple[int, ...]) -> int:
+        with torch.device("meta"):
+            model = HybridWanModel(
+                **({field.name: vars(sizes)[field.name] for field in fields(sizes)} | {"num_layers": layers}),
+                hybrid_layers=hybrid,
+                lora_rank=lora_rank,
+                ffn_lora=ffn_lora.value,
+            )
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    one, two, mixed = count(1, ()), count(2, ()), count(2, (0,))
+    softmax = two - one
+    return softmax, mixed - one, one - softmax
+
+
+def transformer_parameters(sizes: TransformerSizes, hybrid: HybridSettings) -> int:
+    """Number of parameters of a transformer with some hybrid layers."""
+    softmax, mixed, outside = parameters(sizes, hybrid.lora_rank, hybrid.ffn_lora)
+    layers = len(hybrid.layers)
+    return outside + layers * mixed + (sizes.num_layers - layers) * softmax
+
+
+def memory_of_layers(sizes: TransformerSizes, hybrid_layers: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the memory of one video: keys and values of softmax layers, states of hybrid ones."""
+    state = sizes.dim * (sizes.dim // sizes.num_heads) * torch.promote_types(dtype, torch.float32).itemsize
+    keys_and_values = 2 * tokens * sizes.dim * dtype.itemsize
+    return hybrid_layers * state + (sizes.num_layers - hybrid_layers) * keys_and_values
+
+
+def tokens_per_frame(sizes: TransformerSizes, latent_size: tuple[int, int]) -> int:
+    """Tokens of one latent frame of a height and width."""
+    return (latent_size[0] // sizes.patch_size[1]) * (latent_size[1] // sizes.patch_size[2])
+
+
+def stored_hybrid(path: Path) -> HybridSettings | None:
+    """Which layers a checkpoint says are hybrid, without reading its tensors; None if that cannot be told."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if path.is_dir():
+        layers = read_config(folder / "config.json").get("hybrid_layers", [])
+        return HybridSettings(tuple(layers)) if isinstance(layers, list) else None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+        elif is_zipfile(path):
+            weights = read_weights(path)
+            inner = next((weights[key] for key in (GENERATOR, GENERATOR_EMA) if key in weights), weights)
+            names = list(inner) if isinstance(inner, Mapping) else []
+        else:
+            return None
+    except (OSError, SafetensorError, InputError):
+        return None  # who loads it says what is wrong
+    hybrid = [unwrapped_name(name) for name in names if isinstance(name, str) and name.endswith(".A_log")]
+    return HybridSettings(found_settings(dict.fromkeys(hybrid, torch.empty(0))).layers)
+
+
+def room_for_generation(
+    config: InferenceConfig, sizes: TransformerSizes, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+) -> Estimate:
+    """What generating videos takes at the least.
+
+    Args:
+        batch: videos at a time.
+        decodes: whether they are decoded.
+    """
+    folder, stride = Path(config.model_folder), spatial_stride(Path(config.model_folder))
+    hybrid = config.hybrid.settings()
+    stored = stored_hybrid(Path(config.checkpoint_path or folder))
+    layers = hybrid.layers or (tuple(range(sizes.num_layers)) if stored is None else stored.layers)
+    hybrid = HybridSettings(layers, hybrid.lora_rank, hybrid.lora_alpha, hybrid.ffn_lora)
+    tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
+    window_frames, _ = config.memory.window
+    frames = window_frames if window_frames is not None else config.num_output_frames
+    block = config.frames_per_block * tokens
+    parts = {
+        "weights": transformer_parameters(sizes, hybrid) * dtype.itemsize + text_encoder_bytes(folder, dtype),
+        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype),
+        "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize,
+    }
+    if decodes:
+        parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype)
+    return Estimate(parts)
+
+
+def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of the text encoder at the least, if its file holds float32."""
+    files = [folder / NATIVE_TEXT_FILE, *(folder / "text_encoder").glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files if file.is_file()) * dtype.itemsize // 4
+
+
+def decoder_bytes(folder: Path, height: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes of what goes into and comes out of a decoder's last convolutions for one frame."""
+    config = folder / "vae" / "config.json"
+    stored = read_config(config).get("base_dim", WAN21_VAE["dim"]) if config.is_file() else WAN21_VAE["dim"]
+    channels: int = typed(Few, stored, f"{config}: base_dim")
+    return 2 * channels * height * width * dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: on a GPU what is free; else memory and swap, within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return free
+    if not limit.isdigit():
+        return free
+    return min(free, int(limit) - int(used) + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)))
+
+
+def require_room(estimate: Estimate, device: torch.device, what: str, cure: str) -> None:
+    """Make sure that a device has room for what is needed at the least.
+
+    Args:
+        what: the sizes, for the message.
+        cure: which of them to lower.
+
+    Raises:
+        InputError: it has not.
+    """
+    free = available_bytes(device)
+    if estimate.total > free:
+        parts = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in estimate.parts.items())
+        raise InputError(
+            f"{what} needs at least {estimate.total / GIGABYTE:.1f} GB ({parts}), {device} has "
+            f"{free / GIGABYTE:.1f} GB free: {cure}"
+        )
+
+
+def check_speed(speed: SpeedConfig, device: torch.device, dtype: torch.dtype, dim: int, ffn_dim: int) -> None:
+    """Make sure that a device can compute as the switches say.
+
+    Args:
+        dim, ffn_dim: widths of the transformer.
+
+    Raises:
+        InputError: it cannot; the message names the switch.
+    """
+    speed = speed.on(device, dtype)
+    for switch in ("cuda_graphs", "overlap_decoding"):
+        if vars(speed)[switch] and device.type != "cuda":
+            raise InputError(f"{switch} needs a GPU: leave it off")
+    if speed.fp8:
+        require_fp8(device, dim, ffn_dim)
+    if speed.kernels:
+        require_kernels(device, dtype)
+    if device.type == "cuda" and (speed.compile or speed.kernels):
+        if not triton_installed():
+            raise InputError("compile needs Triton on a GPU: pip install triton, or leave it off")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TRITON_CAPABILITY:
+            raise InputError(
+                f"compile and kernels need a GPU of compute capability {'.'.join(map(str, TRITON_CAPABILITY))} or "
+                f"newer, {device} has {'.'.join(map(str, capability))}: give --no_compile --no_kernels"
+            )

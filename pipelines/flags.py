@@ -1,0 +1,298 @@
+"""Command lines: the same flags with the same meaning everywhere, their types, ranges and defaults from declarations.
+
+Flags are written with underscores; dashes are understood too, and so are former names. Abbreviations are refused. Of a
+flag or setting that is given twice the last counts, and the log says so. Entry points that read a config take its
+settings as `key=value` as well; a flag and a setting that contradict one another are an error.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+from pipelines.dtypes import DTYPES
+from pipelines.yaml_files import resolve
+from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, Choices, IsPath, Seed, declaration, declarations, declared, shown, typed, wanted
+
+log = logging.getLogger(__name__)
+
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+_UNSET: Any = object()
+SceneSeed = Annotated[int, Bounds(0, 2**40)]
+"""What scenes of the toy world are drawn from: scene n of a set has the seed's successor n."""
+
+
+class _Store(argparse.Action):
+    """Stores a value."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        _store(namespace, self, values)
+
+
+class _StoreConstant(argparse.Action):
+    """Stores the constant of a flag without a value."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, const: Any = True, default: Any = False, **options: Any
+    ) -> None:
+        super().__init__(option_strings, dest, nargs=0, const=const, default=default, **options)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        _store(namespace, self, self.const)
+
+
+class _Switch(argparse.Action):
+    """Stores true for --name and false for --no_name."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        names = [name for flag in option_strings for name in (flag, f"--no_{flag[2:]}")]
+        super().__init__(names, dest, nargs=0, **options)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        _store(namespace, self, not str(option_string).startswith("--no_"))
+
+
+def _store(namespace: argparse.Namespace, action: argparse.Action, value: Any) -> None:
+    given: dict[str, Any] = vars(namespace).setdefault("given", {})
+    former = given.get(action.dest, value)
+    if former != value:
+        log.warning("--%s is given twice, %s and %s: the last counts", action.dest, shown(former), shown(value))
+    given[action.dest] = value
+    setattr(namespace, action.dest, value)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=120)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every entry point.
+
+    Args:
+        description: of the programme.
+        kind: dataclass whose fields flags set; see `add_setting`.
+        reads_config: whether there is `--config` with a YAML file of `kind`, and `key=value` settings.
+        config: the default of `--config`; it must be given without one.
+        aliases: former names of flags to those of today.
+    """
+
+    def __init__(
+        self,
+        description: str | None,
+        kind: type | None = None,
+        *,
+        reads_config: bool = False,
+        config: Path | None = None,
+        config_help: str = "YAML file, see configs/",
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        for name, action in ((None, _Store), ("store", _Store), ("store_true", _StoreConstant), ("switch", _Switch)):
+            self.register("action", name, action)
+        self._kind, self._reads_config = kind, reads_config
+        self._aliases = dict(aliases or {})
+        self._paths: dict[str, str] = {}
+        if reads_config:
+            self._aliases["--config_path"] = "--config"
+            given = {"required": True} if config is None else {"default": config}
+            self.add_argument(
+                "--config", type=as_path, metavar="FILE", help=_about(config_help, default=config), **given
+            )
+            self.add_argument(
+                "settings", nargs="*", metavar="key=value", help="any setting of the config, in the place of the file's"
+            )
+
+    def add_setting(
+        self,
+        flag: str,
+        field: str,
+        help: str,
+        *,
+        group: "argparse._ArgumentGroup | None" = None,
+        const: Any = _UNSET,
+    ) -> None:
+        """Add a flag that sets a field of the config; type, range and default are the field's.
+
+        Args:
+            field: its dotted name, such as "memory.window_frames".
+            const: what a flag without a value sets.
+        """
+        assert self._kind is not None
+        hint = declaration(self._kind, field)
+        self._paths[flag[2:]] = field
+        add = (group or self).add_argument
+        default = None if self._reads_config else field_default(self._kind, field)
+        if const is not _UNSET:
+            add(flag, action="store_true", const=const, default=None, help=_about(help))
+        elif declared(hint).kind is bool:
+            add(flag, action="switch", default=default, help=_about(help, default=field_default(self._kind, field)))
+        else:
+            about = _about(help, hint, field_default(self._kind, field))
+            add(flag, default=default, help=about, **value_options(hint, flag))
+
+    def add_value(
+        self, flag: str, hint: Any, help: str, *, group: "argparse._ArgumentGroup | None" = None, **options: Any
+    ) -> None:
+        """Add a flag that is no setting of a config, with its declaration."""
+        about = _about(help, hint, options.get("default"))
+        (group or self).add_argument(flag, help=about, **(value_options(hint, flag) | options))
+
+    def add_seed(self, help: str = "of all random numbers", default: int = 0) -> None:
+        """Add --seed."""
+        self.add_value("--seed", Seed, help, default=default, metavar="N")
+
+    def add_device(self, dtypes: Sequence[str] | None = tuple(DTYPES)) -> None:
+        """Add --device, and --dtype with its choices unless they are None."""
+        group = self.add_argument_group("device")
+        group.add_argument("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one")
+        if dtypes is not None:
+            about = "by default bfloat16 on a GPU and float32 on a CPU"
+            group.add_argument("--dtype", choices=list(dtypes), help=about)
+
+    def error(self, message: str) -> Any:
+        """Raise the error of a command line.
+
+        Raises:
+            InputError: always.
+        """
+        # A declaration's message names the flag itself.
+        raise InputError(f"{re.sub(r'^argument [^:]+: (?=--)', '', message)}; --help lists all flags")
+
+    def parse_args(  # type: ignore[override]  # argparse declares overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """Parse as argparse does, strictly.
+
+        Returns:
+            the namespace, with `settings` (the `key=value` texts) and `flags` (values by the dotted names of their
+            fields).
+
+        Raises:
+            InputError: something that cannot be understood.
+        """
+        flags, settings = self._apart(list(sys.argv[1:] if args is None else args))
+        parsed, extras = super().parse_known_args(flags, namespace)
+        # Positional settings that argparse took are those without "=".
+        for extra in (*(getattr(parsed, "settings", None) or []), *extras):
+            what = f"{shown(extra)} is no setting: give key=value" if self._reads_config else f"unexpected {extra}"
+            self.error(what)
+        given = dict(getattr(parsed, "given", {}))
+        parsed.settings = settings
+        names = [setting.partition("=")[0] for setting in settings]
+        for name in {name for name in names if names.count(name) > 1}:
+            log.warning("%s= is given more than once: the last counts", name)
+        parsed.flags = {self._paths[name]: value for name, value in given.items() if name in self._paths}
+        return parsed
+
+    def _apart(self, arguments: list[str]) -> tuple[list[str], list[str]]:
+        """Flags under their names of today with their values, and `key=value` settings wherever they stand."""
+        flags: list[str] = []
+        settings: list[str] = []
+        action: argparse.Action | None = None
+        taken = 0
+        for index, argument in enumerate(arguments):
+            if argument == "--":
+                return flags + arguments[index:], settings
+            if argument.startswith("--"):
+                name, equals, value = argument.partition("=")
+                name = self._current(name)
+                flags.append(name + equals + value)
+                action, taken = self._option_string_actions[name], len(equals)
+            elif self._reads_config and _SETTING.match(argument) and not _takes(action, taken):
+                settings.append(argument)
+            else:
+                flags.append(argument)
+                taken += 1
+        return flags, settings
+
+    def _current(self, name: str) -> str:
+        """A flag's name of today."""
+        with_underscores = "--" + name[2:].replace("-", "_")
+        for one in (name, with_underscores):
+            one = self._aliases.get(one, one)
+            if one in self._option_string_actions:
+                return one
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        longer = [flag for flag in known if flag.startswith(with_underscores)]
+        near = longer or difflib.get_close_matches(with_underscores, known, n=1)
+        self.error(f"unknown flag {name}" + (f": did you mean {' or '.join(near[:3])}?" if near else ""))
+        raise AssertionError
+
+
+def _takes(action: argparse.Action | None, taken: int) -> bool:
+    """Whether a flag that has `taken` values takes a next one that looks like key=value."""
+    if action is None or action.nargs == 0:
+        return False
+    if action.nargs in ("*", "+"):
+        return action.type is None and "=" in str(action.metavar)
+    return taken < (1 if action.nargs in (None, "?") else int(action.nargs))
+
+
+def value_options(hint: Any, flag: str) -> dict[str, Any]:
+    """The options of `add_argument` for a declaration."""
+    kind = declared(hint).kind
+    if get_origin(kind) is list:
+        element = get_args(kind)[0]
+        return value_options(element, flag) | {"nargs": "*"}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {"type": reader(hint, flag), "metavar": "{" + ",".join(member.value for member in kind) + "}"}
+    choices = [rule.names for rule in declared(hint).rules if isinstance(rule, Choices)]
+    if choices:
+        return {"type": reader(hint, flag), "metavar": "{" + ",".join(choices[0]) + "}"}
+    is_path = kind is Path or any(isinstance(rule, IsPath) for rule in declared(hint).rules)
+    return {"type": reader(hint, flag), "metavar": "PATH" if is_path else {int: "N", float: "X"}.get(kind, "TEXT")}
+
+
+def reader(hint: Any, flag: str) -> Callable[[str], Any]:
+    """What turns a flag's text into its declared type."""
+    is_number = declared(hint).kind in (int, float)
+
+    def read(text: str) -> Any:
+        try:
+            return typed(hint, resolve(text) if is_number else text, flag)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def as_path(text: str) -> Path:
+    """A path from the command line."""
+    try:
+        value: Path = typed(Path, text, "path")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def field_default(kind: type, field: str) -> Any:
+    """The default of a field by its dotted name."""
+    *outer, last = field.split(".")
+    for name in outer:
+        kind = declared(declarations(kind)[name]).kind
+    (found,) = (one for one in dataclasses.fields(kind) if one.name == last)
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return None if found.default is dataclasses.MISSING else found.default
+
+
+def _about(text: str, hint: Any = None, default: Any = None) -> str:
+    """A flag's help with its range and default."""
+    is_text = hint is None or declared(hint).kind in (str, Path)
+    parts = [] if is_text else [wanted(hint).removesuffix(", or null")]
+    parts += [f"default {shown(default)}"] if default not in (None, []) else []
+    return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")

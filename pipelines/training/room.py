@@ -1,0 +1,85 @@
+"""What a training step takes at the least, estimated before models load; see `pipelines.feasibility`."""
+
+import os
+from math import prod
+
+import torch
+
+from arl2.model import HybridSettings
+from pipelines.cli import choose_device, rank_and_world_size
+from pipelines.dtypes import choose_dtype
+from pipelines.feasibility import (
+    Estimate,
+    TransformerSizes,
+    require_room,
+    tokens_per_frame,
+    transformer_parameters,
+)
+from pipelines.training.config import GatesConfig, Stage1Config, TrainingConfig
+
+COPIES = 4
+"""Of what trains, in float32: values, gradients, and the two moments of AdamW."""
+
+
+def room_for_training(
+    config: TrainingConfig, sizes: TransformerSizes, sample: tuple[int, ...], dtype: torch.dtype, ranks: int
+) -> Estimate:
+    """What a step takes on one rank at the least.
+
+    Args:
+        sample: shape of the latents of a video, [F, C, h, w].
+        dtype: of the frozen weights.
+        ranks: over which sharded weights are divided.
+    """
+    hybrid = config.hybrid(sizes.num_layers)
+    frozen = transformer_parameters(sizes, HybridSettings())
+    trained = 0 if isinstance(config, GatesConfig) else transformer_parameters(sizes, hybrid) - frozen
+    copies = COPIES + (config.ema_decay is not None)
+    frames, *latent_size = sample[0], *sample[2:]
+    in_graph = frames
+    if config.blocks_per_graph is not None:
+        in_graph = min(frames, config.blocks_per_graph * config.frames_per_block)
+    per_frame = tokens_per_frame(sizes, (latent_size[0], latent_size[1]))
+    tokens, block = in_graph * per_frame, config.frames_per_block * per_frame
+    return Estimate(
+        {
+            "weights": frozen * dtype.itemsize // (ranks if config.shard else 1),
+            "what trains": 4 * copies * trained,
+            "videos and noise": 4 * config.batch * prod(sample) * (1 + config.levels.per_block),
+            # Every block has a noisy pass, and all but the last a clean one.
+            "activations": config.batch
+            * (2 * tokens - block)
+            * dtype.itemsize
+            * _kept_per_token(config, sizes, hybrid),
+        }
+    )
+
+
+def _kept_per_token(config: TrainingConfig, sizes: TransformerSizes, hybrid: HybridSettings) -> int:
+    """Numbers that a graph keeps for every token of a noisy pass and of the clean pass that remembers it.
+
+    Stage 1 keeps what goes into the layers and comes out of them; stage 2 what goes into every block, and without
+    checkpointing also what its feed-forward takes and makes.
+    """
+    if isinstance(config, Stage1Config):
+        return 2 * sizes.dim * len(hybrid.layers)
+    first = min(hybrid.layers, default=0)  # before it nothing has a gradient
+    checkpointed = vars(config).get("checkpointing", False)
+    return (sizes.num_layers - first) * (sizes.dim if checkpointed else 2 * sizes.dim + sizes.ffn_dim)
+
+
+def check_room(config: TrainingConfig, sizes: TransformerSizes, sample: tuple[int, ...]) -> None:
+    """Make sure that a step fits the device.
+
+    Raises:
+        InputError: it does not; the message names sizes, estimate and cure.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    estimate = room_for_training(config, sizes, sample, dtype, rank_and_world_size()[1])
+    if device.type == "cpu":  # ranks of one machine share its memory
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        estimate = Estimate({name: size * processes for name, size in estimate.parts.items()})
+    what = f"a step on batch {config.batch} of {sample[0]} latent frames of {sample[2]}×{sample[3]}"
+    cures = "lower batch and raise accumulation, or lower lora_rank, or set blocks_per_graph"
+    require_room(estimate, device, what, f"{cures}, checkpointing=true or shard=true")
