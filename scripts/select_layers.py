@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid, found_settings
+from arl2.checkpoint import build_hybrid
 from arl2.layer_selection.scores import (
     SHARES,
     Selection,
@@ -39,6 +39,7 @@ from arl2.layer_selection.scores import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
+from arl2.statement import found_settings
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype

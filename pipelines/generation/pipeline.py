@@ -27,7 +27,8 @@ from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flo
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
 from pipelines.generation.streaming import SideStream, Transfer, finished
 from pipelines.media.video import to_uint8
-from wan.checkpoints.formats import read_config, transformer_config
+from wan.checkpoints.configs import read_config
+from wan.checkpoints.formats import transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
