@@ -18,44 +18,21 @@ import torch
 
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
 from arl2.statement import (
-    ALPHA,
     found_settings,
     hybrid_layer_of,
     is_hybrid_part,
     require_claims,
     require_hybrid_types,
-    require_record,
     resolve_settings,
     stored_alpha,
     trained_memory_of,
 )
-from wan.checkpoints.formats import (
-    GENERATOR,
-    HYBRID,
-    RELEASED,
-    SIZES,
-    TRAINED_MEMORY,
-    TransformerWeights,
-    read_transformer,
-    require_sizes,
-)
-from wan.checkpoints.loading import (
-    RECORD,
-    StateDict,
-    as_state_dict,
-    load_strict,
-    read_header,
-    read_record,
-    read_weights,
-    require_fit,
-)
+from wan.checkpoints.fields import HYBRID, RELEASED, SIZES, TRAINED_MEMORY
+from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
+from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
+from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
 from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
-from wan.checkpoints.tensors import (
-    describe_dtype,
-    own_storage,
-    require_floating,
-    summarize_names,
-)
+from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -80,6 +57,7 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     base, path = read_transformer(folder, use_ema), Path(checkpoint)
     found = found_settings(base.state, base.source)
     require_claims(base.config, found, base.state, base.source)
+    check_record(base.record, base.source)
     require_record(base.record, base.config, base.source)
     if found.layers:
         raise CheckpointError(
@@ -172,6 +150,7 @@ def build_hybrid(
     untrained = sorted(name for name in model.hybrid_parameter_names() if name not in state)
     trained = {name: value for name, value in model.state_dict().items() if name not in untrained}
     require_fit(trained, state, type(model).__name__, weights.source)  # before memory is taken for sizes that do not
+    require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
     if untrained:
         state = state | _initial_values(config, settings, untrained, seed)
     state = {name: value.to(device) for name, value in own_storage(state).items()}
@@ -195,10 +174,12 @@ def _agreed_settings(
     require_sizes(config, f"the config of {source}")
     require_floating(weights.state, source)
     found = found_settings(weights.state, source)
-    require_record(weights.record, config, source)
+    check_record(weights.record, source)
     require_claims(weights.record | config, found, weights.state, source)
     require_hybrid_types(weights.state, source)
     alpha = stored_alpha(weights)
+    if found.lora_rank is not None and alpha is None:
+        log.info("%s does not say the alpha of its adapters: %g is taken", source, wanted.lora_alpha)
     wanted = replace(wanted, layers=check_layers(wanted.layers, num_layers))
     settings = resolve_settings(found, wanted, source, num_layers=num_layers, alpha=alpha)
     if settings.lora_rank is not None and settings.lora_rank > config["dim"]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -16,7 +16,10 @@ from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
 from arl2.trained_memory import TrainedMemory
+from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
+from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
+from wan.checkpoints.tensors import require_finite
 from wan.model import CausalWanModel
 from wan.utils.errors import InputError
 
@@ -191,6 +194,25 @@ class HybridWanModel(CausalWanModel):
         write_model_folder(
             Path(save_directory), self.to_json_string(), self.state_dict(), self.record(), max_shard_size
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but a config or weights that are not what they say are an error; see `arl2.statement`.
+
+        Raises:
+            CheckpointError: a setting, name or value that the folder should not have, or lacks; NaN or infinity.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        is_local = (folder / "config.json").exists()
+        if is_local:
+            require_sizes(stated_config(folder), folder / "config.json")
+        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for file in (folder / name for name in WEIGHT_FILES if is_local and (folder / name).is_file()):
+            record = read_record(file, {})
+            check_record(record, file)
+            require_record(record, model.record(), file)
+        require_finite(model.state_dict(), folder)
+        return model
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
         """The hybrid attention modules by layer."""

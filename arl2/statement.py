@@ -19,13 +19,14 @@ from typing import Any
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.trained_memory import TrainedMemory
-from wan.checkpoints.configs import check_settings, shown
-from wan.checkpoints.formats import HYBRID, LORA_ALPHA, SIZES, TRAINED_MEMORY, TransformerWeights, num_blocks_in
+from wan.checkpoints.configs import shown
+from wan.checkpoints.fields import LORA_ALPHA, TRAINED_MEMORY
+from wan.checkpoints.formats import TransformerWeights, num_blocks_in
 from wan.checkpoints.loading import StateDict
+from wan.checkpoints.record import ALPHA
 from wan.checkpoints.tensors import printable, require_same_type, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 
-ALPHA = "lora_alpha"
 GATES = ("A_log", "dt_bias")
 LAYER_PARTS = (
     *("a_proj.weight", "b_proj.weight", "gate_proj.weight", *GATES),
@@ -38,7 +39,6 @@ _HYBRID_PART = re.compile(
     r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])\b.*)"
 )
 _FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
-_RECORDED = SIZES | HYBRID | {TRAINED_MEMORY: lambda value: None}
 
 
 def hybrid_layer_of(name: str) -> int | None:
@@ -175,22 +175,6 @@ def require_claims(
             raise CheckpointError(
                 f"{source}: the config says {name} {said}, the weights hold {held}: they are of two models, or one is "
                 "damaged; download or convert them again together"
-            )
-
-
-def require_record(record: Mapping[str, Any], config: Mapping[str, Any], source: str | Path) -> None:
-    """Make sure that what a weight file records of itself is well-formed and agrees with the config.
-
-    Raises:
-        CheckpointError: it does not; the message names the setting and both values.
-    """
-    known = check_settings(record, _RECORDED, f"the record in {source}")
-    for name in sorted(known.keys() & config.keys()):
-        one, other = (list(value) if isinstance(value, tuple) else value for value in (known[name], config[name]))
-        if one != other:
-            raise CheckpointError(
-                f"{source} was made with {name} {shown(one)}, the config says {shown(other)}: use the config of these "
-                "weights, or correct it"
             )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wan.checkpoints.configs import check_settings
-from wan.checkpoints.formats import MEMORY
+from wan.checkpoints.fields import MEMORY
 from wan.utils.errors import CheckpointError
 
 

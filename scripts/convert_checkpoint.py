@@ -17,6 +17,7 @@ import torch
 from arl2.checkpoint import build_hybrid, save_generator
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.cli import exit_on_input_error
+from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
@@ -74,12 +75,19 @@ def main() -> int:
         arguments.lora_alpha,
         FFNLoRA.ALL if arguments.ffn_lora_all_layers else FFNLoRA.HYBRID,
     )
+    for name in sorted(config.keys() & weights.config.keys() & SIZES.keys()):
+        if config[name] != weights.config[name]:
+            flag = "--config" if arguments.config else "--size"
+            raise InputError(
+                f"{arguments.source} says {name} {weights.config[name]}, {flag} says {config[name]}: drop {flag}"
+            )
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
     if arguments.merge_ffn_lora:
         model.merge_ffn_lora()
     save(model, arguments.target)
-    log.info("wrote %s: %s", arguments.target, report.settings)
+    memory = f", trained with {model.trained_memory}" if model.trained_memory else ""
+    log.info("wrote %s: %s%s", arguments.target, report.settings, memory)
     return 0
 
 

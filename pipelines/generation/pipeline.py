@@ -27,7 +27,7 @@ from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flo
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
 from pipelines.generation.streaming import SideStream, Transfer, finished
 from pipelines.media.video import to_uint8
-from wan.checkpoints.configs import read_config
+from wan.checkpoints.configs import Field, check_settings, flag, list_of, read_config, real, whole
 from wan.checkpoints.formats import transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
@@ -39,7 +39,14 @@ from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
 
-SAMPLING_KEYS = ("frames_per_block", "denoising_steps", "warp_denoising_steps", "timestep_shift", "context_noise")
+SAMPLING: dict[str, Field] = {
+    "frames_per_block": whole(1, 4096),
+    "denoising_steps": list_of(real(0, 1000)),
+    "warp_denoising_steps": flag(),
+    "timestep_shift": real(0, 1e6, above=True),
+    "context_noise": real(0, 1000),
+}
+"""Settings that a folder's model_index.json may hold."""
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -150,6 +157,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
+        self._memories_warned_of: set[tuple[int | None, int]] = set()
         self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
@@ -292,6 +300,15 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError(f"{num_frames} frames cannot be decoded: give 1 plus a multiple of {stride}")
         return (num_frames - 1) // stride + 1
 
+    def resolve_memory(self, memory: MemoryConfig) -> MemoryConfig:
+        """The memory that a request means for this model; one that training did not meet is warned of, once."""
+        trained = self.transformer.trained_memory
+        warning = memory.warning(trained, bool(self.transformer.hybrid.layers))
+        if warning is not None and memory.window not in self._memories_warned_of:
+            self._memories_warned_of.add(memory.window)
+            log.warning("%s", warning)
+        return memory.resolved(trained)
+
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         stride = self.wan_vae.spatial_compression
         check_size(height, width, stride, self.transformer.patch_size)
@@ -304,8 +321,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Args:
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
-            memory: full or windowed.
+            memory: of the softmax layers; another than the model was trained with is warned of once.
         """
+        memory = self.resolve_memory(memory)
         memory.check(self.config.frames_per_block)
         window_frames, sink_frames = memory.window
         spec = MemorySpec(
@@ -342,7 +360,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             height, width: pixels.
             image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; remembered first.
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
-            memory: of the softmax layers; full by default.
+            memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
 
         Yields:
@@ -439,8 +457,12 @@ class CausalVideoPipeline(DiffusionPipeline):
 
 
 def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin."""
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
+
+    Raises:
+        CheckpointError: they are malformed or out of range.
+    """
     index = folder / "model_index.json"
-    if not index.is_file():
+    if not index.exists():
         return {}
-    return {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
+    return check_settings(read_config(index), SAMPLING, index, others=True)

@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
     Raises:
         InputError: a finished video was made with other settings, weights or image.
     """
+    # As the model means it, so that a video is the same one whichever way its memory was asked for.
+    run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
     mine = shard_jobs(run.jobs, rank, world_size)
     made_with = settings_of(run) | {"weights": fingerprint_of(pipeline.transformer.state_dict())}
     made = {job.name: made_with | image_of(run, job) for job in mine}

@@ -19,7 +19,7 @@ from arl2.layer_selection.gates import GateSettings
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
-from pipelines.config import MemoryConfig, check_size
+from pipelines.config import MemoryConfig, MemoryKind, check_size
 from pipelines.generation.arguments import check_writable
 from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
@@ -175,7 +175,7 @@ class Stage2Config(TrainingConfig):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -190,7 +190,13 @@ class Stage2Config(TrainingConfig):
         return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
 
     def objective_settings(self) -> Stage2Settings:
-        """As `Stage2` takes them."""
+        """As `Stage2` takes them.
+
+        Raises:
+            InputError: the memory is to be the trained one, which training itself decides.
+        """
+        if self.memory.kind is MemoryKind.trained:
+            raise InputError("memory.kind trained is what training decides: give full or window")
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,

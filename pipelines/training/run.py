@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arl2.checkpoint import build_hybrid
@@ -27,6 +26,7 @@ from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import num_blocks, rollout
+from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, load_config
 from pipelines.generation.arguments import choose_dtype
@@ -44,6 +44,7 @@ from pipelines.training.config import (
 )
 from wan.checkpoints.formats import WEIGHT_FILES, read_transformer, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, fingerprint_of, read_weights, summarize_names
+from wan.checkpoints.saving import with_record, write_safetensors
 from wan.utils.errors import CheckpointError
 from wan.utils.files import atomic_folder, write_json
 from wan.vae.wan_vae import WanVAE, load_vae
@@ -94,8 +95,15 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
     model = build_model(config, accelerator.device)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model))
     trainer.run()
+    model.set_trained_memory(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+
+
+def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
+    """The memory that the softmax layers have in a training; stage 1 learns from a teacher that sees everything."""
+    window_frames, sink_frames = config.memory.window if isinstance(config, Stage2Config) else (None, 0)
+    return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
 def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator, objective: Objective) -> Trainer:
@@ -154,7 +162,7 @@ def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
     dtype = weights_dtype(config, device)
     where = torch.device("cpu") if config.shard else device
     hybrid = config.hybrid(sizes["num_layers"])
-    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed)[0]
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed, to_be_trained=True)[0]
 
 
 def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
@@ -232,7 +240,7 @@ def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) 
     with atomic_folder(folder) as temporary:
         page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
         (temporary / "config.json").write_text(page + "\n")
-        save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
+        write_safetensors(temporary / WEIGHT_FILES[0], weights, with_record(model.record()))
 
 
 class TrainingMonitor:

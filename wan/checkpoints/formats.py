@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoints.configs import (
-    Field,
-    check_settings,
-    flag,
-    list_of,
-    one_of,
-    optional,
-    read_config,
-    real,
-    settings_of,
-    whole,
+from wan.checkpoints.configs import check_settings, read_config
+from wan.checkpoints.fields import (
+    DIFFUSERS,
+    DIFFUSERS_OPTIONAL,
+    HYBRID,
+    NATIVE_NEUTRAL,
+    NATIVE_TEXT_DIM,
+    OPTIONAL_HYBRID,
+    RELEASED,
+    SIZES,
 )
 from wan.checkpoints.identify import IMAGE_BRANCH, OPTIMIZER, SHARD, family
-from wan.checkpoints.loading import RECORD, StateDict, as_state_dict, read_folder, read_record, read_weights
+from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
+from wan.checkpoints.record import RECORD, read_record
 from wan.checkpoints.tensors import printable, require_floating, require_one_type_per_role
 from wan.utils.errors import CheckpointError
 
@@ -36,9 +36,6 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _HOLDERS = re.compile(r"^((module|model|diffusion_model|transformer)\.)+")
 _BLOCK_NUMBER = re.compile(r"^blocks\.(\d+)\.")
-MAX_LAYERS, MAX_WIDTH, MAX_TEXT_LEN = 256, 1 << 17, 1 << 14
-"""Sizes beyond which a config.json is no transformer's: the largest released one has 40 layers of 13,824 channels."""
-
 # diffusers' name of a part, and Wan's.
 _DIFFUSERS_PARTS = (
     ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
@@ -57,67 +54,6 @@ _DIFFUSERS_PARTS = (
     (".ffn.net.2.", ".ffn.2."),
     ("proj_out.", "head.head."),
 )
-_WIDTH = whole(1, MAX_WIDTH)
-SIZES: dict[str, Field] = {
-    "patch_size": list_of(whole(1, 64), length=3),
-    "text_len": whole(1, MAX_TEXT_LEN),
-    **dict.fromkeys(("in_dim", "dim", "ffn_dim", "text_dim", "out_dim"), _WIDTH),
-    "freq_dim": whole(2, MAX_WIDTH),
-    "num_heads": whole(1, MAX_WIDTH),
-    "num_layers": whole(1, MAX_LAYERS),
-    "qk_norm": flag(),
-    "cross_attn_norm": flag(),
-    "eps": real(0, 0.1, above=True),
-    "model_type": one_of("t2v"),
-}
-"""Arguments of `wan.model.CausalWanModel`."""
-LORA_ALPHA = real(0, 1e6, above=True)
-HYBRID: dict[str, Field] = {
-    "hybrid_layers": list_of(whole(0, MAX_LAYERS - 1)),
-    "lora_rank": optional(whole(1, MAX_WIDTH)),
-    "lora_alpha": LORA_ALPHA,
-    "ffn_lora": one_of("none", "hybrid", "all"),
-}
-"""What a hybrid model has besides."""
-TRAINED_MEMORY = "trained_memory"
-MEMORY: dict[str, Field] = {
-    "window_frames": optional(whole(1, 1 << 24)),
-    "sink_frames": whole(0, 1 << 24),
-    "num_frames": optional(whole(1, 1 << 24)),
-}
-"""The memory of the softmax layers in training, see `arl2.trained_memory.TrainedMemory`."""
-RELEASED: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "in_dim": 16,
-    "out_dim": 16,
-    "qk_norm": True,
-    "cross_attn_norm": True,
-    "eps": 1e-6,
-    "model_type": "t2v",
-}
-"""What all released models have alike, and leave out of lists of sizes."""
-NATIVE_TEXT_DIM = 4096
-# Settings of other programs' classes, which must say that what they stand for is not used.
-_NATIVE_NEUTRAL: dict[str, Field] = {
-    "window_size": list_of(one_of(-1), length=2),
-    "local_attn_size": one_of(-1),
-    "sink_size": one_of(0),
-}
-_DIFFUSERS: dict[str, Field] = {
-    "patch_size": SIZES["patch_size"],
-    **dict.fromkeys(("in_channels", "out_channels", "attention_head_dim", "ffn_dim", "text_dim"), _WIDTH),
-    "freq_dim": SIZES["freq_dim"],
-    "num_attention_heads": SIZES["num_heads"],
-    "num_layers": SIZES["num_layers"],
-    "cross_attn_norm": flag(),
-    "qk_norm": one_of("rms_norm_across_heads", None),
-    "eps": SIZES["eps"],
-    "image_dim": one_of(None),
-    "added_kv_proj_dim": one_of(None),
-    "pos_embed_seq_len": one_of(None),
-    "rope_max_seq_len": whole(1, 1 << 20),
-}
-_DIFFUSERS_OPTIONAL = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "rope_max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -175,7 +111,7 @@ def native_config(diffusers_config: Mapping[str, Any], source: str | Path = "con
         raise CheckpointError(
             "this is an image-to-video transformer with an image branch: only text-to-video is supported"
         )
-    c = check_settings(c, _DIFFUSERS, source, needed=_DIFFUSERS.keys() - set(_DIFFUSERS_OPTIONAL))
+    c = check_settings(c, DIFFUSERS, source, needed=DIFFUSERS.keys() - set(DIFFUSERS_OPTIONAL))
     return {
         "patch_size": tuple(c["patch_size"]),
         "text_len": 512,  # diffusers leaves it to the pipeline, whose default it is
@@ -231,12 +167,12 @@ def stated_config(folder: Path) -> dict[str, Any]:
     if kind == "WanTransformer3DModel":
         return native_config(config, path)
     if kind == "HybridWanModel":
-        fields = SIZES | HYBRID | {TRAINED_MEMORY: optional(settings_of(MEMORY))}
+        fields = SIZES | HYBRID | OPTIONAL_HYBRID
         return _with_patches(check_settings(config, fields, path, needed=SIZES.keys() | HYBRID.keys()))
-    if kind == "CausalWanModel" and not config.keys() & _NATIVE_NEUTRAL.keys():
+    if kind == "CausalWanModel" and not config.keys() & NATIVE_NEUTRAL.keys():
         return _with_patches(check_settings(config, SIZES, path, needed=SIZES.keys())) | {"hybrid_layers": []}
     if kind in ("WanModel", "CausalWanModel") or (kind is None and "dim" in config):
-        found = check_settings(config, SIZES | _NATIVE_NEUTRAL, path, needed=("dim", "num_layers"))
+        found = check_settings(config, SIZES | NATIVE_NEUTRAL, path, needed=("dim", "num_layers"))
         sizes = {name: value for name, value in found.items() if name in SIZES}
         return _with_patches(RELEASED | {"text_dim": NATIVE_TEXT_DIM} | sizes)
     raise CheckpointError(f"{path} describes a {printable(kind)}, not a Wan text-to-video transformer")

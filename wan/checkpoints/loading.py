@@ -5,7 +5,6 @@ strict: every name in the file and every parameter of the model is accounted for
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,6 @@ StateDict = dict[str, Tensor]
 WORDS_AT_A_TIME = 1 << 22
 CHECKSUM_FACTOR = 0x1E3779B97F4A7C16  # even, so that every weight is odd
 INDEX_SUFFIX = ".safetensors.index.json"
-RECORD = "arl2"
-"""Where our files say how their weights were made: an entry of a `.pt`, which other loaders leave alone, and a key of a
-safetensors header."""
 
 
 def read_weights(path: str | Path) -> dict[Any, Any]:
@@ -86,34 +82,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
         raise damaged(path, error) from error
 
 
-def read_record(path: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a file of ours says of its weights beyond names and values; nothing for files of other origin.
-
-    Args:
-        path: the file, or the index of its shards.
-        weights: what was read from it.
-
-    Raises:
-        CheckpointError: it says something malformed.
-    """
-    if path.suffix in SUFFIXES:
-        record = weights.get(RECORD, {})
-        if isinstance(record, Tensor) or not isinstance(record, dict) or not all(isinstance(n, str) for n in record):
-            raise CheckpointError(f"{path}: its entry {RECORD!r} is no dictionary of settings: convert it again")
-        return dict(record)
-    if path.name.endswith(INDEX_SUFFIX):
-        path = path.parent / min(_weight_map(path).values())
-    _, metadata = read_header(path)
-    try:
-        record = json.loads(metadata.get(RECORD, "{}"))
-        # Files written before there was a record hold this alone.
-        record = ({"lora_alpha": float(metadata["lora_alpha"])} if "lora_alpha" in metadata else {}) | record
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the settings in its header are malformed: convert it again") from error
-    return dict(record)
-
-
-def _weight_map(index_path: Path) -> dict[str, str]:
+def weight_map(index_path: Path) -> dict[str, str]:
     """An index's names and the shard that each is in.
 
     Raises:
@@ -129,7 +98,7 @@ def _weight_map(index_path: Path) -> dict[str, str]:
 
 
 def _read_shards(index_path: Path) -> dict[str, object]:
-    shard_of = _weight_map(index_path)
+    shard_of = weight_map(index_path)
     state: dict[str, object] = {}
     for shard in sorted(set(shard_of.values())):
         path = index_path.parent / shard

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan.checkpoints.formats import WEIGHT_FILES
-from wan.checkpoints.loading import RECORD
+from wan.checkpoints.record import RECORD
 from wan.utils.files import atomic_path, cannot_write, remove, write_json, write_text
 
 METADATA = {"format": "pt"}
@@ -20,7 +20,7 @@ MAX_SHARD_SIZE = "10GB"
 
 
 def with_record(record: Mapping[str, Any]) -> dict[str, str]:
-    """The header of a safetensors file that says how its weights were made, see `wan.checkpoints.loading.RECORD`."""
+    """The header of a safetensors file that says how its weights were made, see `wan.checkpoints.record`."""
     return METADATA | {RECORD: json.dumps(record)}
 
 

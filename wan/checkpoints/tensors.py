@@ -14,6 +14,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_NAME = 100
 """Characters of a parameter's name in a message."""
 _BLOCK = re.compile(r"^blocks\.\d+\.")
+_HEAD_MODULATION = "head.modulation"
+"""Outside the blocks, the counterpart of their modulation."""
 
 
 def printable(name: object) -> str:
@@ -81,8 +83,8 @@ def require_one_type_per_role(state: Mapping[str, Tensor], source: str | Path) -
     """
     roles: dict[str, list[str]] = {}
     for name in state:
-        if _BLOCK.match(name):
-            roles.setdefault(_BLOCK.sub("", name), []).append(name)
+        if _BLOCK.match(name) or name == _HEAD_MODULATION:
+            roles.setdefault(_BLOCK.sub("", name).removeprefix("head."), []).append(name)
     narrow_blocks = any(_has_wide_bias(name, state) for name in state if _BLOCK.match(name))
     for names in roles.values():
         require_same_type(names, state, source)
