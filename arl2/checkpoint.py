@@ -200,8 +200,8 @@ def _require_range(model: HybridWanModel, before: StateDict, dtype: torch.dtype,
     for name, value in model.state_dict().items():
         if before[name].dtype is not value.dtype and not bool(value.isfinite().all()):
             raise CheckpointError(
-                f"{source}: {name} has values beyond the range of {describe_dtype(dtype)}: give --dtype bfloat16 or "
-                "float32"
+                f"{source}: {name} has values beyond the range of {describe_dtype(dtype)}: load it in a wider type, "
+                "or take other weights"
             )
 
 

@@ -21,7 +21,7 @@ from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
 from wan.checkpoints.tensors import require_finite
 from wan.model import CausalWanModel
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
@@ -206,7 +206,16 @@ class HybridWanModel(CausalWanModel):
         is_local = (folder / "config.json").exists()
         if is_local:
             require_sizes(stated_config(folder), folder / "config.json")
-        model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except InputError:
+            raise
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # a shape that differs, a file that is not there
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{folder} does not hold a {cls.__name__}: {reason}") from error
         for file in (folder / name for name in WEIGHT_FILES if is_local and (folder / name).is_file()):
             record = read_record(file, {})
             check_record(record, file)

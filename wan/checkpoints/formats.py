@@ -25,6 +25,7 @@ from wan.checkpoints.fields import (
 )
 from wan.checkpoints.identify import IMAGE_BRANCH, OPTIMIZER, SHARD, family
 from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
+from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.record import RECORD, read_record
 from wan.checkpoints.tensors import printable, require_floating, require_one_type_per_role
 from wan.utils.errors import CheckpointError
@@ -222,7 +223,9 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
         return TransformerWeights(_named(inner, path), str(path), causal=True, record=record)
     if use_ema:
         raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop --use_ema")
-    return TransformerWeights(_named(weights, path), str(path), record=record)
+    # Arguments of a training script beside the weights; no weight lacks a dot.
+    kept = {name: value for name, value in weights.items() if not (isinstance(value, Opaque) and "." not in str(name))}
+    return TransformerWeights(_named(kept, path), str(path), record=record)
 
 
 def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:

@@ -50,7 +50,7 @@ def read_weights(path: str | Path) -> dict[Any, Any]:
             require_weight_file(path)
             return read_pickle(path) if path.suffix in SUFFIXES else dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError, OverflowError, KeyError, AttributeError, TypeError) as error:
-        raise damaged(path, error) from error
+        raise damaged(path, str(error)) from error
     raise CheckpointError(f"{path} is no weight file: expected .safetensors, .pt or .pth")
 
 
@@ -79,7 +79,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return list(file.keys()), dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise damaged(path, error) from error
+        raise damaged(path, str(error)) from error
 
 
 def weight_map(index_path: Path) -> dict[str, str]:
