@@ -82,6 +82,9 @@ def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     """
     with atomic_path(path) as temporary:
         try:
-            torch.save(dict(content), temporary)
-        except RuntimeError as error:  # PyTorch's writer reports a full disk so
-            raise cannot_write(path, str(error).splitlines()[0]) from error
+            with temporary.open("wb") as file:  # a path would give the archive inside its temporary name
+                torch.save(dict(content), file)
+        except RuntimeError as error:  # PyTorch's writer reports a full disk so, once Python's file has
+            cause = error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+            raise cannot_write(path, str(reason)) from error
