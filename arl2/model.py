@@ -1,10 +1,12 @@
 """The causal Wan transformer with hybrid attention in some of its layers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -13,8 +15,13 @@ from torch import nn
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
+from arl2.trained_memory import TrainedMemory
+from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
+from wan.checkpoints.record import check_record, read_record, require_record
+from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
+from wan.checkpoints.tensors import require_finite
 from wan.model import CausalWanModel
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
@@ -63,6 +70,8 @@ class HybridSettings:
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
 
     def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
         """Blocks whose feed-forward carries adapters."""
@@ -75,7 +84,8 @@ class HybridWanModel(CausalWanModel):
     """`CausalWanModel` with hybrid attention in `hybrid_layers`, and adapters if a rank is given.
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
-    `HybridSettings`, as plain values so that they can be stored in a `config.json`.
+    `HybridSettings` and `trained_memory`, see `arl2.trained_memory.TrainedMemory`, as plain values so that they can be
+    stored in a `config.json`.
     """
 
     # Their rounding changes the memory's half-life; `from_pretrained` heeds this list in any dtype.
@@ -102,6 +112,7 @@ class HybridWanModel(CausalWanModel):
         lora_rank: int | None = None,
         lora_alpha: float = DEFAULT_LORA_ALPHA,
         ffn_lora: str = "hybrid",
+        trained_memory: Mapping[str, int | None] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -119,6 +130,8 @@ class HybridWanModel(CausalWanModel):
             eps=eps,
             model_type=model_type,
         )
+        if trained_memory is not None:
+            TrainedMemory.from_plain(trained_memory, type(self).__name__)
         layers = check_layers(hybrid_layers, num_layers)
         adapted = self.hybrid.ffn_lora_layers(num_layers)
         for layer, block in enumerate(self.layers()):
@@ -135,6 +148,80 @@ class HybridWanModel(CausalWanModel):
         config = self.config
         layers = tuple(sorted(config.hybrid_layers))
         return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
+
+    @property
+    def trained_memory(self) -> TrainedMemory | None:
+        """The memory of the softmax layers in training; None if it is not known."""
+        settings = self.config.trained_memory
+        return None if settings is None else TrainedMemory.from_plain(settings, type(self).__name__)
+
+    def set_trained_memory(self, memory: TrainedMemory) -> None:
+        """Note the memory of the softmax layers in training, which is stored with the weights."""
+        self.register_to_config(trained_memory=memory.as_plain())
+
+    def record(self) -> dict[str, Any]:
+        """What files of weights say of how they were made: the constructor's arguments as plain values."""
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {name: list(value) if isinstance(value, list | tuple) else value for name, value in config.items()}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        **others: Any,
+    ) -> None:
+        """As in diffusers, but the weights carry `record`, files get the mode that the umask says, and each is atomic.
+
+        Args:
+            save_directory: where to.
+            safe_serialization, variant, others: what is not plain safetensors is left to diffusers' own.
+            max_shard_size: of a file; larger weights are divided over several.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        if others or variant is not None or not safe_serialization:
+            super().save_pretrained(
+                save_directory,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                **others,
+            )
+            return
+        write_model_folder(
+            Path(save_directory), self.to_json_string(), self.state_dict(), self.record(), max_shard_size
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but a config or weights that are not what they say are an error; see `arl2.statement`.
+
+        Raises:
+            CheckpointError: a setting, name or value that the folder should not have, or lacks; NaN or infinity.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        is_local = (folder / "config.json").exists()
+        if is_local:
+            require_sizes(stated_config(folder), folder / "config.json")
+        try:
+            model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except InputError:
+            raise
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # a shape that differs, a file that is not there
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{folder} does not hold a {cls.__name__}: {reason}") from error
+        for file in (folder / name for name in WEIGHT_FILES if is_local and (folder / name).is_file()):
+            record = read_record(file, {})
+            check_record(record, file)
+            require_record(record, model.record(), file)
+        require_finite(model.state_dict(), folder)
+        return model
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
         """The hybrid attention modules by layer."""

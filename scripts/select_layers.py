@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid, found_settings
+from arl2.checkpoint import build_hybrid
 from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
@@ -40,6 +40,7 @@ from arl2.layer_selection.scores import (
 )
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import SeededNoise, num_blocks
+from arl2.statement import found_settings
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype

@@ -21,7 +21,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from wan.checkpoints.formats import family, read_config
+from wan.checkpoints.configs import Field, check_settings, flag, one_of, read_config, real, shown, whole
+from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
 from wan.utils.device import holds_float16, wide_range_dtype
@@ -70,6 +71,31 @@ INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 """Characters that Unicode counts as letters or symbols and that show nothing: fillers and the empty Braille cell."""
 SHOWN_CHARACTERS = 60
 """How much of a prompt, and of what is cut from it, a warning shows."""
+# What shapes an encoder in transformers' config.json, and the names of its sizes here and there.
+_TRANSFORMERS: dict[str, Field] = {
+    "vocab_size": whole(1, 1 << 24),
+    **dict.fromkeys(("d_model", "d_kv", "d_ff"), whole(1, 1 << 17)),
+    **dict.fromkeys(("num_layers", "num_heads"), whole(1, 1024)),
+    "relative_attention_num_buckets": whole(2, 1 << 16),
+    "relative_attention_max_distance": whole(2, 1 << 20),
+    "layer_norm_epsilon": real(0, 0.1, above=True),
+    "feed_forward_proj": one_of("gated-gelu"),
+    "dense_act_fn": one_of("gelu_new"),
+    "is_gated_act": one_of(True),
+    "is_decoder": one_of(False),
+    "tie_word_embeddings": flag(),
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "d_model",
+    "dim_ffn": "d_ff",
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "norm_eps": "layer_norm_epsilon",
+}
+_NEEDED = (*_SIZES.values(), "d_kv", "feed_forward_proj")
 _EMBEDDING = "token_embedding.weight"
 _EMBEDDING_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -303,21 +329,32 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_transformers(folder: Path) -> UMT5EncoderModel:
-    kind = read_config(folder / "config.json").get("model_type")
-    if kind != "umt5":
-        raise CheckpointError(f"{folder} holds a {kind}, not a UMT5 encoder: check the model folder")
+    path = folder / "config.json"
+    config = read_config(path)
+    if config.get("model_type") != "umt5":
+        raise CheckpointError(
+            f"{folder} holds a {shown(config.get('model_type'))}, not a UMT5 encoder: check the folder"
+        )
+    # Of the many settings that transformers writes, these shape the encoder.
+    found = check_settings(config, _TRANSFORMERS, path, needed=_NEEDED, others=True)
     state, file = read_folder(folder, _TRANSFORMERS_FILES)
     # The embedding is one tensor under two names; a file need hold only one of them.
-    for name in _EMBEDDING_COPIES:
-        if name in state:
-            state |= dict.fromkeys(_EMBEDDING_COPIES, state[name])
-            break
+    copies = [state[name] for name in _EMBEDDING_COPIES if name in state]
+    if copies:
+        if any(copy.shape != copies[0].shape or not torch.equal(copy, copies[0]) for copy in copies):
+            raise CheckpointError(f"{file}: {' and '.join(_EMBEDDING_COPIES)} differ: it is damaged; download it again")
+        state |= dict.fromkeys(_EMBEDDING_COPIES, copies[0])
+    sizes = {ours: found[theirs] for ours, theirs in _SIZES.items()}
+    sizes |= {"dim_attn": found["d_kv"] * found["num_heads"], "shared_pos": False}
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True))
+        model = UMT5EncoderModel(umt5_config(sizes))
     return _filled(model, state, file)
 
 
 def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:
-    """Write the weights under Wan's names as a `.pth`; atomic."""
-    state = {native_text_name(name): value for name, value in model.state_dict().items()}
-    write_pickle(path, state)
+    """Write the weights under Wan's names as a `.pth`; atomic.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_pickle(path, {native_text_name(name): value for name, value in model.state_dict().items()})

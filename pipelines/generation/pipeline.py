@@ -27,13 +27,14 @@ from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, fi
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
 from pipelines.prompt_files import check_prompt
-from wan.checkpoints.formats import read_config, transformer_config
+from wan.checkpoints.configs import read_config
+from wan.checkpoints.formats import transformer_config
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.device import wide_range_dtype
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import declarations, typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
@@ -142,6 +143,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
         self._known_cuts = set[str]()
+        self._memories_warned_of: set[tuple[int | None, int]] = set()
         self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
@@ -291,6 +293,15 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError(f"{num_frames} frames cannot be decoded: give 1 plus a multiple of {stride}")
         return (num_frames - 1) // stride + 1
 
+    def resolve_memory(self, memory: MemoryConfig) -> MemoryConfig:
+        """The memory that a request means for this model; one that training did not meet is warned of, once."""
+        trained = self.transformer.trained_memory
+        warning = memory.warning(trained, bool(self.transformer.hybrid.layers))
+        if warning is not None and memory.window not in self._memories_warned_of:
+            self._memories_warned_of.add(memory.window)
+            log.warning("%s", warning)
+        return memory.resolved(trained)
+
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         stride = self.wan_vae.spatial_compression
         check_size(height, width, stride, self.transformer.patch_size)
@@ -303,8 +314,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Args:
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
-            memory: full or windowed.
+            memory: of the softmax layers; another than the model was trained with is warned of once.
         """
+        memory = self.resolve_memory(memory)
         memory.check(self.config.frames_per_block)
         window_frames, sink_frames = memory.window
         spec = MemorySpec(
@@ -343,7 +355,7 @@ class CausalVideoPipeline(DiffusionPipeline):
                 video, which are scaled and cropped about their centre; or frames [B, T, 3, H, W] in [-1, 1],
                 T = 1 + 4k. See `pipelines.media.images.first_frames`.
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
-            memory: of the softmax layers; full by default.
+            memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
 
         Yields:
@@ -458,8 +470,17 @@ class CausalVideoPipeline(DiffusionPipeline):
 
 
 def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin."""
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
+
+    Raises:
+        CheckpointError: they are malformed or out of range.
+    """
     index = folder / "model_index.json"
-    if not index.is_file():
+    if not index.exists():
         return {}
-    return {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
+    found = {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
+    try:
+        typed(GeneratorSampling, found, "")
+    except InputError as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    return found

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,8 @@ def generate(
     Raises:
         InputError: a finished video was made with other settings, weights or image.
     """
+    # As the model means it, so that a video is the same one whichever way its memory was asked for.
+    run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
     maker = _Maker(run, pipeline, identity_of(run, pipeline), anew)
     mine = shard_jobs(run.jobs, rank, world_size)
     todo = [job for job in mine if not maker.is_finished(job)]

@@ -48,6 +48,7 @@ from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
 from arl2.toyworld.world.latents import encode_world, models_of, require_same_models, save_latent_videos
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
+from arl2.trained_memory import TrainedMemory
 from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.provenance import ROOT, device_name, git_commit, text_encoder_fingerprint, vae_fingerprint
 from pipelines.records import SETTINGS, claimed, read_record, write_record
@@ -239,7 +240,15 @@ class Study:
         """The generator with some hybrid layers, frozen; what is new is untrained."""
         settings = self.settings
         weights = read_transformer(settings.model)
-        return build_hybrid(weights, self.sizes, hybrid, dtype=dtype, device=settings.device, seed=settings.seed)[0]
+        return build_hybrid(
+            weights,
+            self.sizes,
+            hybrid,
+            dtype=dtype,
+            device=settings.device,
+            seed=settings.seed,
+            to_be_trained=True,
+        )[0]
 
     def config(self, kind: type[Config], name: str, changes: tuple[str, ...] = ()) -> Config:
         """A training's config: that of configs/toyworld, and what the study changes."""
@@ -473,5 +482,7 @@ class Study:
         if row.variant is not Variant.PLAIN or row.window is not Window.FULL:
             raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
         file = self.path("export", row.name, ".safetensors")
-        save_hybrid_weights(self.model_of(row), file, torch.float16)
+        model = self.model_of(row)
+        model.set_trained_memory(TrainedMemory(num_frames=self.data[0][0].shape[0]))
+        save_hybrid_weights(model, file, torch.float16)
         return file

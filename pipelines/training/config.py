@@ -18,7 +18,7 @@ from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Tempe
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
-from pipelines.config import Frames, FramesPerSecond, MemoryConfig, Rank, SamplingConfig
+from pipelines.config import Frames, FramesPerSecond, MemoryConfig, MemoryKind, Rank, SamplingConfig
 from pipelines.feasibility import TransformerSizes
 from pipelines.training.checks import check_data
 from pipelines.yaml_files import read_mapping
@@ -184,7 +184,7 @@ class Stage2Config(TrainingConfig):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -199,7 +199,13 @@ class Stage2Config(TrainingConfig):
         return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
 
     def objective_settings(self) -> Stage2Settings:
-        """As `Stage2` takes them."""
+        """As `Stage2` takes them.
+
+        Raises:
+            InputError: the memory is to be the trained one, which training itself decides.
+        """
+        if self.memory.kind is MemoryKind.trained:
+            raise InputError("memory.kind trained is what training decides: give full or window")
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
 from arl2.distillation.checkpointing import first_not_finite
 from arl2.distillation.sharding import gathered_state
@@ -13,6 +12,7 @@ from arl2.distillation.trainer import TrainingError
 from arl2.model import HybridWanModel
 from wan.checkpoints.formats import WEIGHT_FILES
 from wan.checkpoints.loading import StateDict
+from wan.checkpoints.saving import with_record, write_safetensors
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder
 from wan.utils.ranks import raise_together
@@ -59,4 +59,4 @@ def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) 
     with atomic_folder(folder) as temporary:
         page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
         (temporary / "config.json").write_text(page + "\n")
-        save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
+        write_safetensors(temporary / WEIGHT_FILES[0], weights, with_record(model.record()))

@@ -24,6 +24,7 @@ from arl2.distillation.trainer import CHECKPOINTS, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
+from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
@@ -133,8 +134,15 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
     model = build_model(config, accelerator.device)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model))
     trainer.run()
+    model.set_trained_memory(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+
+
+def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
+    """The memory that the softmax layers have in a training; stage 1 learns from a teacher that sees everything."""
+    window_frames, sink_frames = config.memory.window if isinstance(config, Stage2Config) else (None, 0)
+    return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
 def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator, objective: Objective) -> Trainer:
@@ -218,7 +226,7 @@ def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
     dtype = weights_dtype(config, device)
     where = torch.device("cpu") if config.shard else device
     hybrid = config.hybrid(sizes["num_layers"])
-    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed)[0]
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed, to_be_trained=True)[0]
 
 
 def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:

@@ -17,9 +17,23 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from wan.checkpoints.formats import WEIGHT_FILES, family, read_config
+from wan.checkpoints.configs import (
+    Field,
+    check_settings,
+    flag,
+    list_of,
+    one_of,
+    optional,
+    read_config,
+    real,
+    shown,
+    whole,
+)
+from wan.checkpoints.formats import WEIGHT_FILES
+from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
+from wan.checkpoints.tensors import own_storage
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.vae.fast import FastDecoder
@@ -48,6 +62,32 @@ WAN21_VAE: dict[str, Any] = {
 """Sizes of the released VAE, under the names of its own code."""
 TOY_VAE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "latent_std": [1.0] * 16}
 """Sizes of the toy world's VAE. Its statistics are those of an untrained one; training measures and replaces them."""
+
+_STAGES = 8
+"""A config.json that names more stages is no VAE's."""
+_DIFFUSERS: dict[str, Field] = {
+    "base_dim": whole(1, 4096),
+    "decoder_base_dim": optional(whole(1, 4096)),
+    "z_dim": whole(1, 1024),
+    "dim_mult": list_of(whole(1, 64), longest=_STAGES),
+    "num_res_blocks": whole(1, 64),
+    "attn_scales": list_of(real(0, 1e6), longest=_STAGES),
+    "temperal_downsample": list_of(flag(), longest=_STAGES),
+    "dropout": real(0, 1),
+    "latents_mean": list_of(real(-1e4, 1e4)),
+    "latents_std": list_of(real(1e-6, 1e4)),
+    "is_residual": flag(),
+    "in_channels": one_of(3),
+    "out_channels": one_of(3),
+    "patch_size": optional(whole(1, 64)),
+    "scale_factor_temporal": whole(1, 1 << _STAGES),
+    "scale_factor_spatial": whole(1, 1 << _STAGES),
+}
+# Without these diffusers would take the released VAE's values, which need not be this one's.
+_NEEDED = (
+    *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample"),
+    *("latents_mean", "latents_std"),
+)
 
 # A residual block's parts: diffusers' names and Wan's.
 _RESIDUAL = {
@@ -268,7 +308,7 @@ def vae_from_native(state: StateDict, config: Mapping[str, Any], source: str | P
         raise CheckpointError(f"{source} holds a VAE under diffusers' names: give its folder, which has a config.json")
     if not names.keys() & state.keys():
         raise CheckpointError(f"{source} holds {family(state)}, not a Wan VAE: check the model folder")
-    load_strict(model, {names.get(name, name): value for name, value in state.items()}, source)
+    load_strict(model, own_storage({names.get(name, name): value for name, value in state.items()}), source)
     return WanVAE(model)
 
 
@@ -294,9 +334,9 @@ def load_vae(
     if path.is_file() or (path / NATIVE_VAE_FILE).is_file():
         file = path if path.is_file() else path / NATIVE_VAE_FILE
         vae = vae_from_native(as_state_dict(read_weights(file), file), config, file)
-    elif (folder / "config.json").is_file() and read_config(folder / "config.json").get(
-        "_class_name"
-    ) == "AutoencoderKLWan":
+    elif (folder / "config.json").exists() and (
+        folder != path or read_config(folder / "config.json").get("_class_name") == "AutoencoderKLWan"
+    ):
         vae = WanVAE(_load_diffusers(folder))
     else:
         raise CheckpointError(f"no VAE in {path}: expected {NATIVE_VAE_FILE}, or vae/ in diffusers' layout")
@@ -304,24 +344,61 @@ def load_vae(
 
 
 def _load_diffusers(folder: Path) -> AutoencoderKLWan:
-    config = read_config(folder / "config.json")
-    if config.get("is_residual") or config.get("patch_size") is not None:
-        raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
+    config = vae_config(folder)
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
     state, file = read_folder(folder, WEIGHT_FILES)
-    load_strict(model, state, file)
+    load_strict(model, own_storage(state), file)
     return model
 
 
+def vae_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a VAE in diffusers' layout, as diffusers takes it.
+
+    Raises:
+        CheckpointError: it is of another class or of Wan 2.2, or a setting is missing, unknown, out of range or
+            contradicts another.
+    """
+    path = folder / "config.json"
+    config = read_config(path)
+    if config.get("_class_name") != "AutoencoderKLWan":
+        raise CheckpointError(f"{path} describes a {shown(config.get('_class_name'))}, not a Wan VAE")
+    if config.get("is_residual") or config.get("patch_size") is not None:
+        raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
+    found = check_settings(config, _DIFFUSERS, path, needed=_NEEDED)
+    stages, downsample = len(found["dim_mult"]), found["temperal_downsample"]
+    sizes: tuple[tuple[str, Any, int], ...] = (
+        ("latents_mean", len(found["latents_mean"]), found["z_dim"]),
+        ("latents_std", len(found["latents_std"]), found["z_dim"]),
+        ("temperal_downsample", len(downsample), stages - 1),
+    )
+    for name, length, wanted in sizes:
+        if length != wanted:
+            raise CheckpointError(f"{path}: {name} has {length} entries, its other sizes say {wanted}")
+    for name, factor in (("temporal", 2 ** sum(downsample)), ("spatial", 2 ** len(downsample))):
+        if found.get(f"scale_factor_{name}", factor) != factor:
+            raise CheckpointError(
+                f"{path}: scale_factor_{name} is {found[f'scale_factor_{name}']}, temperal_downsample says {factor}"
+            )
+    return {"_class_name": "AutoencoderKLWan"} | found
+
+
 def spatial_stride(folder: Path) -> int:
-    """Pixels per latent along each side of the VAE in a native or diffusers folder, without reading its weights."""
-    config = folder / "vae" / "config.json"
-    stages = read_config(config)["temperal_downsample"] if config.is_file() else WAN21_VAE["temperal_downsample"]
-    return 2 ** len(stages)
+    """Pixels per latent along each side of the VAE in a native or diffusers folder, without reading its weights.
+
+    Raises:
+        CheckpointError: its config.json cannot be read, or says something that is no VAE's.
+    """
+    inner = folder / "vae"
+    stages = vae_config(inner) if (inner / "config.json").exists() else WAN21_VAE
+    return 2 ** len(stages["temperal_downsample"])
 
 
 def save_native_vae(vae: WanVAE, path: Path) -> None:
-    """Write the weights under Wan's names as a `.pth`; atomic."""
+    """Write the weights under Wan's names as a `.pth`; atomic.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     state = vae.model.state_dict()
     write_pickle(path, {native: state[name] for native, name in _native_names(vae.model).items()})
