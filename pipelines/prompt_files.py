@@ -66,9 +66,9 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class _Record:
-    """Fields as they stand in a file, not checked yet."""
+    """Fields as they stand in a file, not checked yet, and the place where."""
 
-    number: int
+    place: str
     values: dict[str, Any]
 
 
@@ -235,7 +235,7 @@ def _json_lines(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record]:
     records = []
     for number, line in lines:
         try:
-            records.append(_record(path, number, _load_json(line)))
+            records.append(_record(path, f"line {number}", _load_json(line)))
         except ValueError as error:
             raise _not_json(path, number, error) from error
     return records
@@ -250,7 +250,7 @@ def _json_document(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record
     except ValueError as error:
         raise _not_json(path, None, error) from error
     items = value if isinstance(value, list) else [value]
-    return [_record(path, number, item, unit="request") for number, item in enumerate(items, 1)]
+    return [_record(path, f"request {number}", item) for number, item in enumerate(items, 1)]
 
 
 def _not_json(path: Path, line: int | None, error: ValueError) -> InputError:
@@ -261,15 +261,15 @@ def _not_json(path: Path, line: int | None, error: ValueError) -> InputError:
     return InputError(f'{where} is not valid JSON ({reason}): write it as {{"prompt": "…"}}')
 
 
-def _record(path: Path, number: int, value: Any, unit: str = "line") -> _Record:
+def _record(path: Path, place: str, value: Any) -> _Record:
     if isinstance(value, str):
-        return _Record(number, {"prompt": value.strip()})
+        return _Record(place, {"prompt": value.strip()})
     if not isinstance(value, dict):
         kind = "list" if isinstance(value, list) else json.dumps(value)[:40]
-        raise InputError(f'{shown(path)} {unit} {number} is {kind}, not a request: write {{"prompt": "…"}}')
+        raise InputError(f'{shown(path)} {place} is {kind}, not a request: write {{"prompt": "…"}}')
     if isinstance(value.get("prompt"), str):
         value["prompt"] = value["prompt"].strip()
-    return _Record(number, value)
+    return _Record(place, value)
 
 
 def _split_row(line: str, delimiter: str) -> list[str]:
@@ -347,24 +347,24 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
         if re.fullmatch(r"\s*\+?[0-9]{1,30}\s*", values.get("seed", "")):
             values["seed"] = int(values["seed"])
         values["prompt"] = values["prompt"].strip()
-        records.append(_Record(number, values))
+        records.append(_Record(f"line {number}", values))
     return records
 
 
 def _text_record(path: Path, number: int, line: str, with_images: bool) -> _Record:
     if not with_images:
-        return _Record(number, {"prompt": line.strip()})
+        return _Record(f"line {number}", {"prompt": line.strip()})
     image, tab, prompt = line.rstrip().partition("\t")
     if not tab:
         raise InputError(
             f"{shown(path)} line {number}: with --i2v every line must be an image path, a tab, and a prompt"
         )
-    return _Record(number, {"image": image, "prompt": prompt})
+    return _Record(f"line {number}", {"image": image, "prompt": prompt})
 
 
 def _request(path: Path, record: _Record) -> PromptRequest:
     """A checked request."""
-    where, values = f"{shown(path)} line {record.number}", record.values
+    where, values = f"{shown(path)} {record.place}", record.values
     unknown = [shown(name) or "(no name)" for name in values if name not in FIELDS]
     if unknown:
         raise InputError(

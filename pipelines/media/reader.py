@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from PIL import Image
 from torch import Tensor
 
 from pipelines.file_names import find_file, is_file, shown
 from pipelines.media.frames import Picture, UnusableVideoError, upright
+from pipelines.media.images import MAX_PIXELS
 from pipelines.prompt_files import check_prompt, read_lines
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
@@ -135,14 +137,15 @@ def _timed_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame, float]]:
     The end comes as the last frame once more, at its end.
     """
     with _opened(path) as container:
-        if not container.streams.video:
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams:
             raise UnusableVideoError("has no pictures")
-        stream = container.streams.video[0]
+        stream = streams[0]
         if stream.codec_context is None:
             raise UnusableVideoError("has pictures that no decoder knows")
         stream.thread_type = "AUTO"
         # Without this the decoder makes up pixels where it notices damage, and reports success.
-        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         start, now, last, is_interlaced = None, 0.0, None, False
         for last in container.decode(stream):

@@ -225,6 +225,7 @@ BAD = {
     "deep": ("a.json", "[" * 100000, "nested too deeply"),
     "deep lines": ("a.jsonl", "[" * 100000, "line 1 is not valid JSON"),
     "digits": ("a.jsonl", '{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 1"),
+    "an unknown field of a list": ("a.json", '["a", {"prompt": "b", "x": 1}]', r"a.json request 2 has unknown fields"),
     "a number": ("a.jsonl", '{"prompt": "a"}\n3\n', "line 2 is 3, not a request"),
     "a list in a list": ("a.json", '[["a"]]', "request 1 is list, not a request"),
     "a field twice": ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "gives 'prompt' twice"),
