@@ -114,8 +114,12 @@ def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames:
         frames: that the video should have.
 
     Raises:
-        InputError: the record tells of other settings, weights or image, cannot be read, or is not there.
+        InputError: the record tells of other settings, weights or image, cannot be read, or is not there; or a folder
+            has a file's name.
     """
+    for path in (video, record):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: remove it, or give another --output_folder")
     if not video.exists():
         return False
     if not record.is_file():

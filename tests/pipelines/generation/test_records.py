@@ -151,6 +151,17 @@ def test_a_record_that_cannot_be_read_is_an_error(
         generate(run, pipeline)
 
 
+@pytest.mark.parametrize("path_of", [video_path, record_path])
+def test_a_folder_in_the_place_of_a_file_is_an_error_before_anything_is_made(
+    path_of: Callable[..., Path], pipeline: CausalVideoPipeline, config: Path
+) -> None:
+    run = planned(config, "--prompt", "red")
+    path_of(run, run.jobs[0]).mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        generate(run, pipeline)
+    assert len(list(run.output_folder.iterdir())) == 1
+
+
 def test_all_can_be_made_anew(run: InferenceRun, pipeline: CausalVideoPipeline) -> None:
     whole, before = videos_in(run.output_folder), video_path(run, run.jobs[0]).stat().st_mtime_ns
     record_path(run, run.jobs[0]).unlink()
