@@ -48,9 +48,7 @@ def main() -> int:
         raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
     check_writable(arguments.folder.parent)
     if arguments.folder.exists() and not is_model(arguments.folder):
-        raise InputError(
-            f"{arguments.folder} is there and is no model folder: choose another, the model takes its place"
-        )
+        raise InputError(f"{arguments.folder} is there and holds no model that could be replaced: choose another")
     pipeline = random_pipeline(
         arguments.size,
         HybridSettings(tuple(arguments.hybrid_layers)),
