@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
-from arl2.ops.gated_delta import WriteBackend, gated_delta_write, states_between
+from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.attention import attention
@@ -91,6 +91,16 @@ def l2_norm(x: Tensor) -> Tensor:
         return by_kernel
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)
+
+
+def gated(remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
+    """State branch of the output, [B, L, H, value dim]: what was read, weighted by the output gate."""
+    return gate_BLH[..., None] * remembered_BLHV
+
+
+def combine(local_BLHV: Tensor, remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
+    """Output before the last projection, [B, L, H, value dim]: local attention plus the gated state branch."""
+    return local_BLHV + gated(remembered_BLHV, gate_BLH)
 
 
 class HybridAttention(SelfAttention):
@@ -166,63 +176,90 @@ class HybridAttention(SelfAttention):
         if not attend:
             return None, update
         q = self.q(x_BLD)
-        q_local = rotate(self.heads(self.norm_q(q)), rotary)
-        k_local = rotate(self.heads(self.norm_k(k)), rotary)
-        local = attention(q_local, k_local, self.heads(v), backend=self.backend)
+        local = self.local_attention(q, k, v, rotary)
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
-        return self.o((local + self.output_gate(x_BLD)[..., None] * remembered).flatten(2)), update
+        return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 
     def _forward_blockwise(self, x_BLD: Tensor, rotary: Rotary, layout: ParallelLayout) -> Tensor:
-        """Attend in all blocks at once; the state of each is the one that the first half's blocks before it left."""
-        size, batch = layout.tokens_per_block, x_BLD.shape[0]
+        """Attend in all blocks at once; each reads the state after the blocks of the first half before it."""
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
-        q_local = rotate(self.heads(self.norm_q(q)), rotary)
-        k_local = rotate(self.heads(self.norm_k(k)), rotary)
-        per_block = (x.reshape(-1, size, self.num_heads, self.head_dim) for x in (q_local, k_local, v))
-        local = attention(*per_block, backend=self.backend)
-        clean = slice(0, layout.num_blocks * size)
+        local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
+        clean = slice(0, layout.num_blocks * layout.tokens_per_block)
         clean_rotary = (rotary[0][clean], rotary[1][clean])
         states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, layout)
-        queries = self.state_query(x_BLD, q, rotary).unflatten(1, (layout.halves, layout.num_blocks, size))
-        remembered = torch.einsum("bsnlhk,bnhkv->bsnlhv", queries, states.to(queries.dtype)) * self.head_dim**-0.5
-        out = local.reshape(batch, -1, *local.shape[2:]) + self.output_gate(x_BLD)[..., None] * remembered.flatten(1, 3)
-        return self.o(out.flatten(2))
+        remembered = self.read_blocks(states, self.state_query(x_BLD, q, rotary), layout)
+        return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2))
+
+    def local_attention(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, tokens_per_block: int | None = None
+    ) -> Tensor:
+        """Softmax attention inside each block, [B, L, H, D], from the teacher's projections.
+
+        Args:
+            q_BLD, k_BLD, v_BLD: projections of the tokens, without adapters.
+            rotary: rotation of the tokens.
+            tokens_per_block: length of each of the blocks in the sequence; None for a single block.
+        """
+        heads = self.rotated(q_BLD, self.norm_q, rotary), self.rotated(k_BLD, self.norm_k, rotary), self.heads(v_BLD)
+        if tokens_per_block is None:
+            return attention(*heads, backend=self.backend)
+        per_block = (x.reshape(-1, tokens_per_block, *x.shape[2:]) for x in heads)
+        return attention(*per_block, backend=self.backend).reshape(heads[0].shape)
 
     def _states_between(
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
     ) -> Tensor:
         """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
-        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
-        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs[2].dtype)
-        blocks = (x.unflatten(1, (layout.num_blocks, -1))[:, :-1] for x in inputs)
+        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
+        blocks = (x[:, :-1] for x in inputs.segments(layout.num_blocks))
         with torch.autocast(x_BLD.device.type, enabled=False):
             return states_between(empty, *blocks)
 
-    def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
-        """D^-½·qᵀS for every token, [B, L, H, value dim], in the dtype of the queries."""
-        return torch.einsum("blhk,bhkv->blhv", q_BLHK, state_BHKV.to(q_BLHK.dtype)) * self.head_dim**-0.5
+    def read(self, state: Tensor, q: Tensor) -> Tensor:
+        """Read D^-½·qᵀS for every token, in the dtype of the queries.
+
+        Args:
+            state: S, [B, H, key dim, value dim]; more axes may stand between B and H.
+            q: normalised queries, [B, L, H, key dim]; the same axes stand between B and L.
+
+        Returns:
+            [B, L, H, value dim], with the axes between B and L.
+        """
+        return torch.einsum("...lhk,...hkv->...lhv", q, state.to(q.dtype)) * self.head_dim**-0.5
+
+    def read_blocks(self, states_BNHKV: Tensor, q_BLHK: Tensor, layout: ParallelLayout) -> Tensor:
+        """Read for the tokens of all blocks in all halves, each block from its own state, [B, L, H, value dim]."""
+        queries = q_BLHK.unflatten(1, (layout.halves, layout.num_blocks, layout.tokens_per_block))
+        return self.read(states_BNHKV[:, None], queries).flatten(1, 3)
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
             return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
 
-    def _write_inputs(
-        self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k̂, v̂, log decay and write strength of every token."""
-        k = self.norm_k(self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B))
+    def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
+        """k̂, v̂, log decay and write strength of every token, from the teacher's projections."""
+        k = self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B)
         v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
-        k_hat, v_hat = l2_norm(rotate(self.mapped(k, self.phi_k), rotary)), self.mapped(v, self.phi_v)
-        return k_hat, v_hat, self.log_decay(x_BLD), self.beta(x_BLD)
+        return DeltaInputs(
+            self.state_key_of(k, rotary), self.mapped(v, self.phi_v), self.log_decay(x_BLD), self.beta(x_BLD)
+        )
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
-        q = self.norm_q(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B))
-        return l2_norm(rotate(self.mapped(q, self.phi_q), rotary))
+        return self.state_query_of(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B), rotary)
+
+    def state_query_of(self, q_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """q̂ of tokens whose projection, adapter included, is given."""
+        return l2_norm(rotate(self.mapped(self.norm_q(q_BLD), self.phi_q), rotary))
+
+    def state_key_of(self, k_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """k̂ of tokens whose projection, adapter included, is given."""
+        return l2_norm(rotate(self.mapped(self.norm_k(k_BLD), self.phi_k), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
         """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""

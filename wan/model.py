@@ -89,8 +89,12 @@ class AttentionLayer(nn.Module):
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
 
     def heads(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, dim] as [B, L, heads, head dim]."""
+        """View of [B, L, dim] as [B, L, heads, head dim]."""
         return x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def rotated(self, projected_BLD: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+        """Queries or keys of attention from their projection: normed and rotated, [B, L, heads, head dim]."""
+        return rotate(self.heads(norm(projected_BLD)), rotary)
 
 
 class SelfAttention(AttentionLayer):
@@ -119,12 +123,12 @@ class SelfAttention(AttentionLayer):
         Returns:
             output [B, L, dim] or None, update or None.
         """
-        k = rotate(self.heads(self.norm_k(self.k(x_BLD))), rotary)
+        k = self.rotated(self.k(x_BLD), self.norm_k, rotary)
         v = self.heads(self.v(x_BLD))
         update = KVUpdate(k, v) if remember else None
         if not attend:
             return None, update
-        q = rotate(self.heads(self.norm_q(self.q(x_BLD))), rotary)
+        q = self.rotated(self.q(x_BLD), self.norm_q, rotary)
         if isinstance(view, BlocksView):
             return self.o(view.attention(q, k, v, self.backend).flatten(2)), update
         keys, values, mask = view.with_block(k, v)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from arl2.distillation.objective import LayerReports
-from arl2.hybrid_attention import HybridAttention, StateView
+from arl2.hybrid_attention import HybridAttention, StateView, gated
 from arl2.model import HybridWanModel
-from wan.ops.attention import attention
-from wan.ops.rope import Rotary, rotate
+from wan.ops.rope import Rotary
 
 GATE_CLOSED, GATE_OPEN = 0.05, 0.95
 """A gate beyond these is saturated: little gradient comes through."""
@@ -23,10 +22,8 @@ GATE_CLOSED, GATE_OPEN = 0.05, 0.95
 def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: Tensor) -> dict[str, Tensor]:
     """Means over a pass of one layer, which reads `state_BHKV`."""
     gate, q = module.output_gate(x_BLD).float(), module.q(x_BLD)
-    q_local = rotate(module.heads(module.norm_q(q)), rotary)
-    k_local = rotate(module.heads(module.norm_k(module.k(x_BLD))), rotary)
-    local = attention(q_local, k_local, module.heads(module.v(x_BLD)), backend=module.backend)
-    remembered = gate[..., None] * module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float()
+    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary)
+    remembered = gated(module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float(), gate)
     return {
         "gate_mean": gate.mean(),
         "gate_saturation": ((gate < GATE_CLOSED) | (gate > GATE_OPEN)).float().mean(),

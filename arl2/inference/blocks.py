@@ -7,7 +7,7 @@ from block to block of a video reaches the compiler.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, inference_linear
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
-from arl2.ops.gated_delta import WriteBackend, gated_delta_write
+from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
 from wan.memory import KVUpdate
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
@@ -74,7 +74,7 @@ class FastBlock(nn.Module):
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-        delta_out: "DeltaInputs | None" = None,
+        delta_out: DeltaInputs | None = None,
     ) -> tuple[DeferredResidual, Any]:
         """See `wan.model.Block.forward`; only a hybrid block needs `delta_out`."""
         x, q, k, v = self.compile_fn(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
@@ -158,7 +158,7 @@ class FastHybridBlock(FastBlock):
         text_kv: tuple[Tensor, Tensor],
         attend: bool,
         remember: bool,
-        delta_out: "DeltaInputs | None" = None,
+        delta_out: DeltaInputs | None = None,
     ) -> tuple[DeferredResidual, Any]:
         """See `wan.model.Block.forward`; what to remember goes to `delta_out` instead of becoming an update."""
         assert remember == (delta_out is not None)
@@ -169,15 +169,6 @@ class FastHybridBlock(FastBlock):
         mixed = attention(q, k, v, backend=self.hybrid.backend)
         read_state = StateRead(view.state_BHKV, query, inverse_rms, gate, rotary)
         return self.rest(x, mixed, read_state, time_BF6D, text_kv), None
-
-
-class DeltaInputs(NamedTuple):
-    """What is written to a state: the arguments of `arl2.ops.gated_delta.gated_delta_write` but the state."""
-
-    k_BLHK: Tensor
-    v_BLHV: Tensor
-    log_decay_BLH: Tensor
-    beta_BLH: Tensor
 
 
 class BatchedStateWrites:
@@ -210,7 +201,7 @@ class BatchedStateWrites:
     @property
     def full(self) -> bool:
         """Whether all layers have asked for delta_out."""
-        return len(self._states) == len(self._all.k_BLHK)
+        return len(self._states) == len(self._all.k)
 
     def states(self, backend: WriteBackend) -> list[Tensor]:
         """The states after the writes, in order of the layers."""
@@ -283,10 +274,10 @@ def hybrid_tokens(
     written = [] if delta_out is None else [(layer.norm_k, out[key])]
     heads, inverse_rms = ops.normed_heads(normed, asked + written, layer.num_heads, rotary)
     if delta_out is not None:
-        ops.put_keys(layer, out[key], inverse_rms[-1], rotary, delta_out.k_BLHK)
-        delta_out.v_BLHV.copy_(layer.heads(out["v_state"]))
-        delta_out.log_decay_BLH.copy_(layer.log_decay_of(out["decay"]))
-        delta_out.beta_BLH.copy_(layer.beta_of(out["beta"]))
+        ops.put_keys(layer, out[key], inverse_rms[-1], rotary, delta_out.k)
+        delta_out.v.copy_(layer.heads(out["v_state"]))
+        delta_out.log_decay.copy_(layer.log_decay_of(out["decay"]))
+        delta_out.beta.copy_(layer.beta_of(out["beta"]))
     return (x, *heads, layer.heads(out["v"]), out[query], inverse_rms[0], out["gate"]) if attend else None
 
 

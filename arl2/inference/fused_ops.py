@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.hybrid_attention import HybridAttention, l2_norm
+from arl2.hybrid_attention import HybridAttention, combine
 from arl2.inference.linear import RowScaledFP8, quantized
 from wan.model import Block, modulate, plus_gated
 from wan.ops.rope import Rotary, rotate
@@ -126,12 +126,13 @@ class FusedOps:
         self, layer: HybridAttention, key_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary, out_BLHK: Tensor
     ) -> None:
         """Put the keys k̂ of a state where they are wanted; see `StateRead` for the arguments."""
-        out_BLHK.copy_(l2_norm(rotate(layer.mapped(layer.norm_k(key_BLD), layer.phi_k), rotary)))
+        out_BLHK.copy_(layer.state_key_of(key_BLD, rotary))
 
     def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, read_state: StateRead) -> Tensor:
         """The output of attention in the block, and to it what was read of the state, gated."""
-        query = l2_norm(rotate(layer.mapped(layer.norm_q(read_state.query_BLD), layer.phi_q), read_state.rotary))
-        return mixed_BLHD + read_state.gate_BLH.sigmoid()[..., None] * layer.read(read_state.state_BHKV, query)
+        query = layer.state_query_of(read_state.query_BLD, read_state.rotary)
+        remembered = layer.read(read_state.state_BHKV, query)
+        return combine(mixed_BLHD, remembered, read_state.gate_BLH.sigmoid())
 
 
 def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:

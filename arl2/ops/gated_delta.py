@@ -45,6 +45,24 @@ Writer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """State, keys, values, log decays and write strengths to the new state."""
 
 
+class DeltaInputs(NamedTuple):
+    """Arguments of `gated_delta_write` other than the state; with segments there is an axis N before L.
+
+    Attributes:
+        k, v: L2-normalised keys and values, [B, L, H, key dim] and [B, L, H, value dim].
+        log_decay, beta: log decay ≤ 0 and write strength of every token and head, [B, L, H].
+    """
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
+
+    def segments(self, number: int) -> "DeltaInputs":
+        """Divide the tokens into `number` segments of equal length: [B, L, …] becomes [B, N, L / N, …]."""
+        return DeltaInputs(*(x.unflatten(1, (number, -1)) for x in self))
+
+
 def gated_delta_write(
     state_BHKV: Tensor,
     k_BLHK: Tensor,

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from arl2.hybrid_attention import BlockwiseView, HybridAttention, StateMemory, StateView
+from arl2.hybrid_attention import BlockwiseView, HybridAttention, StateMemory, StateView, combine
 from arl2.model import HybridWanModel
-from arl2.toyworld.study.delta_segments import Written, read_while_written, states_before
+from arl2.ops.gated_delta import DeltaInputs
+from arl2.toyworld.study.delta_segments import read_while_written, states_before
 from wan.memory import LayerMemory, MemorySpec
-from wan.ops.attention import attention
-from wan.ops.rope import Rotary, rotate
+from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
 
 
@@ -64,49 +64,41 @@ class StudyAttention(HybridAttention):
         if not self.writes_to_read:  # then only what is remembered is needed: of all blocks at once, the clean half
             tokens = tokens // view.layout.halves if blockwise else tokens * remember
         of_these = (x_BLD[:, :tokens], k[:, :tokens], v[:, :tokens], (rotary[0][:tokens], rotary[1][:tokens]))
-        written = self.tokens_to_write(*of_these)
+        written = self.delta_inputs(*of_these)
         update = self.after(view, written) if remember and not blockwise else None
         if not attend:
             return None, update
-        q_local, k_local = (rotate(self.heads(norm(x)), rotary) for norm, x in ((self.norm_q, q), (self.norm_k, k)))
+        local = self.local_attention(q, k, v, rotary, view.layout.tokens_per_block if blockwise else None)
         queries = self.state_query(x_BLD, q, rotary)
         if blockwise:
-            size = view.layout.tokens_per_block
-            in_blocks = (x.reshape(-1, size, *x.shape[2:]) for x in (q_local, k_local, self.heads(v)))
-            local = attention(*in_blocks, backend=self.backend).reshape(q_local.shape)
-            remembered = self.recall_all(queries, written, view.layout)
+            remembered = self.read_all_passes(queries, written, view.layout)
         else:
-            local = attention(q_local, k_local, self.heads(v), backend=self.backend)
-            remembered = self.recall(view, queries, written, remember)
-        gate = self.output_gate(x_BLD)[..., None]
-        return self.o((local + gate * remembered.to(local.dtype)).flatten(2)), update
+            remembered = self.read_pass(view, queries, written, remember)
+        return self.o(combine(local, remembered.to(local.dtype), self.output_gate(x_BLD)).flatten(2)), update
 
-    def tokens_to_write(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Written:
-        """What writing needs of every token, in the state's precision."""
+    def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
+        """See `HybridAttention.delta_inputs`; in the state's precision."""
         wide = torch.promote_types(x_BLD.dtype, torch.float32)
-        return Written(*(part.to(wide) for part in self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)))
+        return DeltaInputs(*(part.to(wide) for part in super().delta_inputs(x_BLD, k_BLD, v_BLD, rotary)))
 
-    def after(self, view: StateView, written: Written) -> Tensor:
+    def after(self, view: StateView, written: DeltaInputs) -> Tensor:
         """The state after one pass's tokens."""
         return states_before(view.state_BHKV, written.segments(1), ends=True)[:, -1]
 
-    def recall(self, view: StateView, queries_BLHK: Tensor, written: Written, remember: bool) -> Tensor:
-        """What the tokens of one pass read, [B, L, H, value dim]."""
+    def read_pass(self, view: StateView, queries_BLHK: Tensor, written: DeltaInputs, remember: bool) -> Tensor:
+        """Read for the tokens of one pass, [B, L, H, value dim]."""
         return self.read(view.state_BHKV, queries_BLHK)
 
-    def recall_all(self, queries_BLHK: Tensor, written: Written, layout: ParallelLayout) -> Tensor:
-        """What all tokens of all halves read, [B, L, H, value dim]."""
-        states = self.states_between(written, layout)
-        queries = queries_BLHK.unflatten(1, (layout.halves, layout.num_blocks, layout.tokens_per_block))
-        read = torch.einsum("bsnlhk,bnhkv->bsnlhv", queries, states.to(queries.dtype)) * self.head_dim**-0.5
-        return read.flatten(1, 3)
+    def read_all_passes(self, queries_BLHK: Tensor, written: DeltaInputs, layout: ParallelLayout) -> Tensor:
+        """Read for the tokens of all blocks in all halves, [B, L, H, value dim]."""
+        return self.read_blocks(self.states_between(written, layout), queries_BLHK, layout)
 
-    def states_between(self, written: Written, layout: ParallelLayout) -> Tensor:
+    def states_between(self, written: DeltaInputs, layout: ParallelLayout) -> Tensor:
         """The state before every block, [B, N, H, key dim, value dim]; the first half is what is written."""
-        clean = Written(*(part[:, : layout.num_blocks * layout.tokens_per_block] for part in written))
+        clean = DeltaInputs(*(part[:, : layout.num_blocks * layout.tokens_per_block] for part in written))
         return states_before(self.empty_state(written), clean.segments(layout.num_blocks))
 
-    def empty_state(self, written: Written) -> Tensor:
+    def empty_state(self, written: DeltaInputs) -> Tensor:
         """Zeros, [B, H, key dim, value dim]."""
         return written.k.new_zeros(len(written.k), self.num_heads, self.head_dim, self.head_dim)
 
@@ -116,13 +108,13 @@ class TokenReads(StudyAttention):
 
     writes_to_read = True
 
-    def recall(self, view: StateView, queries_BLHK: Tensor, written: Written, remember: bool) -> Tensor:
-        """See `StudyAttention.recall`."""
+    def read_pass(self, view: StateView, queries_BLHK: Tensor, written: DeltaInputs, remember: bool) -> Tensor:
+        """See `StudyAttention.read_pass`."""
         read = read_while_written(view.state_BHKV[:, None], queries_BLHK[:, None], written.segments(1))
         return read[:, 0] * self.head_dim**-0.5
 
-    def recall_all(self, queries_BLHK: Tensor, written: Written, layout: ParallelLayout) -> Tensor:
-        """See `StudyAttention.recall_all`."""
+    def read_all_passes(self, queries_BLHK: Tensor, written: DeltaInputs, layout: ParallelLayout) -> Tensor:
+        """See `StudyAttention.read_all_passes`."""
         segments = layout.halves * layout.num_blocks
         states = self.states_between(written, layout).repeat(1, layout.halves, 1, 1, 1)
         queries = queries_BLHK.unflatten(1, (segments, layout.tokens_per_block))
@@ -155,25 +147,24 @@ class NoisyWrites(StudyAttention):
             return super().new_memory(spec)
         return ReadsCommitMemory(spec, (spec.batch_size, self.num_heads, self.head_dim, self.head_dim))
 
-    def recall(self, view: StateView, queries_BLHK: Tensor, written: Written, remember: bool) -> Tensor:
-        """See `StudyAttention.recall`."""
-        read = super().recall(view, queries_BLHK, written, remember)
+    def read_pass(self, view: StateView, queries_BLHK: Tensor, written: DeltaInputs, remember: bool) -> Tensor:
+        """See `StudyAttention.read_pass`."""
+        read = super().read_pass(view, queries_BLHK, written, remember)
         if not remember and isinstance(view, ReadsCommitView):
             view.memory.commit(self.after(view, written))
         return read
 
-    def recall_all(self, queries_BLHK: Tensor, written: Written, layout: ParallelLayout) -> Tensor:
-        """See `StudyAttention.recall_all`."""
+    def read_all_passes(self, queries_BLHK: Tensor, written: DeltaInputs, layout: ParallelLayout) -> Tensor:
+        """See `StudyAttention.read_all_passes`."""
         blocks, halves, size = layout.num_blocks, layout.halves, layout.tokens_per_block
 
         def in_order(x: Tensor) -> Tensor:
             """[B, L, …] as [B, blocks · halves, tokens of a block, …]: the passes as they are made, the clean last."""
             return x.unflatten(1, (halves, blocks, size)).roll(-1, 1).transpose(1, 2).flatten(1, 2)
 
-        states = states_before(self.empty_state(written), Written(*map(in_order, written)))
-        read = torch.einsum("bnlhk,bnhkv->bnlhv", in_order(queries_BLHK), states.to(queries_BLHK.dtype))
-        back = read.unflatten(1, (blocks, halves)).transpose(1, 2).roll(1, 1)
-        return back.flatten(1, 3) * self.head_dim**-0.5
+        states = states_before(self.empty_state(written), DeltaInputs(*map(in_order, written)))
+        read = self.read(states, in_order(queries_BLHK))
+        return read.unflatten(1, (blocks, halves)).transpose(1, 2).roll(1, 1).flatten(1, 3)
 
 
 class NoGate(StudyAttention):
@@ -199,9 +190,9 @@ class NoRope(StudyAttention):
         """See `HybridAttention.state_query`."""
         return super().state_query(x_BLD, q_BLD, unrotated(rotary))
 
-    def tokens_to_write(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Written:
-        """See `StudyAttention.tokens_to_write`."""
-        return super().tokens_to_write(x_BLD, k_BLD, v_BLD, unrotated(rotary))
+    def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
+        """See `HybridAttention.delta_inputs`."""
+        return super().delta_inputs(x_BLD, k_BLD, v_BLD, unrotated(rotary))
 
 
 def unrotated(rotary: Rotary) -> Rotary:

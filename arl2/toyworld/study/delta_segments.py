@@ -5,33 +5,13 @@ video together. A segment is one chunk here (a block of the toy world has 72 tok
 on the state is computed for all segments in one go. Symbols as in `arl2.ops.gated_delta.solve_chunks`.
 """
 
-from typing import NamedTuple, Self
-
 import torch
 from torch import Tensor
 
-from arl2.ops.gated_delta import solve_chunks, states_between
+from arl2.ops.gated_delta import DeltaInputs, solve_chunks, states_between
 
 
-class Written(NamedTuple):
-    """What writing needs of every token, in the precision of the state.
-
-    Attributes:
-        k, v: L2-normalised keys and values, [B, L, H, ·]; with segments [B, N, C, H, ·].
-        log_decay, beta: ≤ 0, and write strength, [B, L, H]; with segments [B, N, C, H].
-    """
-
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    beta: Tensor
-
-    def segments(self, number: int) -> Self:
-        """Divided into segments of one length."""
-        return type(self)(*(x.unflatten(1, (number, -1)) for x in self))
-
-
-def states_before(state_BHKV: Tensor, segments: Written, ends: bool = False) -> Tensor:
+def states_before(state_BHKV: Tensor, segments: DeltaInputs, ends: bool = False) -> Tensor:
     """The state before each of N segments that are written one after the other, [B, N, H, K, V].
 
     Args:
@@ -43,7 +23,7 @@ def states_before(state_BHKV: Tensor, segments: Written, ends: bool = False) -> 
         return states_between(state_BHKV, *(segments if ends else (x[:, :-1] for x in segments)))
 
 
-def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: Written) -> Tensor:
+def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: DeltaInputs) -> Tensor:
     """qᵀS of every token, S being its segment's state with the tokens up to and including its own written to it.
 
     Args:

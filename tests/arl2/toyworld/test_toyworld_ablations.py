@@ -10,10 +10,10 @@ from arl2.distillation.objective import Path
 from arl2.distillation.stage2 import Stage2, Stage2Settings, stage2_parameters
 from arl2.hybrid_attention import HybridAttention, StateView
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
-from arl2.ops.gated_delta import write_recurrent
+from arl2.ops.gated_delta import DeltaInputs, write_recurrent
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block, rollout
 from arl2.toyworld.study.ablations import NoisyWrites, TokenReads, Variant, install
-from arl2.toyworld.study.delta_segments import Written, read_while_written, states_before
+from arl2.toyworld.study.delta_segments import read_while_written, states_before
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from wan.ops.rope import rotary_angles
 from wan.teacher_forcing import teacher_forced_flow
@@ -121,7 +121,7 @@ def test_segments_equal_the_recurrence() -> None:
         one = slice(t, t + 1)
         states.append(write_recurrent(states[-1], k[:, one], v[:, one], log_decay[:, one], beta[:, one]))
         reads.append(torch.einsum("bhk,bhkv->bhv", q[:, t], states[-1]))
-    segments = Written(k, v, log_decay, beta).segments(number)
+    segments = DeltaInputs(k, v, log_decay, beta).segments(number)
     before = states_before(start, segments, ends=True)
     torch.testing.assert_close(before, torch.stack(states[::tokens], 1), rtol=1e-10, atol=1e-12)
     read = read_while_written(before[:, :-1], q.unflatten(1, (number, tokens)), segments)
