@@ -3,6 +3,7 @@
 The same loop serves inference and training: teacher forcing or self-rollout is only which latents are remembered.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,6 +46,32 @@ class FewStepSampler:
         schedule = FlowSchedule(shift)
         timesteps = schedule.warp(steps) if warp else torch.tensor(steps, dtype=torch.float32)
         return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
+
+
+class SeededNoise:
+    """The noise of some videos: a function of their seeds, the block and the step.
+
+    Drawn on the CPU, so that it is the same on every device, and whatever was generated before.
+
+    Args:
+        seeds: one a video.
+        shape: of one block of one video, (F, C, h, w).
+        device: where it is wanted, in float32.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self._seeds = seeds
+        self._shape = shape
+        self._device = device
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        # From pinned memory, which the GPU copies without the CPU waiting for it.
+        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
+        for seed, of_video in zip(self._seeds, noise, strict=True):
+            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            torch.randn(self._shape, generator=generator, out=of_video)
+        return noise.to(self._device, non_blocking=True)
 
 
 def num_blocks(num_frames: int, frames_per_block: int) -> int:

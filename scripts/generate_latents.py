@@ -18,11 +18,10 @@ from rich.progress import Progress
 from arl2.checkpoint import build_hybrid
 from arl2.distillation.data import LatentWriter
 from arl2.model import HybridSettings
-from arl2.rollout import FewStepSampler, num_blocks, rollout
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
 from pipelines.config import InferenceConfig, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of

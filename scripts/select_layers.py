@@ -38,11 +38,10 @@ from arl2.layer_selection.scores import (
     replacement_scores,
 )
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks
 from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, load_config
 from pipelines.generation.arguments import DTYPES, check_config, check_writable, choose_dtype
-from pipelines.generation.pipeline import SeededNoise
 from pipelines.prompts import PromptJob, plan_jobs, read_prompts
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train

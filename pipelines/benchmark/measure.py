@@ -17,12 +17,12 @@ from torch import Tensor
 
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.model import keep_gates_in_float32
-from arl2.rollout import GeneratedBlock, remember_block, rollout
+from arl2.rollout import GeneratedBlock, SeededNoise, remember_block, rollout
 from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, BenchmarkConfig, Case, empty_model, memory_bytes
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
+from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import Transfer, finished
 from pipelines.generation.timing import PhaseTimer

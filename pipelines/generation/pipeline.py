@@ -1,6 +1,5 @@
 """Text to video: prompt → block-autoregressive rollout → streamed decode, in the manner of a diffusers pipeline."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from arl2.inference.linear import require_fp8
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
+from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import MemoryConfig, SpeedConfig, check_size
 from pipelines.generation.streaming import SideStream, Transfer, finished
 from pipelines.media.video import to_uint8
@@ -83,32 +82,6 @@ class VideoOutput(BaseOutput):
     """
 
     frames: Any
-
-
-class SeededNoise:
-    """The noise of some videos: a function of their seeds, the block and the step.
-
-    Drawn on the CPU, so that it is the same on every device, and whatever was generated before.
-
-    Args:
-        seeds: one a video.
-        shape: of one block of one video, (F, C, h, w).
-        device: where it is wanted, in float32.
-    """
-
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
-        self._seeds = seeds
-        self._shape = shape
-        self._device = device
-
-    def __call__(self, block: int, step: int) -> Tensor:
-        # From pinned memory, which the GPU copies without the CPU waiting for it.
-        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
-        for seed, of_video in zip(self._seeds, noise, strict=True):
-            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            torch.randn(self._shape, generator=generator, out=of_video)
-        return noise.to(self._device, non_blocking=True)
 
 
 class CausalVideoPipeline(DiffusionPipeline):

@@ -26,11 +26,10 @@ from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
-from arl2.rollout import num_blocks, rollout
+from arl2.rollout import SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, load_config
 from pipelines.generation.arguments import choose_dtype
-from pipelines.generation.pipeline import SeededNoise
 from pipelines.media.plots import plot_layers, plot_losses
 from pipelines.media.video import VideoWriter, to_uint8
 from pipelines.provenance import device_name, git_commit, versions

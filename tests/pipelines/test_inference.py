@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import inference
 from arl2.model import HybridSettings
-from arl2.rollout import FewStepSampler, denoise_block, remember_block
+from arl2.rollout import FewStepSampler, SeededNoise, denoise_block, remember_block
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
+from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.video import read_video
 from wan.memory import MemorySpec

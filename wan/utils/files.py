@@ -176,10 +176,10 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         error: the class to raise.
 
     Raises:
-        InputError: missing, not a file, not JSON, or another kind of value.
+        InputError: missing, not a file, not JSON, a name that stands twice, or another kind of value.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_names)
     except OSError as failure:
         raise error(f"cannot read {path} ({failure.strerror})") from failure
     except (ValueError, RecursionError) as failure:  # ValueError includes bad JSON and bad UTF-8
@@ -187,6 +187,14 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         raise error(f"{path} is not valid JSON ({reason}): it is damaged or not complete; make it again") from failure
     if not isinstance(record, dict):
         raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values")
+    return record
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
     return record
 
 
