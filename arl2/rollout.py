@@ -48,6 +48,17 @@ class FewStepSampler:
         return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
 
 
+def seed_for(*key: object) -> int:
+    """Seed that is a function of some values, written out and hashed."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(*key: object) -> torch.Generator:
+    """Generator on the CPU, seeded by `seed_for`: what it draws does not depend on anything drawn before."""
+    return torch.Generator().manual_seed(seed_for(*key))
+
+
 class SeededNoise:
     """The noise of some videos: a function of their seeds, the block and the step.
 
@@ -68,9 +79,7 @@ class SeededNoise:
         # From pinned memory, which the GPU copies without the CPU waiting for it.
         noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
         for seed, of_video in zip(self._seeds, noise, strict=True):
-            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            torch.randn(self._shape, generator=generator, out=of_video)
+            torch.randn(self._shape, generator=generator_for(seed, block, step), out=of_video)
         return noise.to(self._device, non_blocking=True)
 
 

@@ -30,15 +30,17 @@ class VideoBatch:
 
 @dataclass(frozen=True)
 class BatchNoise:
-    """All that is random about a batch: of every video, of its N blocks, at P comparisons with the teacher.
+    """Everything random about a batch: for B videos of N blocks, each compared with the teacher P times.
 
     Attributes:
         levels_BNP: σ of the comparisons.
-        noise_BNPFCHW: noise of a block; places beyond those of the levels serve a rollout of the student's own.
+        noise_BNPFCHW: noise added to each block; entries beyond the P of the levels are for the self-rollout.
+        seeds: a seed per video for further draws of an objective; a function of the run's seed, step and video.
     """
 
     levels_BNP: Tensor
     noise_BNPFCHW: Tensor
+    seeds: tuple[int, ...] = ()
 
     @property
     def num_noise_levels(self) -> int:
@@ -47,7 +49,8 @@ class BatchNoise:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return type(self)(*(x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW)))
+        levels, noise = (x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW))
+        return type(self)(levels, noise, self.seeds)
 
     def of_rollout(self, block: int, step: int) -> Tensor:
         """Noise of a block before a step of the student's own rollout, [B, F, C, h, w]."""

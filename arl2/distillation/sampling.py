@@ -4,7 +4,6 @@ A run that resumes needs only the number of its step, and a sample is the same o
 divided.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import Samples
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import FewStepSampler, generator_for, num_blocks, seed_for
 from wan.flow import shift_sigma
 from wan.utils.errors import InputError
 
@@ -59,12 +58,6 @@ class NoiseLevels:
             return shift_sigma(torch.rand(blocks, self.per_block, generator=generator), shift)
         order = torch.rand(blocks, len(sampler.sigmas), generator=generator).argsort(dim=1)
         return torch.tensor(sampler.sigmas)[order[:, : self.per_block]]
-
-
-def generator_for(*key: object) -> torch.Generator:
-    """A generator on the CPU, seeded by some values."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @lru_cache(maxsize=2)
@@ -111,7 +104,8 @@ class Batches:
         latents, text = self.data.gather([self.sample_at(step * self.global_batch + place) for place in places])
         noise = [self._noise(step, place, latents.shape[1:]) for place in places]
         levels, drawn = (torch.stack(parts) for parts in zip(*noise, strict=True))
-        return VideoBatch(latents, text.to(self.text_dtype)), BatchNoise(levels, drawn)
+        seeds = tuple(seed_for(self.seed, step, place, "objective") for place in places)
+        return VideoBatch(latents, text.to(self.text_dtype)), BatchNoise(levels, drawn, seeds)
 
     def sample_at(self, position: int) -> int:
         """Index of the sample that comes at a position of the run: every epoch has an order of its own."""

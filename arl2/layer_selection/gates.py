@@ -19,6 +19,7 @@ from arl2.distillation.objective import LayerReports
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
+from arl2.rollout import generator_for
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.rope import Rotary
@@ -180,9 +181,15 @@ class LayerGates(Stage2):
         return {HYBRID_SHARE: self.probabilities()}
 
     def _draw(self, noise: BatchNoise) -> None:
-        """Draw the switches of every video from its own noise, so that a step is the same whenever it is computed."""
-        normal_BL = noise.noise_BNPFCHW.flatten(1)[:, : len(self.logits)].float()
-        uniform_BL = torch.special.ndtr(normal_BL).clamp(1e-6, 1 - 1e-6)
+        """Draw the switches of every video from its own seed, so that a step is the same whenever it is computed.
+
+        The draws are independent of the noise and of the levels.
+        """
+        if len(noise.seeds) != len(noise.levels_BNP):
+            raise ValueError(f"layer gates need a seed per video: {len(noise.seeds)} for {len(noise.levels_BNP)}")
+        generators = (generator_for(seed, "layer gates") for seed in noise.seeds)
+        drawn_BL = torch.stack([torch.rand(len(self.logits), generator=generator) for generator in generators])
+        uniform_BL = drawn_BL.to(noise.levels_BNP.device).clamp(1e-6, 1 - 1e-6)
         for column, (layer, logit) in enumerate(self.logits.items()):
             soft = ((logit + torch.logit(uniform_BL[:, column])) / self.settings.temperature).sigmoid()
             hard = (soft > 0.5).to(soft.dtype)

@@ -1,6 +1,7 @@
 """Objectives of the study that are not the product's: noisy writes, and softmax models that see a window."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class NoisyWriteStage2(Stage2):
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         frames, _, height, width = clean.shape[1:]
         order_BNP = noise.levels_BNP.argsort(dim=2, descending=True)
-        falling = BatchNoise(noise.levels_BNP.gather(2, order_BNP), noise.noise_BNPFCHW)
+        falling = replace(noise, levels_BNP=noise.levels_BNP.gather(2, order_BNP))
         passes = [_noisy_at(batch, falling, place, size) for place in range(noise.num_noise_levels)]
         layout = ParallelLayout(
             frames, size, self.model.tokens_per_frame(height, width), 1 + noise.num_noise_levels, clean.device
@@ -96,7 +97,8 @@ class NoisyWriteStage2(Stage2):
 
 def _noisy_at(batch: VideoBatch, noise: BatchNoise, place: int, frames_per_block: int) -> tuple[Tensor, Tensor]:
     """All blocks at one of their levels, [B, F, C, h, w], and the timesteps of all frames, [B, F]."""
-    one = BatchNoise(noise.levels_BNP[:, :, place, None], noise.noise_BNPFCHW[:, :, place, None])
+    levels, drawn = noise.levels_BNP[:, :, place, None], noise.noise_BNPFCHW[:, :, place, None]
+    one = replace(noise, levels_BNP=levels, noise_BNPFCHW=drawn)
     return noisy_video(batch, one, frames_per_block)
 
 
