@@ -11,7 +11,7 @@ teacher's attention on the first block exactly.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,22 @@ class HybridAttention(SelfAttention):
         self.lora_k_A, self.lora_k_B = new_lora_pair(self.k, lora_rank)
         self.lora_v_A, self.lora_v_B = new_lora_pair(self.v, lora_rank)
         self.init_hybrid_weights()
+
+    @classmethod
+    def sharing(cls, layer: "HybridAttention") -> Self:
+        """Layer of this class with the modules, parameters and settings of another, which stays as it is.
+
+        Args:
+            layer: neither sharded nor compiled; its hooks are not taken over.
+        """
+        rank = None if layer.lora_q_A is None else layer.lora_q_A.shape[1]
+        with torch.device("meta"):
+            other = cls(layer.q.in_features, layer.num_heads, qk_norm=False, eps=0.0, lora_rank=rank, lora_alpha=1.0)
+        for name, part in (*layer.named_children(), *layer.named_parameters(recurse=False)):
+            setattr(other, name, part)
+        for name in ("backend", "enabled", "lora_enabled", "lora_scale", "write_backend", "training"):
+            setattr(other, name, vars(layer)[name])
+        return other
 
     @torch.no_grad()
     def init_hybrid_weights(self) -> None:

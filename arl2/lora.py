@@ -15,7 +15,7 @@ def new_lora_pair(linear: nn.Linear, rank: int | None) -> tuple[nn.Parameter | N
         return None, None
     a = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
     # A is stored [in, rank]; its fan-in is the linear's.
-    nn.init.kaiming_uniform_(a.data.T, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(a.detach().T, a=math.sqrt(5))
     return a, nn.Parameter(linear.weight.new_zeros(rank, linear.out_features))
 
 
@@ -54,8 +54,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain linear with the adapter folded into its weight; shares nothing with this layer but the bias."""
-        linear = nn.Linear(self.linear.in_features, self.linear.out_features, device="meta")
+        """Plain linear layer with the adapter folded into its weight; it shares nothing with this layer."""
+        bias = self.linear.bias
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, bias is not None, device="meta")
         linear.weight = nn.Parameter(merged_weight(self.linear, self.lora_A, self.lora_B, self.scale))
-        linear.bias = self.linear.bias
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
         return linear

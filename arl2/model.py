@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
@@ -16,6 +16,7 @@ from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel
 from wan.utils.errors import InputError
 
+Kind = TypeVar("Kind", bound=HybridAttention)
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
 """Places of the two linear layers in a block's feed-forward."""
@@ -178,14 +179,60 @@ class HybridWanModel(CausalWanModel):
             names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
         return names
 
-    def merge_ffn_lora(self) -> None:
-        """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
-        for block in self.layers():
+    def replace_hybrid_attentions(self, kind: type[Kind]) -> dict[int, Kind]:
+        """Replace the hybrid layers by layers of another class over the same parameters, under the same names.
+
+        Args:
+            kind: see `HybridAttention.sharing`.
+
+        Returns:
+            the new layers by index.
+        """
+        replaced = {layer: kind.sharing(module) for layer, module in self.hybrid_attentions().items()}
+        for layer, module in replaced.items():
+            self.layers()[layer].self_attn = module
+        return replaced
+
+    def merge_ffn_lora(self, keep_on: torch.device | None = None) -> "MergedAdapters":
+        """Fold the feed-forward adapters into their linear layers, for inference and export.
+
+        Args:
+            keep_on: device to which the layers with adapters move; None leaves them where they are.
+
+        Returns:
+            what `unmerge_ffn_lora` needs to undo it exactly; without it, the adapters are lost.
+        """
+        merged = MergedAdapters({}, self.hybrid.ffn_lora)
+        for number, block in enumerate(self.layers()):
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
+                    merged.layers[number, place] = linear if keep_on is None else linear.to(keep_on)
         self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+        return merged
+
+    def unmerge_ffn_lora(self, merged: "MergedAdapters") -> None:
+        """Put back what `merge_ffn_lora` took out, on the device and in the dtype of the merged layers."""
+        for (number, place), linear in merged.layers.items():
+            ffn = self.layers()[number].ffn
+            weight = ffn[place].weight
+            assert isinstance(weight, Tensor)
+            ffn[place] = linear.to(weight.device, weight.dtype)
+        self.register_to_config(ffn_lora=merged.ffn_lora.value)
+
+
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Layers that `HybridWanModel.merge_ffn_lora` took out of a model.
+
+    Attributes:
+        layers: by index of the block and place in its feed-forward.
+        ffn_lora: setting of the model before.
+    """
+
+    layers: dict[tuple[int, int], LoRALinear]
+    ffn_lora: FFNLoRA
 
 
 @contextmanager
@@ -211,4 +258,4 @@ def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     }
     nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
     for parameter, value in gates.items():
-        parameter.data = value
+        parameter.data = value  # as `nn.Module.to` does: who holds the parameter keeps it

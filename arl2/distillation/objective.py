@@ -1,7 +1,7 @@
 """What a trainer asks of an objective, and what both objectives share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.model import HybridWanModel
+from wan.memory import Memory
 from wan.utils.errors import InputError
 
 LayerReports = dict[str, dict[int, float]]
@@ -59,9 +60,20 @@ class Objective(ABC):
 
     Attributes:
         model: holds the parameters; the rest of it is frozen.
+        on_new_memory: told every memory that `losses` makes, and whether it is differentiable (the student's).
     """
 
     model: HybridWanModel
+    on_new_memory: Callable[[Memory, bool], None] | None = None
+
+    def new_memory(
+        self, batch: VideoBatch, window_frames: int | None = None, sink_frames: int = 0, differentiable: bool = False
+    ) -> Memory:
+        """Empty memory for the videos of a batch; see `wan.model.CausalWanModel.memory_for`."""
+        memory = self.model.memory_for(batch.latents_BFCHW, window_frames, sink_frames, differentiable)
+        if self.on_new_memory is not None:
+            self.on_new_memory(memory, differentiable)
+        return memory
 
     @abstractmethod
     def parameters_to_train(self) -> dict[str, nn.Parameter]:

@@ -153,7 +153,7 @@ class Stage1(Objective):
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._forget()
         share = self._share(batch, noise)
-        memory = self.model.memory_for(batch.latents_BFCHW, differentiable=True)
+        memory = self.new_memory(batch, differentiable=True)
         for graph in self._graphs(batch, noise):
             for layer in self._layers:
                 memory.layers[layer].detach()
@@ -163,7 +163,7 @@ class Stage1(Objective):
         """The teacher's passes, divided where back-propagation is cut: before a block is remembered."""
         settings = self.settings
         with frozen_teacher(self.model):
-            text, memory = self.model.embed_text(batch.text_BTD), self.model.memory_for(batch.latents_BFCHW)
+            text, memory = self.model.embed_text(batch.text_BTD), self.new_memory(batch)
         passes: list[Pass] = []
         for block in video_blocks(batch, settings.frames_per_block):
             passes += self._noisy_passes(block, noise, text, memory)

@@ -123,8 +123,8 @@ class Stage2(Objective):
         self._error, self._power = [], []
         settings, model = self.settings, self.model
         with frozen_teacher(model):
-            text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-        memory = model.memory_for(batch.latents_BFCHW, *settings.window, differentiable=True)
+            text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch)
+        memory = self.new_memory(batch, *settings.window, differentiable=True)
         errors: list[Tensor] = []
         share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
@@ -167,7 +167,7 @@ class Stage2(Objective):
         model, made = self.model, []
         with _nothing_cached(batch.latents_BFCHW.device.type):
             text = model.embed_text(batch.text_BTD)
-            memory = model.memory_for(batch.latents_BFCHW, *self.settings.window)
+            memory = self.new_memory(batch, *self.settings.window)
             for block in video_blocks(batch, self.settings.frames_per_block):
                 made.append(self._own_block(block, noise, text, memory))
                 if not block.last:

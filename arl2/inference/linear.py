@@ -118,6 +118,16 @@ def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
     return FP8Linear(linear.weight, linear.bias) if fp8 else linear
 
 
+def separate(module: nn.Module) -> None:
+    """Copy every parameter that is a view of a larger tensor, so that the larger one can be freed.
+
+    Undoes what `FusedLinear` does to the parts that belong to the module.
+    """
+    for parameter in module.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
+
+
 class FusedLinear(nn.Module):
     """Linear layers of the same tokens as one product; neighbours among them can be computed without the others.
 
@@ -144,6 +154,7 @@ class FusedLinear(nn.Module):
                 if part is not None:
                     whole[place] = part
                     if not fp8:
+                        # Pointed elsewhere, not copied: at 1.3B a second copy would be gigabytes. `separate` undoes it.
                         part.data = whole[place]
         neighbours = combinations_with_replacement(self.places, 2)
         self.product = (

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arl2.inference.blocks import BatchedStateWrites, FastHybridBlock, compiled, fast_block, flow, uncompiled
 from arl2.inference.fused_ops import DeferredResidual, FusedOps
+from arl2.inference.linear import separate
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
@@ -47,6 +48,11 @@ class InferenceModel:
         for block in other._blocks:
             block.ops = ops
         return other
+
+    def release(self) -> None:
+        """Give the model's parameters tensors of their own again; this object must not be called any more."""
+        self._blocks = []
+        separate(self.model)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """See `wan.model.CausalWanModel.tokens_per_frame`."""

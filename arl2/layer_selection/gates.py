@@ -9,7 +9,7 @@ it will be used; its gradient is that of a soft one (straight-through, binary co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
 from arl2.rollout import generator_for
-from wan.memory import LayerMemory, MemorySpec
+from wan.memory import LayerMemory, Memory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
@@ -37,51 +37,32 @@ class MixedView(NamedTuple):
     softmax: Any
 
 
-class MixedMemory:
-    """The memories of both mixers of a layer."""
+class MixedMemory(Memory):
+    """Memories of both mixers of a layer: first the hybrid's, then the softmax layer's."""
 
-    def __init__(self, hybrid: LayerMemory, softmax: LayerMemory) -> None:
-        self._both = (hybrid, softmax)
-
-    def read(self, tokens: int) -> MixedView:
-        """What both hold."""
-        return MixedView(*(memory.read(tokens) for memory in self._both))
-
-    def commit(self, update: MixedView) -> None:
-        """Give each its own."""
-        for memory, part in zip(self._both, update, strict=True):
-            memory.commit(part)
-
-    def detach(self) -> None:
-        """Cut back-propagation into earlier commits."""
-        for memory in self._both:
-            memory.detach()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        for memory in self._both:
-            memory.reset()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of both."""
-        return sum(memory.num_bytes for memory in self._both)
+    def read(self, tokens: int) -> MixedView:  # type: ignore[override]  # a pair in place of a list
+        """Views of both memories."""
+        return MixedView(*super().read(tokens))
 
 
 class MixedAttention(HybridAttention):
-    """Both mixers at once; `mix_among` turns a hybrid layer into this.
+    """Both mixers at once; `mix_among` puts it in the place of a hybrid layer.
 
     Attributes:
         mix_B11: the switch of every video, 1 for the hybrid.
     """
 
-    mix_B11: Tensor
+    def __init__(
+        self, dim: int, num_heads: int, qk_norm: bool, eps: float, lora_rank: int | None, lora_alpha: float
+    ) -> None:
+        super().__init__(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+        self.mix_B11 = torch.ones(1, 1, 1, device="cpu")
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """Memories of both mixers; the softmax layer's while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
-        return MixedMemory(super().new_memory(spec), SelfAttention.new_memory(self, spec))
+        return MixedMemory([super().new_memory(spec), SelfAttention.new_memory(self, spec)])
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """See `SelfAttention.parallel_view`."""
@@ -105,11 +86,8 @@ class MixedAttention(HybridAttention):
 
 
 def mix_among(model: HybridWanModel) -> dict[int, MixedAttention]:
-    """Turn a model's hybrid layers into mixed ones, all hybrid at first; its parameters and their names stay."""
-    for module in model.hybrid_attentions().values():
-        module.__class__ = MixedAttention
-        cast(MixedAttention, module).mix_B11 = torch.ones(1, 1, 1)
-    return {layer: cast(MixedAttention, module) for layer, module in model.hybrid_attentions().items()}
+    """Replace a model's hybrid layers by mixed ones, all hybrid at first; its parameters and their names stay."""
+    return model.replace_hybrid_attentions(MixedAttention)
 
 
 @dataclass(frozen=True)

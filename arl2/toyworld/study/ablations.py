@@ -212,7 +212,6 @@ LAYERS: dict[Variant, type[StudyAttention]] = {
 
 
 def install(model: HybridWanModel, variant: Variant) -> HybridWanModel:
-    """Make all hybrid layers of a model a variant; its parameters and their names stay."""
-    for module in model.hybrid_attentions().values():
-        module.__class__ = LAYERS[variant]
+    """Replace all hybrid layers of a model by a variant; its parameters and their names stay."""
+    model.replace_hybrid_attentions(LAYERS[variant])
     return model
