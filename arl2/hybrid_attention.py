@@ -177,14 +177,14 @@ class HybridAttention(SelfAttention):
         return BlockwiseView(layout) if self.enabled else super().parallel_view(layout)
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
         """As `SelfAttention.forward`, over a `StateView`; the update is the new state.
 
         With a `BlockwiseView` the tokens are those of all blocks and the memory is empty before them.
         """
         if not self.enabled:
-            return super().forward(x_BLD, rotary, view, attend, remember)
+            return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
         if isinstance(view, BlockwiseView):
             return self._forward_blockwise(x_BLD, rotary, view.layout), None
         k, v = self.k(x_BLD), self.v(x_BLD)

@@ -5,6 +5,7 @@ Parameter names are those of the Wan 2.1 release. Source: Wan 2.1, made causal b
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -109,7 +110,7 @@ class SelfAttention(AttentionLayer):
         return layout.view
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, KVUpdate | None]:
         """Attend, or return what to remember of these tokens, or both; the memory is not changed.
 
@@ -169,6 +170,7 @@ class Block(nn.Module):
         rotary: Rotary,
         view: Any,
         text_kv: tuple[Tensor, Tensor],
+        *,
         attend: bool,
         remember: bool,
     ) -> tuple[Tensor, Any]:
@@ -180,7 +182,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BF6D).unbind(dim=2)
         dtype = self.modulation.dtype
         tokens = modulate(layer_norm(self.norm1, x_BLD, dtype), shift1, scale1)
-        mixed, update = self.self_attn(tokens, rotary, view, attend, remember)
+        mixed, update = self.self_attn(tokens, rotary, view, attend=attend, remember=remember)
         if mixed is None:
             return x_BLD, update
         x = plus_gated(x_BLD, mixed, gate1)
@@ -440,11 +442,10 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         layers, updates = self.layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
             attend = not (remember and block is layers[-1])
-            arguments = (x, time_BF6D, rotary, view, kv, attend, remember)
+            run = partial(block, attend=attend, remember=remember)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, update = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                x, update = block(*arguments)
+                run = partial(self._gradient_checkpointing_func, run)
+            x, update = run(x, time_BF6D, rotary, view, kv)
             updates.append(update)
         if remember:
             return PassOutput(None, updates)

@@ -189,7 +189,8 @@ class Stage1(Objective):
         errors = []
         for one in graph:
             x, rotary, target = one.seen.pop(layer)
-            output, update = self._layers[layer](x, rotary, memory.read(x.shape[1]), one.reads, one.writes)
+            view = memory.read(x.shape[1])
+            output, update = self._layers[layer](x, rotary, view, attend=one.reads, remember=one.writes)
             if one.reads:
                 errors.append(self._passes_error(layer, output, target, 1))
             if one.writes:
@@ -207,7 +208,7 @@ class Stage1(Objective):
             teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean)
         for layer, module in self._layers.items():
             x, rotary, target = seen.pop(layer)
-            output, _ = module(x, rotary, module.parallel_view(layout), True, False)
+            output, _ = module(x, rotary, module.parallel_view(layout), attend=True, remember=False)
             passes = 2 * layout.num_blocks
             if not self.settings.loss_on_clean_pass:
                 output, target, passes = output.chunk(2, dim=1)[1], target.chunk(2, dim=1)[1], layout.num_blocks

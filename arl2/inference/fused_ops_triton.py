@@ -19,7 +19,7 @@ class TritonFusedOps(FusedOps):
 
     def operand(self, x: Tensor) -> Operand:
         """See `FusedOps.operand`."""
-        return RowScaledFP8(*quantize(x, False)) if self.fp8 else x
+        return RowScaledFP8(*quantize(x, gelu=False)) if self.fp8 else x
 
     def before_self_attention(
         self, block: Block, stream: DeferredResidual, time_BF6D: Tensor
@@ -56,7 +56,7 @@ class TritonFusedOps(FusedOps):
     def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
         """See `FusedOps.hidden`; Wan's GELU is that of tanh."""
         if isinstance(tokens, RowScaledFP8):
-            return RowScaledFP8(*quantize(ffn_in(tokens), True))
+            return RowScaledFP8(*quantize(ffn_in(tokens), gelu=True))
         return linear_gelu(tokens, ffn_in.weight, ffn_in.bias)
 
     def normed_heads(

@@ -44,7 +44,7 @@ class InferenceModel:
     def without_kernels(self) -> Self:
         """The same, weights included, with the plain functions between products."""
         other = copy(self)
-        other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, False)
+        other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, kernels=False)
         for block in other._blocks:
             block.ops = ops
         return other
@@ -83,7 +83,9 @@ class InferenceModel:
                 delta_out = writes.buffer(view.state_BHKV)
                 waiting.append(layer)
             attend = not (remember and block is self._blocks[-1])
-            stream, update = block(stream, time_BF6D, rotary, view, kv, attend, remember, delta_out)
+            stream, update = block(
+                stream, time_BF6D, rotary, view, kv, attend=attend, remember=remember, delta_out=delta_out
+            )
             updates.append(update)
             if waiting and writes.full:
                 to_write -= len(waiting)

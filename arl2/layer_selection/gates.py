@@ -71,13 +71,13 @@ class MixedAttention(HybridAttention):
         return MixedView(super().parallel_view(layout), SelfAttention.parallel_view(self, layout))
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
         """See `HybridAttention.forward`; the update is a `MixedView`."""
         if not isinstance(view, MixedView):
-            return super().forward(x_BLD, rotary, view, attend, remember)
-        hybrid, state = super().forward(x_BLD, rotary, view.hybrid, attend, remember)
-        softmax, kv = SelfAttention.forward(self, x_BLD, rotary, view.softmax, attend, remember)
+            return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
+        hybrid, state = super().forward(x_BLD, rotary, view.hybrid, attend=attend, remember=remember)
+        softmax, kv = SelfAttention.forward(self, x_BLD, rotary, view.softmax, attend=attend, remember=remember)
         update = MixedView(state, kv) if remember else None
         if hybrid is None or softmax is None:
             return None, update

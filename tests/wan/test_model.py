@@ -133,7 +133,7 @@ def test_the_updates_of_a_clean_pass_do_not_depend_on_what_it_skips() -> None:
         seen = []
         last.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
         model(clean, time, text, views, frames)
-        _, full = last(*seen[0][:-2], True, True)
+        _, full = last(*seen[0], attend=True, remember=True)
     assert torch.equal(skipping, full)
 
 

@@ -53,11 +53,11 @@ class StudyAttention(HybridAttention):
     writes_to_read: ClassVar[bool] = False
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
         """As `HybridAttention.forward`."""
         if not self.enabled:
-            return super().forward(x_BLD, rotary, view, attend, remember)
+            return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         blockwise = isinstance(view, BlockwiseView)
         tokens = x_BLD.shape[1]

@@ -90,22 +90,28 @@ def test_without_a_gate_is_with_a_gate_of_one_and_zero_is_local_attention() -> N
     outputs = {}
     for variant in (Variant.PLAIN, Variant.NO_GATE, Variant.GATE_ZERO):
         layer = model_of(variant).hybrid_attentions()[0]
-        outputs[variant] = layer(x, rotary, view, True, False)[0]
-        empty = layer(x, rotary, StateView(torch.zeros_like(view.state_BHKV)), True, False)[0]
+        outputs[variant] = layer(x, rotary, view, attend=True, remember=False)[0]
+        empty = layer(x, rotary, StateView(torch.zeros_like(view.state_BHKV)), attend=True, remember=False)[0]
         assert torch.equal(outputs[variant], empty) == (variant is Variant.GATE_ZERO)
     layer = model_of(Variant.PLAIN).hybrid_attentions()[0]
     layer.output_gate = lambda x: torch.ones_like(x[..., :2])  # type: ignore[method-assign]
-    torch.testing.assert_close(layer(x, rotary, view, True, False)[0], outputs[Variant.NO_GATE], rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer(x, rotary, view, attend=True, remember=False)[0], outputs[Variant.NO_GATE], rtol=0, atol=0
+    )
 
 
 def test_unrotated_branches_equal_plain_ones_at_position_zero() -> None:
     torch.manual_seed(4)
     x, rotary = torch.randn(2, 1, 24, dtype=torch.float64), rotary_angles(torch.tensor([0]), 1, 1, 12)
     view = StateView(torch.randn(2, 2, 12, 12, dtype=torch.float64))
-    plain, unrotated = (model_of(v).hybrid_attentions()[0](x, rotary, view, True, True) for v in ("plain", "no_rope"))
+    plain, unrotated = (
+        model_of(v).hybrid_attentions()[0](x, rotary, view, attend=True, remember=True) for v in ("plain", "no_rope")
+    )
     torch.testing.assert_close(plain, unrotated, rtol=0, atol=0)
     moved = rotary_angles(torch.tensor([5]), 1, 1, 12)
-    plain, unrotated = (model_of(v).hybrid_attentions()[0](x, moved, view, True, True) for v in ("plain", "no_rope"))
+    plain, unrotated = (
+        model_of(v).hybrid_attentions()[0](x, moved, view, attend=True, remember=True) for v in ("plain", "no_rope")
+    )
     assert not torch.allclose(plain[1], unrotated[1])
 
 
