@@ -1,12 +1,13 @@
 """The hybrid attention layer: softmax inside the block, a recurrent state for everything earlier.
 
-Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state that the
-block before left; a block is written once, token by token, from its clean latents:
+Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state after the
+previous block. A block is written once, token by token, from its clean latents:
 
     out = W_o( softmax(q, k, v within the block) + sigmoid(W_gate·x) ⊙ D^-½·q̂ᵀS )
 
-q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ likewise, v̂ = φ_v(W_v·x + Δ_v·x). With S = 0 the layer is the
-teacher's attention on the first block exactly.
+where q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ is formed in the same way, and v̂ = φ_v(W_v·x + Δ_v·x).
+
+With S = 0 the layer equals the teacher's attention on the first block exactly.
 """
 
 import math
@@ -31,23 +32,23 @@ L2_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class StateView:
-    """The state that the blocks before left, [B, H, key dim, value dim], float32."""
+    """State after the earlier blocks, [B, H, key dim, value dim], float32."""
 
     state_BHKV: Tensor
 
 
 @dataclass(frozen=True)
 class BlockwiseView:
-    """No memory: all blocks are in the sequence, and the states between them are computed on the way."""
+    """View without a memory: all blocks are in the sequence, and the states between them are computed in the pass."""
 
     layout: ParallelLayout
 
 
 class StateMemory:
-    """A gated-delta state: the same size whatever the length of the video.
+    """Memory of a hybrid layer: one gated-delta state, whose size does not depend on the length of the video.
 
     Args:
-        spec: of all memories of a model.
+        spec: requirements shared by all memories of a model.
         shape: [B, H, key dim, value dim].
     """
 
@@ -57,14 +58,14 @@ class StateMemory:
         self._state = torch.zeros(shape, device=spec.device, dtype=dtype)
 
     def read(self, tokens: int) -> StateView:
-        """The state, whatever the size of the block."""
+        """View of the state; the size of the block does not matter."""
         return StateView(self._state)
 
     def commit(self, update: Tensor) -> None:
-        """Put the state that the clean pass returned in the place of the old one."""
+        """Replace the state by the one that the clean pass returned."""
         if self._differentiable:
             self._state = update
-        else:  # at the same address always, for who replays recorded kernels
+        else:  # always at the same address: recorded CUDA graphs read it there
             self._state.copy_(update.detach())
 
     def detach(self) -> None:
@@ -85,7 +86,7 @@ class StateMemory:
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
+    """L2 norm x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
     by_kernel = norm_by_kernel(x, None, 1.0, L2_NORM_EPS)
     if by_kernel is not None:
         return by_kernel
@@ -108,13 +109,13 @@ class HybridAttention(SelfAttention):
 
     Args:
         dim, num_heads, qk_norm, eps: as in the layer that it replaces.
-        lora_rank: rank of the adapters on q, k and v of the state branch; None for none.
-        lora_alpha: their scale is alpha / rank.
+        lora_rank: rank of the adapters on q, k and v of the state branch; None for no adapters.
+        lora_alpha: scale of the adapters times their rank.
 
     Attributes:
-        enabled: without it the layer is the softmax layer that it replaced, memory included.
-        lora_enabled: without it the adapters add nothing.
-        write_backend: who computes the write.
+        enabled: if False, the layer is the softmax layer that it replaced, memory included.
+        lora_enabled: if False, the adapters add nothing.
+        write_backend: implementation of the write.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class HybridAttention(SelfAttention):
 
     @torch.no_grad()
     def init_hybrid_weights(self) -> None:
-        """Initial values of the new parameters: φ the identity, slow to fast decays, the gate near one half."""
+        """Initialize the new parameters: φ as the identity, decays from slow to fast, gates near one half."""
         for phi in (self.phi_q, self.phi_k, self.phi_v):
             phi.weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
         for projection in (self.a_proj, self.b_proj, self.gate_proj):
@@ -167,7 +168,7 @@ class HybridAttention(SelfAttention):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
-        """An empty state; the softmax layer's memory while the hybrid is not enabled."""
+        """Empty state, or the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
         return StateMemory(spec, (spec.batch_size, self.num_heads, self.head_dim, self.head_dim))
@@ -179,9 +180,9 @@ class HybridAttention(SelfAttention):
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
-        """As `SelfAttention.forward`, over a `StateView`; the update is the new state.
+        """Attend over a `StateView`, or return the new state as update, or both; see `SelfAttention.forward`.
 
-        With a `BlockwiseView` the tokens are those of all blocks and the memory is empty before them.
+        With a `BlockwiseView`, the tokens are those of all blocks and the memory before them is empty.
         """
         if not self.enabled:
             return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
@@ -225,7 +226,7 @@ class HybridAttention(SelfAttention):
     def _states_between(
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
     ) -> Tensor:
-        """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
+        """States before each block, [B, blocks, H, key dim, value dim]; the first is empty."""
         inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
         empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
@@ -251,14 +252,14 @@ class HybridAttention(SelfAttention):
         return self.read(states_BNHKV[:, None], queries).flatten(1, 3)
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
+        """State after writing these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
         inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
             return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
 
     def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
-        """k̂, v̂, log decay and write strength of every token, from the teacher's projections."""
+        """Keys k̂, values v̂, log decay and write strength of every token, from the teacher's projections."""
         k = self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B)
         v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
         return DeltaInputs(
@@ -266,23 +267,23 @@ class HybridAttention(SelfAttention):
         )
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
+        """Queries q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
         return self.state_query_of(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B), rotary)
 
     def state_query_of(self, q_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """q̂ of tokens whose projection, adapter included, is given."""
+        """Queries q̂ of the state branch, from a projection that includes the adapter."""
         return l2_norm(rotate(self.mapped(self.norm_q(q_BLD), self.phi_q), rotary))
 
     def state_key_of(self, k_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """k̂ of tokens whose projection, adapter included, is given."""
+        """Keys k̂ of the state branch, from a projection that includes the adapter."""
         return l2_norm(rotate(self.mapped(self.norm_k(k_BLD), self.phi_k), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
-        """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
+        """Log decay g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
         return self.log_decay_of(self.a_proj(x_BLD))
 
     def log_decay_of(self, a_BLH: Tensor) -> Tensor:
-        """The log decay of tokens whose projection W_a·x is given."""
+        """Log decay of tokens from their projection W_a·x."""
         wide = torch.promote_types(a_BLH.dtype, torch.float32)
         return -self.A_log.to(wide).exp() * F.softplus(a_BLH.to(wide) + self.dt_bias.to(wide))
 
@@ -291,11 +292,11 @@ class HybridAttention(SelfAttention):
         return self.beta_of(self.b_proj(x_BLD))
 
     def beta_of(self, b_BLH: Tensor) -> Tensor:
-        """The write strength of tokens whose projection W_b·x is given."""
+        """Write strength of tokens from their projection W_b·x."""
         return 2 * b_BLH.to(torch.promote_types(b_BLH.dtype, torch.float32)).sigmoid()
 
     def output_gate(self, x_BLD: Tensor) -> Tensor:
-        """sigmoid(W_gate·x), [B, L, H]: how much of what was remembered is let through."""
+        """Output gate sigmoid(W_gate·x), [B, L, H]: weight of the state branch."""
         return self.gate_proj(x_BLD).sigmoid()
 
     def _adapted(
@@ -305,12 +306,15 @@ class HybridAttention(SelfAttention):
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        """A projection with its adapter, if there is one."""
+        """Projection plus its adapter, if there is one and adapters are enabled."""
         if a is None or b is None or not self.lora_enabled:
             return projected_BLD
         return with_adapter(projected_BLD, x_BLD, a, b, self.lora_scale)
 
     def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
-        """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""
+        """D×D map of each head applied to its channels, [B, L, H, D].
+
+        The map is stored as a grouped 1×1 convolution, [dim, D, 1].
+        """
         weight_HOI = phi.weight.view(self.num_heads, self.head_dim, self.head_dim)
         return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)

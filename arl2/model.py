@@ -23,7 +23,7 @@ FFN_LINEARS = (0, 2)
 
 
 class FFNLoRA(StrEnum):
-    """Which blocks carry adapters on their feed-forward."""
+    """Choice of the blocks with adapters on their feed-forward."""
 
     NONE = "none"
     HYBRID = "hybrid"
@@ -31,7 +31,7 @@ class FFNLoRA(StrEnum):
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layer indices in order.
+    """Sort layer indices and check them.
 
     Raises:
         InputError: an index is out of range or repeated.
@@ -47,13 +47,13 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HybridSettings:
-    """Where and how a softmax model is made hybrid.
+    """Settings that make a softmax model hybrid.
 
     Attributes:
         layers: indices of the layers whose self-attention is hybrid.
-        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for none.
+        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for no adapters.
         lora_alpha: scale of the adapters times their rank. Checkpoints do not store it.
-        ffn_lora: which feed-forwards carry adapters, if there are adapters at all.
+        ffn_lora: choice of the feed-forwards with adapters, if there are adapters at all.
     """
 
     layers: tuple[int, ...] = ()
@@ -66,20 +66,20 @@ class HybridSettings:
             raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
 
     def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Blocks whose feed-forward carries adapters."""
+        """Indices of the blocks with adapters on their feed-forward."""
         if self.lora_rank is None or self.ffn_lora is FFNLoRA.NONE:
             return ()
         return tuple(range(num_layers)) if self.ffn_lora is FFNLoRA.ALL else self.layers
 
 
 class HybridWanModel(CausalWanModel):
-    """`CausalWanModel` with hybrid attention in `hybrid_layers`, and adapters if a rank is given.
+    """`CausalWanModel` with hybrid attention in `hybrid_layers` and with adapters if a rank is given.
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
     `HybridSettings`, as plain values so that they can be stored in a `config.json`.
     """
 
-    # Their rounding changes the memory's half-life; `from_pretrained` heeds this list in any dtype.
+    # Their rounding changes the half-life of the memory; `from_pretrained` honours this list in any dtype.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "dt_bias"]
 
     @register_to_config
@@ -132,28 +132,28 @@ class HybridWanModel(CausalWanModel):
 
     @property
     def hybrid(self) -> HybridSettings:
-        """Which layers are hybrid, and how; the config holds it."""
+        """Settings of the hybrid layers, from the config."""
         config = self.config
         layers = tuple(sorted(config.hybrid_layers))
         return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
-        """The hybrid attention modules by layer."""
+        """Hybrid attention modules by layer index."""
         attentions = {layer: block.self_attn for layer, block in enumerate(self.layers())}
         return {layer: module for layer, module in attentions.items() if isinstance(module, HybridAttention)}
 
     def use_write_backend(self, backend: WriteBackend) -> None:
-        """Let `backend` compute all writes to states."""
+        """Use `backend` for all writes to states."""
         for module in self.hybrid_attentions().values():
             module.write_backend = backend
 
     def adapters(self) -> list[LoRALinear]:
-        """The feed-forward adapters."""
+        """Feed-forward layers with adapters, in order."""
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
     @contextmanager
     def as_teacher(self) -> Iterator["HybridWanModel"]:
-        """Be the softmax model again: hybrid layers and adapters are switched off inside the context.
+        """Switch hybrid layers and adapters off inside the context: the model is the softmax model again.
 
         A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
         """
@@ -162,7 +162,7 @@ class HybridWanModel(CausalWanModel):
 
     @contextmanager
     def without_lora(self) -> Iterator["HybridWanModel"]:
-        """Switch all adapters off inside the context; hybrid layers stay hybrid."""
+        """Switch all adapters off inside the context; hybrid layers stay on."""
         attentions = self.hybrid_attentions().values()
         with switched_off(attentions, "lora_enabled"), switched_off(self.adapters(), "enabled"):
             yield self
@@ -237,7 +237,7 @@ class MergedAdapters:
 
 @contextmanager
 def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
-    """Set a boolean attribute of some modules to False, and put it back after."""
+    """Set a boolean attribute of some modules to False inside the context."""
     before = [(module, getattr(module, switch)) for module in modules]
     try:
         for module, _ in before:
@@ -249,7 +249,7 @@ def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
 
 
 def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model to `dtype`, all but A_log and dt_bias: their rounding changes the memory's half-life."""
+    """Cast a model to `dtype`, except A_log and dt_bias, whose rounding changes the half-life of the memory."""
     gates = {
         parameter: parameter.data.to(torch.promote_types(dtype, torch.float32))
         for module in model.modules()
@@ -258,4 +258,4 @@ def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     }
     nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
     for parameter, value in gates.items():
-        parameter.data = value  # as `nn.Module.to` does: who holds the parameter keeps it
+        parameter.data = value  # as in `nn.Module.to`: references to the parameter stay valid

@@ -1,4 +1,4 @@
-"""What a trainer asks of an objective, and what both objectives share."""
+"""Interface between trainer and objectives, and the parts that both objectives share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from wan.memory import Memory
 from wan.utils.errors import InputError
 
 LayerReports = dict[str, dict[int, float]]
-"""Name of a measurement to its value in every hybrid layer."""
+"""Measurements of hybrid layers: name to value by layer."""
 
 
 class Path(StrEnum):
@@ -27,11 +27,11 @@ class Path(StrEnum):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What both objectives need to be told.
+    """Settings of both objectives.
 
     Attributes:
-        frames_per_block: latent frames of a block.
-        blocks_per_graph: blocks through which gradients go back; None for the whole video.
+        frames_per_block: latent frames per block.
+        blocks_per_graph: number of blocks through which gradients flow back; None for the whole video.
         path: the loop is the specification and takes everything; in parallel the same takes half the time or less, by
             fewer and larger kernels.
     """
@@ -47,20 +47,20 @@ class ObjectiveSettings:
             raise InputError("path parallel has one graph for all blocks: drop blocks_per_graph, or take path loop")
 
     def starts_graph(self, block: int) -> bool:
-        """Whether the memory is to be detached before this block is remembered.
+        """Returns whether the memory must be detached before this block is remembered.
 
-        Before, not after: afterwards it would cut the gradient of what the block writes. Nothing is to be cut before
-        the first block.
+        Detaching after it would cut the gradient of what the block writes. Before the first block there is nothing
+        to cut.
         """
         return self.blocks_per_graph is not None and block > 0 and block % self.blocks_per_graph == 0
 
 
 class Objective(ABC):
-    """Something to minimise over videos, for some parameters of a model.
+    """Loss over videos as a function of some parameters of a model.
 
     Attributes:
-        model: holds the parameters; the rest of it is frozen.
-        on_new_memory: told every memory that `losses` makes, and whether it is differentiable (the student's).
+        model: holds the parameters; its other parameters are frozen.
+        on_new_memory: called with every memory that `losses` makes, and whether it is differentiable (the student's).
     """
 
     model: HybridWanModel
@@ -77,13 +77,13 @@ class Objective(ABC):
 
     @abstractmethod
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """Names and parameters."""
+        """Parameters to train by name."""
 
     @abstractmethod
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """Parts whose sum is the loss of the batch, a mean over its videos.
+        """Iterate over parts whose sum is the loss of the batch, a mean over its videos.
 
-        A part is to be back-propagated before the next is asked for: its graph is then free.
+        Back-propagate each part before asking for the next, which frees its graph.
 
         Raises:
             InputError: the frames do not divide into blocks.
@@ -91,20 +91,20 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch; waits for the device."""
+        """Metrics of the last batch; synchronizes with the device."""
 
     @abstractmethod
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """Figures of every hybrid layer on a batch, without gradients."""
+        """Measure every hybrid layer on a batch, without gradients."""
 
 
 @contextmanager
 def frozen_teacher(model: HybridWanModel, compiled: bool = False) -> Iterator[None]:
-    """Be the teacher: softmax layers, no adapters, no gradients, the precision of inference (no autocast).
+    """Run the model as the teacher: softmax layers, no adapters, no gradients, no autocast.
 
     Args:
-        model: hybrid; switched back afterwards.
-        compiled: let blocks that were compiled run so, which the trainer keeps them from elsewhere.
+        model: hybrid model; switched back afterwards.
+        compiled: whether compiled blocks run compiled; the trainer prevents it elsewhere.
     """
     device = model.patch_embedding.weight.device
     with (

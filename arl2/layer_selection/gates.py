@@ -1,10 +1,12 @@
-"""Layer gates: which layers can do without softmax, learned under a budget.
+"""Layer gates: a learned choice, under a budget, of the layers to convert.
 
-Every layer l computes both mixers, and a switch m_l picks one: m_l·hybrid + (1 - m_l)·softmax. Switches are drawn for
-every video from probabilities p_l, which are all that trains, by the distillation loss of stage 2 on the frozen hybrids
-of stage 1, plus a penalty that holds the mean of p_l at the budget. A draw is hard (0 or 1): a layer is judged as
-it will be used; its gradient is that of a soft one (straight-through, binary concrete: Maddison et al., arXiv
-1611.00712). Layers with a high p_l are the ones to convert.
+Every layer l computes both mixers, and a switch m_l selects one: m_l·hybrid + (1 - m_l)·softmax. Switches are drawn per
+video from probabilities p_l. Only the p_l train, on the frozen hybrid layers of stage 1. Their loss is the
+distillation loss of stage 2 plus a penalty that keeps the mean of p_l at the budget.
+
+A draw is hard (0 or 1), so that a layer is judged in the form in which it will be used. The gradient is that of a soft
+switch (straight-through, binary concrete: Maddison et al., arXiv 1611.00712). Layers with a high p_l are the ones to
+convert.
 """
 
 from collections.abc import Iterator
@@ -27,11 +29,11 @@ from wan.parallel import ParallelLayout
 from wan.utils.errors import InputError
 
 HYBRID_SHARE = "hybrid_share"
-"""Name of the p_l in reports."""
+"""Name of p_l in reports."""
 
 
 class MixedView(NamedTuple):
-    """What each of the two mixers sees of earlier blocks, or what each returned to remember."""
+    """Pair of views of both mixers, or of their updates."""
 
     hybrid: Any
     softmax: Any
@@ -46,10 +48,10 @@ class MixedMemory(Memory):
 
 
 class MixedAttention(HybridAttention):
-    """Both mixers at once; `mix_among` puts it in the place of a hybrid layer.
+    """Layer that computes both mixers and switches between them; see `mix_among`.
 
     Attributes:
-        mix_B11: the switch of every video, 1 for the hybrid.
+        mix_B11: switch of every video, 1 for the hybrid.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class MixedAttention(HybridAttention):
         self.mix_B11 = torch.ones(1, 1, 1, device="cpu")
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
-        """Memories of both mixers; the softmax layer's while the hybrid is not enabled."""
+        """Memories of both mixers, or only the softmax layer's while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
         return MixedMemory([super().new_memory(spec), SelfAttention.new_memory(self, spec)])
@@ -92,12 +94,12 @@ def mix_among(model: HybridWanModel) -> dict[int, MixedAttention]:
 
 @dataclass(frozen=True)
 class GateSettings(Stage2Settings):
-    """How gates are learned.
+    """Settings of layer gates.
 
     Attributes:
-        budget: share of the layers that are to be hybrid, between 0 and 1.
-        budget_weight: of (mean p - budget)², beside the distillation loss over the target_mean_square of its target.
-        temperature: of the soft switch whose gradient is taken.
+        budget: fraction of the layers that should be hybrid, between 0 and 1.
+        budget_weight: weight of (mean p - budget)², relative to the distillation loss over its target's mean square.
+        temperature: temperature of the soft switch whose gradient is used.
     """
 
     budget: float = 0.5
@@ -115,14 +117,14 @@ class GateSettings(Stage2Settings):
 
 
 class LayerGates(Stage2):
-    """The objective of layer gates.
+    """Objective of layer gates.
 
     Args:
-        model: hybrid in all layers, with what stage 1 trained.
-        settings: see there.
+        model: hybrid in all layers, with the parameters of stage 1. Its hybrid layers are replaced, see `mix_among`.
+        settings: see `GateSettings`.
 
     Attributes:
-        logits: of p, by layer.
+        logits: logits of p by layer.
     """
 
     settings: GateSettings
@@ -134,15 +136,15 @@ class LayerGates(Stage2):
         self.logits = {layer: nn.Parameter(torch.full((), start)) for layer in self._mixed}
 
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """One logit a layer; they belong to no module."""
+        """Logits by name, one per layer; they belong to no module."""
         return {f"layer_gates.{layer}": logit for layer, logit in self.logits.items()}
 
     def probabilities(self) -> dict[int, float]:
-        """p by layer."""
+        """Probabilities p by layer."""
         return {layer: float(logit.detach().sigmoid()) for layer, logit in self.logits.items()}
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The error relative to the teacher's target_mean_square, and the penalty."""
+        """Relative error with respect to the teacher's mean square, plus the budget penalty; a single part."""
         self._draw(noise)
         (error,) = super().losses(batch, noise)
         target_mean_square = torch.stack(self._power).sum() / noise.levels_BNP.numel()
@@ -150,12 +152,12 @@ class LayerGates(Stage2):
         yield error / target_mean_square + self.settings.budget_weight * (share - self.settings.budget).square()
 
     def metrics(self) -> dict[str, float]:
-        """As stage 2's, and the mean of p."""
+        """Metrics of stage 2, and the mean of p."""
         share = sum(self.probabilities().values()) / len(self.logits)
         return super().metrics() | {"mean_share": share}
 
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """p by layer."""
+        """Probabilities p by layer, as a report."""
         return {HYBRID_SHARE: self.probabilities()}
 
     def _draw(self, noise: BatchNoise) -> None:
