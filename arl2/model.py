@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
@@ -23,13 +23,14 @@ from wan.checkpoints.tensors import require_finite
 from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
 
+Kind = TypeVar("Kind", bound=HybridAttention)
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
 """Places of the two linear layers in a block's feed-forward."""
 
 
 class FFNLoRA(StrEnum):
-    """Which blocks carry adapters on their feed-forward."""
+    """Choice of the blocks with adapters on their feed-forward."""
 
     NONE = "none"
     HYBRID = "hybrid"
@@ -37,7 +38,7 @@ class FFNLoRA(StrEnum):
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layer indices in order.
+    """Sort layer indices and check them.
 
     Raises:
         InputError: an index is out of range or repeated.
@@ -53,13 +54,13 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HybridSettings:
-    """Where and how a softmax model is made hybrid.
+    """Settings that make a softmax model hybrid.
 
     Attributes:
         layers: indices of the layers whose self-attention is hybrid.
-        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for none.
+        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for no adapters.
         lora_alpha: scale of the adapters times their rank. Checkpoints do not store it.
-        ffn_lora: which feed-forwards carry adapters, if there are adapters at all.
+        ffn_lora: choice of the feed-forwards with adapters, if there are adapters at all.
     """
 
     layers: tuple[int, ...] = ()
@@ -74,21 +75,21 @@ class HybridSettings:
             raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
 
     def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Blocks whose feed-forward carries adapters."""
+        """Indices of the blocks with adapters on their feed-forward."""
         if self.lora_rank is None or self.ffn_lora is FFNLoRA.NONE:
             return ()
         return tuple(range(num_layers)) if self.ffn_lora is FFNLoRA.ALL else self.layers
 
 
 class HybridWanModel(CausalWanModel):
-    """`CausalWanModel` with hybrid attention in `hybrid_layers`, and adapters if a rank is given.
+    """`CausalWanModel` with hybrid attention in `hybrid_layers` and with adapters if a rank is given.
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
     `HybridSettings` and `trained_memory`, see `arl2.trained_memory.TrainedMemory`, as plain values so that they can be
     stored in a `config.json`.
     """
 
-    # Their rounding changes the memory's half-life; `from_pretrained` heeds this list in any dtype.
+    # Their rounding changes the half-life of the memory; `from_pretrained` honours this list in any dtype.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "dt_bias"]
 
     @register_to_config
@@ -144,7 +145,7 @@ class HybridWanModel(CausalWanModel):
 
     @property
     def hybrid(self) -> HybridSettings:
-        """Which layers are hybrid, and how; the config holds it."""
+        """Settings of the hybrid layers, from the config."""
         config = self.config
         layers = tuple(sorted(config.hybrid_layers))
         return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
@@ -224,22 +225,22 @@ class HybridWanModel(CausalWanModel):
         return model
 
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
-        """The hybrid attention modules by layer."""
+        """Hybrid attention modules by layer index."""
         attentions = {layer: block.self_attn for layer, block in enumerate(self.layers())}
         return {layer: module for layer, module in attentions.items() if isinstance(module, HybridAttention)}
 
     def use_write_backend(self, backend: WriteBackend) -> None:
-        """Let `backend` compute all writes to states."""
+        """Use `backend` for all writes to states."""
         for module in self.hybrid_attentions().values():
             module.write_backend = backend
 
     def adapters(self) -> list[LoRALinear]:
-        """The feed-forward adapters."""
+        """Feed-forward layers with adapters, in order."""
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
     @contextmanager
     def as_teacher(self) -> Iterator["HybridWanModel"]:
-        """Be the softmax model again: hybrid layers and adapters are switched off inside the context.
+        """Switch hybrid layers and adapters off inside the context: the model is the softmax model again.
 
         A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
         """
@@ -248,7 +249,7 @@ class HybridWanModel(CausalWanModel):
 
     @contextmanager
     def without_lora(self) -> Iterator["HybridWanModel"]:
-        """Switch all adapters off inside the context; hybrid layers stay hybrid."""
+        """Switch all adapters off inside the context; hybrid layers stay on."""
         attentions = self.hybrid_attentions().values()
         with switched_off(attentions, "lora_enabled"), switched_off(self.adapters(), "enabled"):
             yield self
@@ -265,19 +266,65 @@ class HybridWanModel(CausalWanModel):
             names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
         return names
 
-    def merge_ffn_lora(self) -> None:
-        """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
-        for block in self.layers():
+    def replace_hybrid_attentions(self, kind: type[Kind]) -> dict[int, Kind]:
+        """Replace the hybrid layers by layers of another class over the same parameters, under the same names.
+
+        Args:
+            kind: see `HybridAttention.sharing`.
+
+        Returns:
+            the new layers by index.
+        """
+        replaced = {layer: kind.sharing(module) for layer, module in self.hybrid_attentions().items()}
+        for layer, module in replaced.items():
+            self.layers()[layer].self_attn = module
+        return replaced
+
+    def merge_ffn_lora(self, keep_on: torch.device | None = None) -> "MergedAdapters":
+        """Fold the feed-forward adapters into their linear layers, for inference and export.
+
+        Args:
+            keep_on: device to which the layers with adapters move; None leaves them where they are.
+
+        Returns:
+            what `unmerge_ffn_lora` needs to undo it exactly; without it, the adapters are lost.
+        """
+        merged = MergedAdapters({}, self.hybrid.ffn_lora)
+        for number, block in enumerate(self.layers()):
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
+                    merged.layers[number, place] = linear if keep_on is None else linear.to(keep_on)
         self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+        return merged
+
+    def unmerge_ffn_lora(self, merged: "MergedAdapters") -> None:
+        """Put back what `merge_ffn_lora` took out, on the device and in the dtype of the merged layers."""
+        for (number, place), linear in merged.layers.items():
+            ffn = self.layers()[number].ffn
+            weight = ffn[place].weight
+            assert isinstance(weight, Tensor)
+            ffn[place] = linear.to(weight.device, weight.dtype)
+        self.register_to_config(ffn_lora=merged.ffn_lora.value)
+
+
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Layers that `HybridWanModel.merge_ffn_lora` took out of a model.
+
+    Attributes:
+        layers: by index of the block and place in its feed-forward.
+        ffn_lora: setting of the model before.
+    """
+
+    layers: dict[tuple[int, int], LoRALinear]
+    ffn_lora: FFNLoRA
 
 
 @contextmanager
 def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
-    """Set a boolean attribute of some modules to False, and put it back after."""
+    """Set a boolean attribute of some modules to False inside the context."""
     before = [(module, getattr(module, switch)) for module in modules]
     try:
         for module, _ in before:
@@ -289,7 +336,7 @@ def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
 
 
 def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model to `dtype`, all but A_log and dt_bias: their rounding changes the memory's half-life."""
+    """Cast a model to `dtype`, except A_log and dt_bias, whose rounding changes the half-life of the memory."""
     gates = {
         parameter: parameter.data.to(torch.promote_types(dtype, torch.float32))
         for module in model.modules()
@@ -298,4 +345,4 @@ def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     }
     nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
     for parameter, value in gates.items():
-        parameter.data = value
+        parameter.data = value  # as in `nn.Module.to`: references to the parameter stay valid

@@ -4,7 +4,6 @@ A run that resumes needs only the number of its step, and a sample is the same o
 divided.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import Samples
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import FewStepSampler, generator_for, num_blocks, seed_for
 from wan.flow import shift_sigma
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds
@@ -59,12 +58,6 @@ class NoiseLevels:
             return shift_sigma(torch.rand(blocks, self.per_block, generator=generator), shift)
         order = torch.rand(blocks, len(sampler.sigmas), generator=generator).argsort(dim=1)
         return torch.tensor(sampler.sigmas)[order[:, : self.per_block]]
-
-
-def generator_for(*key: object) -> torch.Generator:
-    """A generator on the CPU, seeded by some values."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @lru_cache(maxsize=2)
@@ -125,7 +118,8 @@ class Batches:
 
     def _noise_of(self, step: int, places: Sequence[int], shape: torch.Size) -> BatchNoise:
         noise = [self._noise(step, place, shape) for place in places]
-        return BatchNoise(*(torch.stack(parts) for parts in zip(*noise, strict=True)))
+        levels, drawn = (torch.stack(parts) for parts in zip(*noise, strict=True))
+        return BatchNoise(levels, drawn, tuple(seed_for(self.seed, step, place, "objective") for place in places))
 
     def _noise(self, step: int, place: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         generator = generator_for(self.seed, step, place)

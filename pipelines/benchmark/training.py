@@ -252,17 +252,14 @@ class WatchedObjective(Objective):
     def _watching(self, before: int) -> Iterator[None]:
         """Note what memories take when they are made, and what there is when the first hybrid layer begins."""
         self._memories, self._teacher_bytes = [], 0
-        made, allocator = self.model.memory_for, self._allocator
+        allocator = self._allocator
 
-        def memory_for(*arguments: Any, **options: Any) -> Memory:
-            start = allocator.allocated()
-            memory = made(*arguments, **options)
-            if options.get("differentiable"):
+        def note_memory(memory: Memory, differentiable: bool) -> None:
+            if differentiable:
                 self._memories.append(memory)
             else:
-                self._teacher_bytes += allocator.allocated() - start
+                self._teacher_bytes += memory.num_bytes
                 self._notes.note(teacher_memory=self._teacher_bytes)
-            return memory
 
         def begins(module: HybridAttention, arguments: tuple[Any, ...]) -> None:
             if module.enabled and isinstance(self._objective, Stage1):
@@ -270,11 +267,11 @@ class WatchedObjective(Objective):
 
         first = self.model.hybrid_attentions()[min(self.model.hybrid.layers)]
         handle = first.register_forward_pre_hook(begins)
-        self.model.memory_for = memory_for  # type: ignore[method-assign]
+        self._objective.on_new_memory = note_memory
         try:
             yield
         finally:
-            del self.model.memory_for
+            self._objective.on_new_memory = None
             handle.remove()
             self._memories = []  # they would keep the graph
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -144,6 +144,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._side: SideStream | None = None
         self._known_cuts = set[str]()
         self._memories_warned_of: set[tuple[int | None, int]] = set()
+        self._undo = ExitStack()
         self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
@@ -213,7 +214,8 @@ class CausalVideoPipeline(DiffusionPipeline):
     def optimize_for_inference(self, speed: SpeedConfig) -> None:
         """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
 
-        Feed-forward adapters are merged for good. Call it when everything is on its device.
+        Feed-forward adapters are merged meanwhile. A later call undoes what this one did, first of all. Call it when
+        everything is on its device.
 
         Args:
             speed: what to switch on; if nothing of the transformer, the plain one computes.
@@ -225,6 +227,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         speed = speed.on(device, self.transformer.dtype)
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
         self._fast = self._pool = None
+        self._undo.close()
         self._side = SideStream(device) if speed.overlap_decoding else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
@@ -233,8 +236,11 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
             return
-        self.transformer.merge_ffn_lora()
+        # On the CPU the adapters' layers cost a GPU no memory, and come back exactly.
+        adapters = self.transformer.merge_ffn_lora(keep_on=torch.device("cpu"))
+        self._undo.callback(self.transformer.unmerge_ffn_lora, adapters)
         fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels))
+        self._undo.callback(fast.release)
         self._pool = MemoryPool(self.transformer)
         if not speed.cuda_graphs:
             self._fast = fast

@@ -22,7 +22,6 @@ from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
     MemoryBenchmarkSettings,
     equal_memory_window,
-    memory_bytes,
 )
 from arl2.toyworld.probe.memory_probe import judge_every_pass, make_probe_set
 from arl2.toyworld.study.rows import MAIN, PARTS, Kind, Window, row_for
@@ -105,13 +104,13 @@ def test_windows_of_equal_memory() -> None:
     size = wan_size("toy")
     full = HybridWanModel(**size)
     hybrid = HybridWanModel(**size, hybrid_layers=list(range(6)))
-    latents, tokens = torch.zeros(1, 21, 16, 8, 12), 24
-    wanted = memory_bytes(hybrid, latents, EvalSetup(hybrid, SAMPLER))
+    video, tokens = (21, 8, 12, torch.bfloat16), 24
+    wanted = hybrid.memory_bytes(*video)
     window = equal_memory_window(full, 6, 21, tokens)
-    got, less = (memory_bytes(full, latents, EvalSetup(full, SAMPLER, frames)) for frames in (window, window - 3))
+    got, less = (full.memory_bytes(*video, window_frames=frames) for frames in (window, window - 3))
     assert window == 9 and less < wanted <= got
     all_hybrid = HybridWanModel(**size, hybrid_layers=list(range(8)))
-    sizes = [memory_bytes(all_hybrid, latents, EvalSetup(all_hybrid, SAMPLER), times) for times in (1, 4)]
+    sizes = [all_hybrid.memory_bytes(21 * times, *video[1:]) for times in (1, 4)]
     assert sizes == [8 * 3 * 64 * 64 * 4] * 2
 
 
