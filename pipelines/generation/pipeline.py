@@ -29,11 +29,13 @@ from pipelines.generation.streaming import SideStream, Transfer, finished
 from pipelines.media.video import to_uint8
 from wan.checkpoints.configs import Field, check_settings, flag, list_of, read_config, real, whole
 from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
+from wan.utils.files import writing
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
 
@@ -201,6 +203,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         pipeline.load_seconds = time.perf_counter() - begin
         log.info("model loaded in %.1f s", pipeline.load_seconds)
         return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As in diffusers, but files get the mode that the umask says.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        with writing(Path(save_directory)):
+            super().save_pretrained(save_directory, **options)
+            give_umask_mode(Path(save_directory))
 
     @property
     def flow_model(self) -> FlowModel:
