@@ -153,7 +153,7 @@ def build_hybrid(
     require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
     if untrained:
         state = state | _initial_values(config, settings, untrained, seed)
-    state = {name: value.to(device) for name, value in own_storage(state).items()}
+    state = {name: value.to(device) for name, value in own_storage(state, weights.source).items()}
     load_strict(model, state, weights.source)
     if dtype is not None:
         keep_gates_in_float32(model, dtype)
@@ -279,7 +279,7 @@ def save_generator(model: HybridWanModel, path: Path) -> None:
     Raises:
         InputError: the path ends otherwise, or cannot be written.
     """
-    state = own_storage(model.state_dict())
+    state = own_storage(model.state_dict(), path)
     if path.suffix == ".safetensors":
         write_safetensors(path, state, with_record(model.record()))
     elif path.suffix == ".pt":

@@ -78,7 +78,7 @@ def main() -> int:
         if config[name] != weights.config[name]:
             flag = "--model_folder" if arguments.model_folder else "--size"
             raise InputError(
-                f"{arguments.source} says {name} {weights.config[name]}, {flag} says {config[name]}: drop {flag}"
+                f"{arguments.source} says {name} {weights.config[name]}, {flag} says {name} {config[name]}: drop {flag}"
             )
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)

@@ -25,6 +25,7 @@ from wan.checkpoints.configs import Field, check_settings, flag, one_of, read_co
 from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
+from wan.checkpoints.tensors import require_one_type_per_role
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 
@@ -275,6 +276,7 @@ def umt5_from_native(
 
 
 def _filled(model: UMT5EncoderModel, state: StateDict, source: str | Path) -> UMT5EncoderModel:
+    require_one_type_per_role(state, source)
     load_strict(model, state, source)
     model.tie_weights()
     return model.eval()

@@ -29,12 +29,14 @@ from pipelines.media.video import to_uint8
 from pipelines.prompt_files import check_prompt
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.device import wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import writing
 from wan.utils.ranges import declarations, typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
@@ -200,6 +202,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         if self.text_encoder is not None:
             self.text_encoder.to(dtype=wide_range_dtype(torch.float16, self.text_encoder.device))
         return self
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As in diffusers, but files get the mode that the umask says.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        with writing(Path(save_directory)):
+            super().save_pretrained(save_directory, **options)
+            give_umask_mode(Path(save_directory))
 
     @property
     def flow_model(self) -> FlowModel:

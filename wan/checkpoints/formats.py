@@ -151,9 +151,11 @@ def require_sizes(config: Mapping[str, Any], source: str | Path) -> None:
     check_settings(config, SIZES, source, needed=SIZES.keys(), others=True)
     dim, heads = config["dim"], config["num_heads"]
     if dim % heads or dim // heads % 2:
-        raise CheckpointError(f"{source}: dim {dim} does not divide into {heads} heads of an even number of channels")
+        raise CheckpointError(
+            f"{source}: dim {dim} does not divide into num_heads {heads} of an even number of channels"
+        )
     if config["patch_size"][0] != 1:
-        raise CheckpointError(f"{source}: patches of {config['patch_size'][0]} frames are not built: only of 1")
+        raise CheckpointError(f"{source}: patch_size {config['patch_size']} has several frames, only 1 is built")
 
 
 def stated_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wan.checkpoints.formats import WEIGHT_FILES
 from wan.checkpoints.record import RECORD
-from wan.utils.files import atomic_path, cannot_write, remove, write_json, write_text
+from wan.utils.files import atomic_path, cannot_write, remove, temporary_path, write_json, write_text
 
 METADATA = {"format": "pt"}
 MAX_SHARD_SIZE = "10GB"
@@ -58,6 +58,16 @@ def write_model_folder(
         current = path.name in split.filename_to_tensors or (split.is_sharded and path.name == index)
         if old.fullmatch(path.name) and not current:
             remove(path)
+
+
+def give_umask_mode(folder: Path) -> None:
+    """Give safetensors files, which their library makes readable for the owner alone, the mode of the umask."""
+    probe = temporary_path(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    remove(probe)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)
 
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] = METADATA) -> None:

@@ -13,7 +13,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types that weights may have in a file."""
 MAX_NAME = 100
 """Characters of a parameter's name in a message."""
-_BLOCK = re.compile(r"^blocks\.\d+\.")
+_BLOCK = re.compile(r"^(encoder\.)?blocks?\.\d+\.")
 _HEAD_MODULATION = "head.modulation"
 """Outside the blocks, the counterpart of their modulation."""
 
@@ -79,8 +79,9 @@ def require_one_type_per_role(state: Mapping[str, Tensor], source: str | Path) -
     A tensor of another type than its counterparts was rounded, or comes from another model.
 
     Raises:
-        CheckpointError: two types where one is expected; the message names the odd tensor.
+        CheckpointError: two types where one is expected, or no dense floats; the message names the odd tensor.
     """
+    require_floating(state, source)
     roles: dict[str, list[str]] = {}
     for name in state:
         if _BLOCK.match(name) or name == _HEAD_MODULATION:
@@ -124,8 +125,13 @@ def _has_wide_bias(name: str, state: Mapping[str, Tensor]) -> bool:
     return any(bias.dtype.itemsize > state[name].dtype.itemsize for bias in wide)
 
 
-def own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous, none sharing memory with another: what was shared is copied."""
+def own_storage(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The tensors contiguous, none sharing memory with another: what was shared is copied.
+
+    Raises:
+        CheckpointError: one is no dense tensor of floats.
+    """
+    require_floating(state, source)
     tensors = {name: value.detach().contiguous() for name, value in state.items()}
     ends: dict[torch.device, int] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):

@@ -155,7 +155,7 @@ def load_tiny_decoder(
         raise CheckpointError(f"{path} holds no tiny decoder in TAEHV's format: give taew2_1.pth")
     with torch.device("meta"):
         decoder = TinyDecoder(latent_channels, tuple(len(state[name]) for name in (*places, last)))
-    load_strict(decoder, own_storage(_narrowed(state, decoder)), path)
+    load_strict(decoder, own_storage(_narrowed(state, decoder), path), path)
     return decoder.to(device, dtype).eval().requires_grad_(False)
 
 

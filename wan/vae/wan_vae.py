@@ -33,7 +33,7 @@ from wan.checkpoints.formats import WEIGHT_FILES
 from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
-from wan.checkpoints.tensors import own_storage
+from wan.checkpoints.tensors import own_storage, require_same_type
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.vae.fast import FastDecoder
@@ -308,7 +308,9 @@ def vae_from_native(state: StateDict, config: Mapping[str, Any], source: str | P
         raise CheckpointError(f"{source} holds a VAE under diffusers' names: give its folder, which has a config.json")
     if not names.keys() & state.keys():
         raise CheckpointError(f"{source} holds {family(state)}, not a Wan VAE: check the model folder")
-    load_strict(model, own_storage({names.get(name, name): value for name, value in state.items()}), source)
+    state = own_storage({names.get(name, name): value for name, value in state.items()}, source)
+    require_same_type(list(state), state, source)
+    load_strict(model, state, source)
     return WanVAE(model)
 
 
@@ -348,7 +350,9 @@ def _load_diffusers(folder: Path) -> AutoencoderKLWan:
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
     state, file = read_folder(folder, WEIGHT_FILES)
-    load_strict(model, own_storage(state), file)
+    state = own_storage(state, file)
+    require_same_type(list(state), state, file)
+    load_strict(model, state, file)
     return model
 
 
