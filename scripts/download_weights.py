@@ -21,7 +21,6 @@ from rich.console import Console
 from pipelines.cli import entry_point
 from pipelines.flags import Parser, as_path
 from wan.utils.errors import InputError
-from wan.utils.files import check_writable
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +93,9 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
         InputError: the hub cannot be reached, does not have it, or the disk is too small.
     """
     target = folder / source.folder
-    check_writable(target)
     try:
         files = needed_files(source, endpoint)
+        target.mkdir(parents=True, exist_ok=True)
         needed, free = sum(missing_files(files, target).values()), shutil.disk_usage(target).free
         if needed > free:
             raise InputError(

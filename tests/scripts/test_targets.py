@@ -41,7 +41,6 @@ SCRIPTS = [
     Script("toyworld_samples", "--folder {target}", "first_video"),
     Script("toyworld_study", "--device cpu --part data --work {target}", "run_part"),
     Script("make_random_model", "--size toy --layout diffusers --folder {target}", "random_pipeline"),
-    Script("download_weights", "--folder {target}", "needed_files"),
 ]
 LOCKED = [
     Script("probe_memory", f"--config {TOY} --json {{target}}", "probe", ".target.lock"),

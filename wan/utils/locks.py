@@ -146,8 +146,9 @@ def _write_holder(descriptor: int) -> None:
         "command": " ".join(sys.argv)[:200],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode(errors="replace"), 0)
+    with suppress(OSError):  # of a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(errors="replace"), 0)
 
 
 def _read_holder(descriptor: int) -> dict[str, Any]:

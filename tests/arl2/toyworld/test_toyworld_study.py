@@ -213,6 +213,16 @@ def test_the_chain_from_a_teacher_to_tables(
     monkeypatch.setattr("pipelines.toyworld.study.new_trainer", none)
     monkeypatch.setattr("pipelines.toyworld.study.MemoryBenchmark.take", none)
     assert run("--part", "stage1", "ratios", "--only", MAIN) == 0
+    for flags, message in (
+        (("--part", "ratios", "--videos", "3"), "exam.videos was 2, is 3"),
+        (("--part", "ratios", "--steps", "3"), "steps was 2, is 3"),
+        (("--part", "stage1", "--stage1_steps", "3"), "steps was 1, is 3"),
+    ):
+        assert run(*flags, "--only", MAIN) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    (study / "results" / f"{MAIN}.json").write_text('{"exam"')
+    assert run("--part", "ratios", "--only", MAIN) == 2
+    assert "is not valid JSON" in " ".join(capsys.readouterr().err.split())
 
 
 def test_layers_are_chosen_by_every_method(run: Callable[..., int], tmp_path: Path) -> None:
