@@ -83,7 +83,14 @@ class Samples(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """A hash of which samples there are and what they hold, to be kept beside a training run."""
+        """A hash of which samples there are, to be kept beside a training run."""
+
+    def values_fingerprint(self) -> str:
+        """A hash of what the samples hold, wherever and in whatever files they lie.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
 
 
 class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -175,13 +182,23 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return latents, pad_sequence([text.float() for _, text in samples], batch_first=True)
 
     def fingerprint(self) -> str:
-        """A hash of which samples there are, what made them, and what their files hold, wherever they are.
+        """A hash of which samples there are and what made them."""
+        samples = [[one.key, one.prompt, one.seed, *filter(None, [one.content])] for _, one in self._samples]
+        return _digest_of([self.settings, samples])
+
+    def values_fingerprint(self) -> str:
+        """A hash of the samples' values: of all, or of pieces from everywhere in each if they are very many.
 
         Raises:
             InputError: a file cannot be read.
         """
-        pages = [[sample.key, sample.prompt, sample.seed] for _, sample in self._samples]
-        return _digest_of([self.settings, pages, content_hashes(self._files)])
+        parts = [(_files_of(*sample), sample[1].latents_name) for sample in self._samples]
+        tensors = [tensor for files, name in parts for tensor in ((files[0], name), (files[1], "text"))]
+        distinct = list(dict.fromkeys(tensors))
+        most = max(PIECE_BYTES, MAX_HASHED_BYTES // len(distinct))
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            hashes = dict(zip(distinct, pool.map(partial(values_hash, most=most), distinct), strict=True))
+        return _digest_of([hashes[tensor] for tensor in tensors])
 
 
 def _files_of(folder: Path, sample: SampleInfo) -> tuple[Path, Path]:
@@ -228,32 +245,34 @@ def _checked_shape(headers: dict[str, Header] | InputError, name: str, axes: str
     return shape
 
 
-def content_hashes(files: Sequence[Path]) -> list[str]:
-    """A hash of each file's content: of all of it, or of pieces everywhere in it if the files are very large.
+def values_hash(tensor: tuple[Path, str], most: int) -> str:
+    """A hash of a tensor's type, shape, and at most `most` of its bytes, evenly spread.
+
+    Args:
+        tensor: a sound safetensors file, and a name in it.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: the file cannot be read.
     """
-    most = max(PIECE_BYTES, MAX_HASHED_BYTES // max(1, len(files)))
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        return list(pool.map(partial(_content_hash, most=most), files))
-
-
-def _content_hash(path: Path, most: int) -> str:
-    """A hash of a file's size and of at most `most` bytes, evenly spread."""
+    path, name = tensor
     try:
-        size = path.stat().st_size
-        pieces = max(1, min(most, size) // PIECE_BYTES)
-        starts = [0, *(PIECE_BYTES * n for n in range(1, pieces))]
-        if size > most:
-            starts = [(size - PIECE_BYTES) * n // max(1, pieces - 1) for n in range(pieces)]
-        digest = hashlib.sha256(str(size).encode())
         with path.open("rb") as file:
-            for number, start in enumerate(starts):
-                file.seek(start)
-                digest.update(file.read(PIECE_BYTES if number + 1 < pieces or size > most else -1))
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+            length = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(length))[name]
+            first, end = about["data_offsets"]
+            size = end - first
+            digest = hashlib.sha256(json.dumps([about["dtype"], about["shape"]]).encode())
+            if size <= most:
+                pieces = [(0, size)]
+            else:
+                number = max(1, most // PIECE_BYTES)
+                starts = ((size - PIECE_BYTES) * n // max(1, number - 1) for n in range(number))
+                pieces = [(start, PIECE_BYTES) for start in starts]
+            for start, count in pieces:
+                file.seek(8 + length + first + start)
+                digest.update(file.read(count))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {name} in {path} ({error}): make the data again") from error
     return digest.hexdigest()
 
 
@@ -305,7 +324,12 @@ class ResidentLatents:
         return self._latents_NFCHW[rows].float(), self._text_NTD[rows].float()
 
     def fingerprint(self) -> str:
-        """A hash of all values."""
+        """A hash of the numbers of samples and of a few of their values."""
+        some = [self._latents_NFCHW[:, 0, 0, 0, 0], self._text_NTD[:, 0, 0]]
+        return _digest_of([list(self._latents_NFCHW.shape), *(values[:256].tolist() for values in some)])
+
+    def values_fingerprint(self) -> str:
+        """See `Samples.values_fingerprint`."""
         return fingerprint_of({"latents": self._latents_NFCHW, "text": self._text_NTD})
 
 

@@ -197,15 +197,17 @@ def run_fingerprint(config: TrainingConfig, data: Samples, objective: Objective,
     trainables, model = objective.parameters_to_train(), objective.model
     frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
     fingerprint = resume_fingerprint(config, global_batch)
-    layers = list(model.hybrid.layers)
-    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint(), "hybrid_layers": layers}
+    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
+    details: dict[str, Any] = {"data_values": data.values_fingerprint(), "trained_layers": list(model.hybrid.layers)}
+    before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
     if isinstance(config, Stage2Config):
         start = None if config.init_from is None else fingerprint_of(stage1_parameters(model))
-        before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
-        if before is not None and before.get("start") != start:
+        if before is not None and before.get("start", start) != start:
             log.warning("init_from is not what this run started from: it goes on from its own checkpoint")
-            start = before.get("start")
-        fingerprint["start"] = start
+            start = before["start"]
+        details["start"] = start
+    # Runs of earlier versions did not note these.
+    fingerprint |= {name: value for name, value in details.items() if before is None or name in before}
     return fingerprint
 
 

@@ -307,7 +307,7 @@ def test_a_run_depends_on_content_and_not_on_paths(
     whole, state = shard.read_bytes(), load_file(shard)
     state["latents.4"].view(-1)[-1] += 1
     save_file(state, shard)
-    assert two(*moved, "steps=4") == 2 and "data_samples was" in one_line(capsys)
+    assert two(*moved, "steps=4") == 2 and "(data_values was" in one_line(capsys)
     shard.write_bytes(whole)
 
     file = model / "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ from tiny_models import HEIGHT, TINY, WIDTH
 from torch import Tensor
 from training_world import build_world, losses, one_line, train
 
-from arl2.distillation.data import LatentDataset, ResidentLatents, content_hashes
+from arl2.distillation.data import LatentDataset, ResidentLatents, values_hash
 from arl2.distillation.latent_writer import INDEX, LatentWriter
 from arl2.distillation.stage1 import Stage1
 from arl2.distillation.trainer import Trainer
@@ -217,28 +217,44 @@ def test_folders_of_another_kind_are_named_with_the_difference(world: Path, tmp_
         LatentDataset([])
 
 
-def test_the_identity_of_data_is_its_content_wherever_it_lies(data: Path, world: Path) -> None:
-    before = LatentDataset([world / "data"]).fingerprint()
-    assert LatentDataset([data]).fingerprint() == before
+def test_the_identity_of_data_is_its_content_wherever_it_lies(data: Path, world: Path, tmp_path: Path) -> None:
+    before, values = LatentDataset([world / "data"]).fingerprint(), LatentDataset([world / "data"]).values_fingerprint()
+    assert LatentDataset([data]).fingerprint() == before and LatentDataset([data]).values_fingerprint() == values
+    samples = LatentDataset([data])
+    with LatentWriter(tmp_path / "other", samples.settings, samples_per_shard=2) as writer:
+        for number in range(5):
+            writer.add(str(number), samples[number][0], f"prompt {number}", number, samples[number][1])
+    divided = LatentDataset([tmp_path / "other"])
+    assert divided.fingerprint() == before and divided.values_fingerprint() == values, "in other shards"
     change_shard(data, lambda latents: latents["latents.3"].view(-1)[-1].add_(1))
-    changed = LatentDataset([data]).fingerprint()
+    changed = LatentDataset([data]).values_fingerprint()
     change_text(data, 3, {"text": torch.zeros(4, TINY["text_dim"])})
-    assert len({before, changed, LatentDataset([data]).fingerprint()}) == 3
+    assert len({values, changed, LatentDataset([data]).values_fingerprint()}) == 3
 
 
-def test_large_files_are_hashed_in_pieces_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arl2.distillation.data.MAX_HASHED_BYTES", 1000)
+def test_large_tensors_are_hashed_in_pieces_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("arl2.distillation.data.PIECE_BYTES", 100)
-    content = bytearray(torch.randint(256, (5000,), dtype=torch.uint8).tolist())
-    hashes = set()
-    for place in (None, 0, 2505, 4999):
-        changed = bytearray(content)
-        if place is not None:
-            changed[place] ^= 1
-        (tmp_path / "x").write_bytes(changed)
-        hashes |= set(content_hashes([tmp_path / "x"]))
-    (tmp_path / "x").write_bytes(content + b"0")
-    assert len(hashes | set(content_hashes([tmp_path / "x"]))) >= 4
+    file, content = tmp_path / "x.safetensors", torch.randint(256, (5000,), dtype=torch.uint8)
+
+    def hash_of(content: Tensor, most: int = 1000) -> str:
+        save_file({"before": torch.zeros(7), "x": content, "z": torch.zeros(3)}, file)
+        return values_hash((file, "x"), most)
+
+    hashes = {
+        hash_of(content),
+        hash_of(content[:4999]),
+        hash_of(content.view(50, 100)),
+        hash_of(content.view(torch.int8)),
+    }
+    for place in (0, 2200, 4999):
+        changed = content.clone()
+        changed[place] ^= 1
+        hashes |= {hash_of(changed)}
+    assert len(hashes) == 7
+    changed = content.clone()
+    changed[150] ^= 1
+    assert hash_of(changed) == hash_of(content), "between two pieces"
+    assert hash_of(changed, 5000) != hash_of(content, 5000), "small ones are hashed whole"
 
 
 def test_resident_data_is_checked_whole(tmp_path: Path) -> None:
@@ -250,9 +266,9 @@ def test_resident_data_is_checked_whole(tmp_path: Path) -> None:
         return ResidentLatents(file, device)
 
     assert opened().latents_shape == (6, 4, 2, 2) and opened().text_shape == (3, 8)
-    before, other = opened().fingerprint(), good["latents"].clone()
+    before, other = opened().values_fingerprint(), good["latents"].clone()
     other[69, -1, -1, -1, -1] += 1
-    assert opened(latents=other).fingerprint() != before
+    assert opened(latents=other).values_fingerprint() != before
     other[69, -1, -1, -1, -1] = float("nan")
     with pytest.raises(InputError, match="latents of sample 69 are finite"):
         opened(latents=other)
