@@ -170,23 +170,29 @@ def room_for_generation(
         "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype),
         "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize,
     }
-    if decodes:
-        parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype)
+    if decodes and config.speed.tiny_vae is None:
+        frames = min(4, 4 * config.num_output_frames - 3)
+        parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
     return Estimate(parts)
 
 
 def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of the text encoder at the least, if its file holds float32."""
-    files = [folder / NATIVE_TEXT_FILE, *(folder / "text_encoder").glob("*.safetensors")]
-    return sum(file.stat().st_size for file in files if file.is_file()) * dtype.itemsize // 4
+    native = folder / NATIVE_TEXT_FILE
+    size = native.stat().st_size if native.is_file() else 0
+    for file in (folder / "text_encoder").glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        size += max(0, file.stat().st_size - 8 - header)
+    return size * dtype.itemsize // 4
 
 
-def decoder_bytes(folder: Path, height: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of what goes into and comes out of a decoder's last convolutions for one frame."""
+def decoder_bytes(folder: Path, height: int, width: int, dtype: torch.dtype, frames: int = 4) -> int:
+    """Bytes of what goes into and comes out of a decoder's last convolutions for the frames of one latent frame."""
     config = folder / "vae" / "config.json"
     stored = read_config(config).get("base_dim", WAN21_VAE["dim"]) if config.is_file() else WAN21_VAE["dim"]
     channels: int = typed(Few, stored, f"{config}: base_dim")
-    return 2 * channels * height * width * dtype.itemsize
+    return 2 * channels * frames * height * width * dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:

@@ -143,7 +143,7 @@ def main() -> int:
     config = read_config(arguments)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
-    encoding = decoder_bytes(Path(config.model_folder), config.height, config.width, dtype)
+    encoding = decoder_bytes(Path(config.model_folder), config.height, config.width, dtype, frames=1)
     pictures = f"encoding pictures of {config.height}×{config.width}"
     require_room(Estimate({"tensors of one picture": encoding}), device, pictures, "lower height and width")
     rank, world_size = rank_and_world_size()

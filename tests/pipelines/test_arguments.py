@@ -30,7 +30,7 @@ PUBLISHED = (
     "--hybrid_layers 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21"
 )
 BASE = ["--config", str(CHUNKWISE), "--output_folder", "out", "--prompt", "x"]
-SCRIPTS = list((ROOT / "scripts").rglob("*.py")) + [ROOT / f"{name}.py" for name in ("inference", "train_stage1")]
+SCRIPTS = [*(ROOT / "scripts").rglob("*.py"), *ROOT.glob("*.py")]
 
 
 def read(*flags: str) -> InferenceConfig:

@@ -43,8 +43,9 @@ from wan.utils.errors import InputError
 from wan.vae.wan_vae import TOY_VAE
 
 CPU = torch.device("cpu")
-MOST_ABOVE = 4.0
-"""Measured bytes may be so many times the estimate, which counts the largest tensors only; never fewer."""
+WINDOW = MemoryConfig(MemoryKind.window, 3, 0)
+MOST_ABOVE = 6.0
+"""Measured bytes may be so many times the estimate, which counts the largest tensors only; they are never fewer."""
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +92,14 @@ class LiveBytes(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        before = {tensor.untyped_storage()._cdata for tensor in inputs}
         results = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
+                if storage._cdata in before:
+                    continue  # a view, or written in place
                 known = self._live.get(storage._cdata)
                 if known is None or known[0].expired():
                     self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
@@ -114,43 +119,39 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("frames", "memory", "side"),
-    [(3, MemoryConfig(), 64), (12, MemoryConfig(), 32), (6, MemoryConfig(MemoryKind.window, 3, 0), 128)],
+    ("frames", "memory", "side", "fast"),
+    [(6, MemoryConfig(), 32, False), (2, WINDOW, 128, False), (2, WINDOW, 128, True)],
 )
 def test_generation_takes_at_least_the_estimate_and_not_much_more(
-    folder: Path, frames: int, memory: MemoryConfig, side: int
+    folder: Path, frames: int, memory: MemoryConfig, side: int, fast: bool
 ) -> None:
-    pipeline = CausalVideoPipeline.from_pretrained(folder)
-    config = InferenceConfig(model_folder=str(folder), num_output_frames=frames, height=side, width=side, memory=memory)
+    pipeline = CausalVideoPipeline.from_pretrained(folder, denoising_steps=[1000], frames_per_block=1)
+    pipeline.wan_vae.fast = fast
+    settings = {"num_output_frames": frames, "height": side, "width": side, "frames_per_block": 1}
+    config = InferenceConfig(model_folder=str(folder), memory=memory, **settings)
     sizes = TransformerSizes.of(transformer_config(folder), folder)
     estimate = room_for_generation(config, sizes, torch.float32)
     modules = (pipeline.transformer, pipeline.text_encoder)
-    weights = sum(value.nbytes for module in modules for value in module.state_dict().values())
+    weights = sum(parameter.nbytes for module in modules for parameter in module.parameters())
     assert estimate.parts["weights"] <= weights <= 1.05 * estimate.parts["weights"]
-
-    def generate() -> None:
-        for _ in pipeline.stream("x", 4 * frames - 3, side, side, seeds=[0], memory=memory):
-            pass
-
-    measured, needed = peak_bytes(generate), estimate.total - estimate.parts["weights"]
+    stream = pipeline.stream("x", 4 * frames - 3, side, side, seeds=[0], memory=memory)
+    measured, needed = peak_bytes(lambda: list(stream)), estimate.total - estimate.parts["weights"]
     assert needed <= measured <= MOST_ABOVE * needed, (needed, measured, estimate)
 
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        (1, ["batch=8"]),
-        (1, ["batch=8", "forward_mode=parallel"]),
-        (2, ["batch=8", "levels.per_block=1"]),
-        (2, ["batch=8", "levels.per_block=1", "forward_mode=parallel"]),
-        (2, ["batch=8", "levels.per_block=1", "checkpointing=true"]),
+        (1, ["forward_mode=parallel"]),
+        (2, ["levels.per_block=1"]),
+        (2, ["levels.per_block=1", "checkpointing=true"]),
     ],
 )
 def test_a_step_takes_at_least_the_estimate_and_not_much_more(
     world: Path, tmp_path: Path, stage: int, settings: list[str]
 ) -> None:
     kind: type[TrainingConfig] = Stage1Config if stage == 1 else Stage2Config
-    once = ["steps=1", f"run_folder={tmp_path / 'run'}", *settings]
+    once = ["steps=1", "optimizer.warmup_steps=0", f"run_folder={tmp_path / 'run'}", *settings]
     config = load_config(kind, world / f"stage{stage}.yaml", once)
     data = check_training(config)
     sizes = TransformerSizes.of(transformer_config(world / "model"), world)
@@ -160,8 +161,8 @@ def test_a_step_takes_at_least_the_estimate_and_not_much_more(
     trainer = training.new_trainer(config, data, accelerator, training.new_objective(config, model))
     measured = peak_bytes(trainer.run)
     needed = estimate.total - estimate.parts["weights"] - estimate.parts["what trains"] // 2
-    # The tiny model's few channels cost less than what stands beside them: softmax over the whole video, noise.
-    assert needed <= measured <= 40 * needed, (needed, measured, estimate)
+    # Of so small a model what is not counted weighs more: the teacher's pass, masks of softmax, noise.
+    assert needed <= measured <= 2 * MOST_ABOVE * needed, (needed, measured, estimate)
 
 
 PUBLISHED_PEAKS = {
@@ -233,7 +234,7 @@ def test_what_the_device_cannot_is_refused_before_weights_load(
     (tmp_path / "c.yaml").write_text(f"model_folder: {folder}\nframes_per_block: 3\nheight: 32\nwidth: 48\n")
     flags = ["--config", tmp_path / "c.yaml", "--output_folder", tmp_path / "out", "--prompt", "x", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, flags), *settings])
-    monkeypatch.setattr(feasibility, "available_bytes", lambda device: 64 * 10**9)
+    monkeypatch.setattr(feasibility, "available_bytes", lambda device: 8 * 10**9)
     assert inference.main() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
