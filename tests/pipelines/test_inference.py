@@ -18,7 +18,8 @@ from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, SeededNoise, denoise_block, remember_block
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.video import read_video
 from wan.memory import MemorySpec
