@@ -24,8 +24,9 @@ from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, pass_flops, rollout_flops
 from pipelines.benchmark.profile import OWN, kind_of
 from pipelines.benchmark.report import charts, markdown
-from pipelines.config import MemoryKind, load_config
+from pipelines.config import MemoryKind
 from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.settings import load_config
 from wan.ops.attention import AttentionBackend
 from wan.utils.errors import InputError
 
