@@ -169,7 +169,7 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
     tiny = config.speed.tiny_vae
     if tiny is not None and not Path(tiny).is_file():
-        raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny-vae")
+        raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny_vae")
     folder = Path(config.model_folder)
     sizes = TransformerSizes.of(transformer_config(folder), folder)
     check_layers(config.hybrid.layers, sizes.num_layers)
