@@ -206,12 +206,14 @@ def available_bytes(device: torch.device) -> int:
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
     if not limit.isdigit():
         return free
-    return min(free, int(limit) - int(used) + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)))
+    return min(
+        free, int(limit) - int(used) + int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    )
 
 
 def require_room(estimate: Estimate, device: torch.device, what: str, cure: str) -> None:

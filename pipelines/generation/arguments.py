@@ -195,10 +195,13 @@ def check_device(
     estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
     videos = f"{batch} videos of " if batch > 1 else ""
     what = (
-        f"{videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
+        f"generating {videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
         f"{config.memory.kind.value} memory"
     )
-    require_room(estimate, device, what, "lower num_output_frames, height, width or lora_rank, or give --memory window")
+    cure = "lower num_output_frames, height, width or lora_rank"
+    if config.memory.kind is MemoryKind.full:
+        cure += ", or give --memory window"
+    require_room(estimate, device, what, cure)
 
 
 def read_requests(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
