@@ -8,17 +8,21 @@ Under torchrun the prompts are divided over the ranks.
 
 import logging
 
-from pipelines.cli import end_together, exit_on_input_error, rank_and_world_size
-from pipelines.generation.arguments import inference_parser, plan_run
-from pipelines.generation.run import generate, load_pipeline
+from pipelines.cli import end_together, entry_point, rank_and_world_size
+from wan.utils.signals import check_interrupted
 
 log = logging.getLogger(__name__)
 
 
 @end_together
-@exit_on_input_error
+@entry_point("finished videos are kept; start the same command again to go on")
 def main() -> int:
     """Parse, check, load, generate. Status 1 if some videos failed, 2 for bad input."""
+    # Here, so that Ctrl-C is answered in one line while they load.
+    from pipelines.generation.arguments import inference_parser, plan_run
+    from pipelines.generation.run import generate, load_pipeline
+
+    check_interrupted()
     run = plan_run(inference_parser().parse_args())
     rank, world_size = rank_and_world_size()
     failed = generate(run, load_pipeline(run), rank, world_size)

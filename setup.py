@@ -31,6 +31,7 @@ setup(
         "huggingface_hub>=1.32,<3",
         "av>=18",
         "sentencepiece>=0.2",
+        "matplotlib>=3.10,<4",
         "ftfy>=6.3",
         "tqdm>=4.70",
         "rich>=15",

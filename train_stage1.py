@@ -6,14 +6,14 @@
 Started again, a run goes on where it was stopped.
 """
 
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.training.config import Stage1Config
 from pipelines.training.run import parse_config, train
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
-    """Parse, check, train. Status 2 for bad input, and for a run that cannot go on."""
+    """Parse, check, train. Status 2 for bad input and for a run that cannot go on, 1 for one that learned nothing."""
     train(parse_config(Stage1Config, __doc__))
     return 0
 

@@ -1,11 +1,11 @@
 """From weights of any format to a hybrid model, strictly: fit, convert on request, or refuse.
 
-Three things can happen to weights:
+`arl2.statement` has the rule. Three things can happen to weights:
 
-- they are hybrid already, in the layers asked for: every name must fit;
+- they are hybrid in the layers asked for: every name must fit;
 - they are hybrid in more layers (stage 1 trains all): the other layers' new parameters are left out;
-- they lack hybrid parameters or adapters that are asked for: that is a conversion. It is allowed, and the names of the
-  parameters that start untrained are returned.
+- they have nothing of the hybrid's, and layers are asked for: that is a conversion. The names of the parameters that
+  start untrained are returned.
 """
 
 import logging
@@ -15,85 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from arl2.model import (
-    DEFAULT_LORA_ALPHA,
-    FFNLoRA,
-    HybridSettings,
-    HybridWanModel,
-    check_layers,
-    keep_gates_in_float32,
+from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
+from arl2.statement import (
+    found_settings,
+    hybrid_layer_of,
+    is_hybrid_part,
+    require_claims,
+    require_hybrid_types,
+    resolve_settings,
+    stored_alpha,
+    trained_memory_of,
 )
-from wan.checkpoints.formats import TransformerWeights, read_transformer
-from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_weights, summarize_names
+from wan.checkpoints.fields import HYBRID, RELEASED, SIZES, TRAINED_MEMORY
+from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
+from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
+from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
+from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
+from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating, summarize_names
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_path
 
 log = logging.getLogger(__name__)
 
-ALPHA = "lora_alpha"
-
-_HYBRID_PART = re.compile(
-    r"^blocks\.(\d+)\.self_attn\.(a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])"
-)
-_FFN_LORA_PART = re.compile(r"^blocks\.(\d+)\.ffn\.\d+\.lora_A$")
-_FFN_ADAPTER = re.compile(r"^blocks\.\d+\.ffn\.\d+\.lora_[AB]$")
 _PLAIN_FFN = re.compile(r"^(blocks\.\d+\.ffn\.\d+)\.(weight|bias)$")
-
-
-def found_settings(state: StateDict) -> HybridSettings:
-    """What weights say of themselves by their names and shapes; alpha is not among it.
-
-    Raises:
-        CheckpointError: feed-forward adapters sit neither on the hybrid blocks nor on all.
-    """
-    layers = sorted({int(m[1]) for name in state if (m := _HYBRID_PART.match(name))})
-    with_ffn_lora = sorted({int(m[1]) for name in state if (m := _FFN_LORA_PART.match(name))})
-    ranks = {value.shape[1] for name, value in state.items() if name.endswith(("lora_q_A", "lora_A"))}
-    if len(ranks) > 1:
-        raise CheckpointError(f"adapters of several ranks {sorted(ranks)} in one checkpoint are not supported")
-    num_layers = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if not with_ffn_lora:
-        ffn_lora = FFNLoRA.NONE
-    elif with_ffn_lora == layers:
-        ffn_lora = FFNLoRA.HYBRID
-    elif len(with_ffn_lora) == num_layers:
-        ffn_lora = FFNLoRA.ALL
-    else:
-        raise CheckpointError(f"feed-forward adapters in blocks {with_ffn_lora}, hybrid layers {layers}: not supported")
-    return HybridSettings(tuple(layers), ranks.pop() if ranks else None, ffn_lora=ffn_lora)
-
-
-def resolve_settings(found: HybridSettings, wanted: HybridSettings, source: str) -> HybridSettings:
-    """The settings to build a model with: those asked for, completed by what the weights have.
-
-    Args:
-        found: from `found_settings`.
-        wanted: from the user; no layers means those of the weights, no rank the rank of the weights.
-
-    Raises:
-        InputError: what is asked for contradicts the weights.
-    """
-    layers = wanted.layers or found.layers
-    lacking = sorted(set(layers) - set(found.layers))
-    if found.layers and lacking:
-        raise InputError(
-            f"{source} is hybrid in layers {list(found.layers)}, not in {lacking}: "
-            "name a subset of its layers in --hybrid_layers"
-        )
-    rank, ffn_lora = wanted.lora_rank, wanted.ffn_lora
-    if found.lora_rank is not None:
-        if rank not in (None, found.lora_rank):
-            raise InputError(f"{source} has adapters of rank {found.lora_rank}, --lora_rank says {rank}")
-        rank, ffn_lora = found.lora_rank, found.ffn_lora
-        if ffn_lora is FFNLoRA.HYBRID and layers != found.layers:
-            raise InputError(
-                f"{source} has feed-forward adapters on its hybrid layers {list(found.layers)}: "
-                "they cannot be dropped, so --hybrid_layers must name all of them"
-            )
-    return replace(wanted, layers=layers, lora_rank=rank, ffn_lora=ffn_lora)
 
 
 def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = False) -> TransformerWeights:
@@ -111,27 +55,29 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     if checkpoint is None or not _holds_hybrid_alone(Path(checkpoint)):
         return read_transformer(checkpoint or folder, use_ema)
     base, path = read_transformer(folder, use_ema), Path(checkpoint)
-    if found_settings(base.state).layers:
+    found = found_settings(base.state, base.source)
+    require_claims(base.config, found, base.state, base.source)
+    check_record(base.record, base.source)
+    require_record(base.record, base.config, base.source)
+    if found.layers:
         raise CheckpointError(
             f"{path} holds hybrid weights alone, but {folder} is hybrid already: give its softmax model"
         )
-    with safe_open(path, "pt") as file:
-        alpha = (file.metadata() or {}).get(ALPHA)
-    config = base.config if alpha is None else base.config | {ALPHA: float(alpha)}
-    state = base.state | as_state_dict(read_weights(path), path)
-    return replace(base, state=state, config=config, source=f"{path} on {base.source}")
+    added = as_state_dict(read_weights(path), path)
+    require_floating(added, path)
+    record = read_record(path, added)
+    sizes = {name: value for name, value in base.config.items() if name in SIZES}
+    hybrid = {name: record[name] for name in (*HYBRID, TRAINED_MEMORY) if name in record}
+    source = f"{path} on {base.source}"
+    return replace(base, state=base.state | added, config=sizes | hybrid, source=source, record=record)
 
 
 def _holds_hybrid_alone(path: Path) -> bool:
     """Whether a file has no other names; told by its header."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {path}: it is damaged or no safetensors file") from error
-    return bool(names) and all(_HYBRID_PART.match(name) or _FFN_ADAPTER.match(name) for name in names)
+    names, _ = read_header(path)
+    return bool(names) and all(is_hybrid_part(name) for name in names)
 
 
 def save_hybrid_weights(model: HybridWanModel, path: Path, dtype: torch.dtype | None = None) -> None:
@@ -146,8 +92,8 @@ def save_hybrid_weights(model: HybridWanModel, path: Path, dtype: torch.dtype | 
         name: value.to(value.dtype if dtype is None or name.endswith(("A_log", "dt_bias")) else dtype).contiguous()
         for name, value in ((name, model.get_parameter(name).detach()) for name in model.hybrid_parameter_names())
     }
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", ALPHA: str(model.hybrid.lora_alpha)})
+    # The scale under its own name too, where files without a record have it.
+    write_safetensors(path, state, with_record(model.record()) | {ALPHA: str(model.hybrid.lora_alpha)})
 
 
 @dataclass(frozen=True)
@@ -173,59 +119,100 @@ def build_hybrid(
     dtype: torch.dtype | None,
     device: torch.device,
     seed: int = 0,
+    to_be_trained: bool = False,
 ) -> tuple[HybridWanModel, LoadReport]:
     """Build the model that weights and wishes describe, and load it strictly.
 
     Args:
         weights: from `wan.checkpoints.formats.read_transformer`.
         config: sizes of the transformer; entries in `weights.config` take precedence.
-        wanted: see `resolve_settings`.
+        wanted: see `arl2.statement.resolve_settings`.
         dtype: of the model, A_log and dt_bias stay float32; None for what every weight has, new ones float32.
         device: of the model.
         seed: of the initial values of untrained parameters.
+        to_be_trained: whether training, or loading of what was trained, comes next: untrained parameters are no news.
 
     Returns:
         the model in evaluation mode, and what was done.
 
     Raises:
-        CheckpointError, InputError: names or shapes do not fit, or the wishes contradict the weights.
+        CheckpointError, InputError: config, weights and request contradict one another, see `arl2.statement`.
     """
-    config = config | weights.config
-    stored = {key: config.pop(key) for key in ("hybrid_layers", "lora_rank", ALPHA, "ffn_lora") if key in config}
-    found = found_settings(weights.state)
-    if found.lora_rank is not None and ALPHA in stored:
-        if wanted.lora_alpha not in (DEFAULT_LORA_ALPHA, stored[ALPHA]):
-            raise InputError(
-                f"{weights.source} has adapters of alpha {stored[ALPHA]}, --lora_alpha says {wanted.lora_alpha}"
-            )
-        wanted = replace(wanted, lora_alpha=stored[ALPHA])
-    wanted = replace(wanted, layers=check_layers(wanted.layers, config["num_layers"]))
-    settings = resolve_settings(found, wanted, weights.source)
+    # What the folder of the sizes says of hybrid layers is about its own weights, which may be others.
+    config = RELEASED | {name: value for name, value in config.items() if name in SIZES} | weights.config
+    found, settings = _agreed_settings(weights, config, wanted)
+    stored = {name: config.pop(name, None) for name in (*HYBRID, TRAINED_MEMORY)}
+    said = weights.record | {name: value for name, value in stored.items() if value is not None}
+    config[TRAINED_MEMORY] = trained_memory_of(said, weights.source)
     with torch.device("meta"):
         model = _new_model(config, settings)
     state, dropped = _fit_names(weights.state, model, found, settings)
     untrained = sorted(name for name in model.hybrid_parameter_names() if name not in state)
+    trained = {name: value for name, value in model.state_dict().items() if name not in untrained}
+    require_fit(trained, state, type(model).__name__, weights.source)  # before memory is taken for sizes that do not
+    require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
     if untrained:
         state = state | _initial_values(config, settings, untrained, seed)
-    state = {name: value.to(device) for name, value in state.items()}
+    state = {name: value.to(device) for name, value in own_storage(state, weights.source).items()}
     load_strict(model, state, weights.source)
     if dtype is not None:
         keep_gates_in_float32(model, dtype)
-    _report(weights, settings, untrained, dropped)
+        _require_range(model, state, dtype, weights.source)
+    _report(weights, settings, untrained, dropped, to_be_trained)
     return model.eval().requires_grad_(False), LoadReport(settings, untrained, dropped)
 
 
-def _new_model(config: dict[str, Any], settings: HybridSettings) -> HybridWanModel:
-    try:
-        return HybridWanModel(
-            **config,
-            hybrid_layers=list(settings.layers),
-            lora_rank=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            ffn_lora=settings.ffn_lora.value,
+def _agreed_settings(
+    weights: TransformerWeights, config: dict[str, Any], wanted: HybridSettings
+) -> tuple[HybridSettings, HybridSettings]:
+    """What the weights are, and what the model is to be, once config, weights and request agree.
+
+    Raises:
+        CheckpointError, InputError: they do not.
+    """
+    source, num_layers = weights.source, config.get("num_layers", 0)
+    require_sizes(config, f"the config of {source}")
+    require_floating(weights.state, source)
+    found = found_settings(weights.state, source)
+    check_record(weights.record, source)
+    require_claims(weights.record | config, found, weights.state, source)
+    require_hybrid_types(weights.state, source)
+    alpha = stored_alpha(weights)
+    if found.lora_rank is not None and alpha is None:
+        log.info("%s does not say the alpha of its adapters: %g is taken", source, wanted.lora_alpha)
+    wanted = replace(wanted, layers=check_layers(wanted.layers, num_layers))
+    settings = resolve_settings(found, wanted, source, num_layers=num_layers, alpha=alpha)
+    if settings.lora_rank is not None and settings.lora_rank > config["dim"]:
+        raise InputError(
+            f"lora_rank {settings.lora_rank} is above the model's {config['dim']} channels: give a lower rank"
         )
-    except TypeError as error:
-        raise CheckpointError(f"the model's config.json has a setting that we do not know: {error}") from error
+    return found, settings
+
+
+def _require_range(model: HybridWanModel, before: StateDict, dtype: torch.dtype, source: str) -> None:
+    """Make sure that no weight left the range of the type that it was cast to.
+
+    Raises:
+        CheckpointError: one did.
+    """
+    if dtype.itemsize >= 4 and all(value.dtype is not torch.float64 for value in before.values()):
+        return
+    for name, value in model.state_dict().items():
+        if before[name].dtype is not value.dtype and not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{source}: {name} has values beyond the range of {describe_dtype(dtype)}: load it in a wider type, "
+                "or take other weights"
+            )
+
+
+def _new_model(config: dict[str, Any], settings: HybridSettings) -> HybridWanModel:
+    return HybridWanModel(
+        **config,
+        hybrid_layers=list(settings.layers),
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        ffn_lora=settings.ffn_lora.value,
+    )
 
 
 def _fit_names(
@@ -233,7 +220,7 @@ def _fit_names(
 ) -> tuple[StateDict, list[str]]:
     """Leave out hybrid parameters of layers that stay softmax, and move feed-forwards into their adapters' names."""
     unwanted = set(found.layers) - set(settings.layers)
-    dropped = [name for name in state if (m := _HYBRID_PART.match(name)) and int(m[1]) in unwanted]
+    dropped = [name for name in state if hybrid_layer_of(name) in unwanted]
     adapted = set(settings.ffn_lora_layers(len(model.blocks)))
 
     def fitted(name: str) -> str:
@@ -242,7 +229,7 @@ def _fit_names(
             return f"{match[1]}.linear.{match[2]}"
         return name
 
-    return {fitted(name): value for name, value in state.items() if name not in dropped}, dropped
+    return {fitted(name): value for name, value in state.items() if hybrid_layer_of(name) not in unwanted}, dropped
 
 
 def _initial_values(config: dict[str, Any], settings: HybridSettings, names: list[str], seed: int) -> StateDict:
@@ -263,7 +250,9 @@ def _initial_values(config: dict[str, Any], settings: HybridSettings, names: lis
     return values
 
 
-def _report(weights: TransformerWeights, settings: HybridSettings, untrained: list[str], dropped: list[str]) -> None:
+def _report(
+    weights: TransformerWeights, settings: HybridSettings, untrained: list[str], dropped: list[str], to_be_trained: bool
+) -> None:
     if weights.causal is False:
         log.warning(
             "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training",
@@ -271,7 +260,9 @@ def _report(weights: TransformerWeights, settings: HybridSettings, untrained: li
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", weights.source, len(dropped))
-    if untrained:
+    if untrained and to_be_trained:
+        log.info("%d parameters of %d hybrid layers are new", len(untrained), len(settings.layers))
+    elif untrained:
         log.warning(
             "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
             len(untrained),
@@ -283,14 +274,16 @@ def _report(weights: TransformerWeights, settings: HybridSettings, untrained: li
 def save_generator(model: HybridWanModel, path: Path) -> None:
     """Write weights as a Causal Forcing / ARL² `.pt`, or as `.safetensors` under the bare names; atomic.
 
+    Both say how the weights were made, where other loaders do not look.
+
     Raises:
-        InputError: the path ends otherwise.
+        InputError: the path ends otherwise, or cannot be written.
     """
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(state, temporary, metadata={"format": "pt"})
-        elif path.suffix == ".pt":
-            torch.save({"generator": {f"model.{name}": value for name, value in state.items()}}, temporary)
-        else:
-            raise InputError(f"cannot write {path}: give a name that ends in .pt or .safetensors")
+    state = own_storage(model.state_dict(), path)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, state, with_record(model.record()))
+    elif path.suffix == ".pt":
+        generator = {f"model.{name}": value for name, value in state.items()}
+        write_pickle(path, {GENERATOR: generator, RECORD: model.record()})
+    else:
+        raise InputError(f"cannot write {path}: give a name that ends in .pt or .safetensors")

@@ -1,24 +1,25 @@
 """The hybrid attention layer: softmax inside the block, a recurrent state for everything earlier.
 
-Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state that the
-block before left; a block is written once, token by token, from its clean latents:
+Source: ARL², "Attend Locally, Remember Linearly", arXiv 2605.16579. Every token of a block reads the state after the
+previous block. A block is written once, token by token, from its clean latents:
 
     out = W_o( softmax(q, k, v within the block) + sigmoid(W_gate·x) ⊙ D^-½·q̂ᵀS )
 
-q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ likewise, v̂ = φ_v(W_v·x + Δ_v·x). With S = 0 the layer is the
-teacher's attention on the first block exactly.
+where q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ is formed in the same way, and v̂ = φ_v(W_v·x + Δ_v·x).
+
+With S = 0 the layer equals the teacher's attention on the first block exactly.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
-from arl2.ops.gated_delta import WriteBackend, gated_delta_write, states_between
+from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.attention import attention
@@ -31,23 +32,23 @@ L2_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class StateView:
-    """The state that the blocks before left, [B, H, key dim, value dim], float32."""
+    """State after the earlier blocks, [B, H, key dim, value dim], float32."""
 
     state_BHKV: Tensor
 
 
 @dataclass(frozen=True)
 class BlockwiseView:
-    """No memory: all blocks are in the sequence, and the states between them are computed on the way."""
+    """View without a memory: all blocks are in the sequence, and the states between them are computed in the pass."""
 
     layout: ParallelLayout
 
 
 class StateMemory:
-    """A gated-delta state: the same size whatever the length of the video.
+    """Memory of a hybrid layer: one gated-delta state, whose size does not depend on the length of the video.
 
     Args:
-        spec: of all memories of a model.
+        spec: requirements shared by all memories of a model.
         shape: [B, H, key dim, value dim].
     """
 
@@ -57,14 +58,14 @@ class StateMemory:
         self._state = torch.zeros(shape, device=spec.device, dtype=dtype)
 
     def read(self, tokens: int) -> StateView:
-        """The state, whatever the size of the block."""
+        """View of the state; the size of the block does not matter."""
         return StateView(self._state)
 
     def commit(self, update: Tensor) -> None:
-        """Put the state that the clean pass returned in the place of the old one."""
+        """Replace the state by the one that the clean pass returned."""
         if self._differentiable:
             self._state = update
-        else:  # at the same address always, for who replays recorded kernels
+        else:  # always at the same address: recorded CUDA graphs read it there
             self._state.copy_(update.detach())
 
     def detach(self) -> None:
@@ -85,7 +86,7 @@ class StateMemory:
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
+    """L2 norm x / √(Σx² + 1e-6) over the last axis, computed in float32 at least."""
     by_kernel = norm_by_kernel(x, None, 1.0, L2_NORM_EPS)
     if by_kernel is not None:
         return by_kernel
@@ -93,18 +94,28 @@ def l2_norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(dim=-1, keepdim=True) + L2_NORM_EPS)).to(x.dtype)
 
 
+def gated(remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
+    """State branch of the output, [B, L, H, value dim]: what was read, weighted by the output gate."""
+    return gate_BLH[..., None] * remembered_BLHV
+
+
+def combine(local_BLHV: Tensor, remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
+    """Output before the last projection, [B, L, H, value dim]: local attention plus the gated state branch."""
+    return local_BLHV + gated(remembered_BLHV, gate_BLH)
+
+
 class HybridAttention(SelfAttention):
     """Drop-in for `wan.model.SelfAttention`, which it extends: q, k, v, o and their norms are the teacher's.
 
     Args:
         dim, num_heads, qk_norm, eps: as in the layer that it replaces.
-        lora_rank: rank of the adapters on q, k and v of the state branch; None for none.
-        lora_alpha: their scale is alpha / rank.
+        lora_rank: rank of the adapters on q, k and v of the state branch; None for no adapters.
+        lora_alpha: scale of the adapters times their rank.
 
     Attributes:
-        enabled: without it the layer is the softmax layer that it replaced, memory included.
-        lora_enabled: without it the adapters add nothing.
-        write_backend: who computes the write.
+        enabled: if False, the layer is the softmax layer that it replaced, memory included.
+        lora_enabled: if False, the adapters add nothing.
+        write_backend: implementation of the write.
     """
 
     def __init__(
@@ -128,9 +139,25 @@ class HybridAttention(SelfAttention):
         self.lora_v_A, self.lora_v_B = new_lora_pair(self.v, lora_rank)
         self.init_hybrid_weights()
 
+    @classmethod
+    def sharing(cls, layer: "HybridAttention") -> Self:
+        """Layer of this class with the modules, parameters and settings of another, which stays as it is.
+
+        Args:
+            layer: neither sharded nor compiled; its hooks are not taken over.
+        """
+        rank = None if layer.lora_q_A is None else layer.lora_q_A.shape[1]
+        with torch.device("meta"):
+            other = cls(layer.q.in_features, layer.num_heads, qk_norm=False, eps=0.0, lora_rank=rank, lora_alpha=1.0)
+        for name, part in (*layer.named_children(), *layer.named_parameters(recurse=False)):
+            setattr(other, name, part)
+        for name in ("backend", "enabled", "lora_enabled", "lora_scale", "write_backend", "training"):
+            setattr(other, name, vars(layer)[name])
+        return other
+
     @torch.no_grad()
     def init_hybrid_weights(self) -> None:
-        """Initial values of the new parameters: φ the identity, slow to fast decays, the gate near one half."""
+        """Initialize the new parameters: φ as the identity, decays from slow to fast, gates near one half."""
         for phi in (self.phi_q, self.phi_k, self.phi_v):
             phi.weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
         for projection in (self.a_proj, self.b_proj, self.gate_proj):
@@ -141,7 +168,7 @@ class HybridAttention(SelfAttention):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
-        """An empty state; the softmax layer's memory while the hybrid is not enabled."""
+        """Empty state, or the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
         return StateMemory(spec, (spec.batch_size, self.num_heads, self.head_dim, self.head_dim))
@@ -151,14 +178,14 @@ class HybridAttention(SelfAttention):
         return BlockwiseView(layout) if self.enabled else super().parallel_view(layout)
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
-        """As `SelfAttention.forward`, over a `StateView`; the update is the new state.
+        """Attend over a `StateView`, or return the new state as update, or both; see `SelfAttention.forward`.
 
-        With a `BlockwiseView` the tokens are those of all blocks and the memory is empty before them.
+        With a `BlockwiseView`, the tokens are those of all blocks and the memory before them is empty.
         """
         if not self.enabled:
-            return super().forward(x_BLD, rotary, view, attend, remember)
+            return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
         if isinstance(view, BlockwiseView):
             return self._forward_blockwise(x_BLD, rotary, view.layout), None
         k, v = self.k(x_BLD), self.v(x_BLD)
@@ -166,70 +193,97 @@ class HybridAttention(SelfAttention):
         if not attend:
             return None, update
         q = self.q(x_BLD)
-        q_local = rotate(self.heads(self.norm_q(q)), rotary)
-        k_local = rotate(self.heads(self.norm_k(k)), rotary)
-        local = attention(q_local, k_local, self.heads(v), backend=self.backend)
+        local = self.local_attention(q, k, v, rotary)
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
-        return self.o((local + self.output_gate(x_BLD)[..., None] * remembered).flatten(2)), update
+        return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 
     def _forward_blockwise(self, x_BLD: Tensor, rotary: Rotary, layout: ParallelLayout) -> Tensor:
-        """Attend in all blocks at once; the state of each is the one that the first half's blocks before it left."""
-        size, batch = layout.tokens_per_block, x_BLD.shape[0]
+        """Attend in all blocks at once; each reads the state after the blocks of the first half before it."""
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
-        q_local = rotate(self.heads(self.norm_q(q)), rotary)
-        k_local = rotate(self.heads(self.norm_k(k)), rotary)
-        per_block = (x.reshape(-1, size, self.num_heads, self.head_dim) for x in (q_local, k_local, v))
-        local = attention(*per_block, backend=self.backend)
-        clean = slice(0, layout.num_blocks * size)
+        local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
+        clean = slice(0, layout.num_blocks * layout.tokens_per_block)
         clean_rotary = (rotary[0][clean], rotary[1][clean])
         states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, layout)
-        queries = self.state_query(x_BLD, q, rotary).unflatten(1, (layout.halves, layout.num_blocks, size))
-        remembered = torch.einsum("bsnlhk,bnhkv->bsnlhv", queries, states.to(queries.dtype)) * self.head_dim**-0.5
-        out = local.reshape(batch, -1, *local.shape[2:]) + self.output_gate(x_BLD)[..., None] * remembered.flatten(1, 3)
-        return self.o(out.flatten(2))
+        remembered = self.read_blocks(states, self.state_query(x_BLD, q, rotary), layout)
+        return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2))
+
+    def local_attention(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, tokens_per_block: int | None = None
+    ) -> Tensor:
+        """Softmax attention inside each block, [B, L, H, D], from the teacher's projections.
+
+        Args:
+            q_BLD, k_BLD, v_BLD: projections of the tokens, without adapters.
+            rotary: rotation of the tokens.
+            tokens_per_block: length of each of the blocks in the sequence; None for a single block.
+        """
+        heads = self.rotated(q_BLD, self.norm_q, rotary), self.rotated(k_BLD, self.norm_k, rotary), self.heads(v_BLD)
+        if tokens_per_block is None:
+            return attention(*heads, backend=self.backend)
+        per_block = (x.reshape(-1, tokens_per_block, *x.shape[2:]) for x in heads)
+        return attention(*per_block, backend=self.backend).reshape(heads[0].shape)
 
     def _states_between(
         self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
     ) -> Tensor:
-        """The state before every block, [B, blocks, H, key dim, value dim], from an empty one."""
-        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        """States before each block, [B, blocks, H, key dim, value dim]; the first is empty."""
+        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
-        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs[2].dtype)
-        blocks = (x.unflatten(1, (layout.num_blocks, -1))[:, :-1] for x in inputs)
+        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
+        blocks = (x[:, :-1] for x in inputs.segments(layout.num_blocks))
         with torch.autocast(x_BLD.device.type, enabled=False):
             return states_between(empty, *blocks)
 
-    def read(self, state_BHKV: Tensor, q_BLHK: Tensor) -> Tensor:
-        """D^-½·qᵀS for every token, [B, L, H, value dim], in the dtype of the queries."""
-        return torch.einsum("blhk,bhkv->blhv", q_BLHK, state_BHKV.to(q_BLHK.dtype)) * self.head_dim**-0.5
+    def read(self, state: Tensor, q: Tensor) -> Tensor:
+        """Read D^-½·qᵀS for every token, in the dtype of the queries.
+
+        Args:
+            state: S, [B, H, key dim, value dim]; more axes may stand between B and H.
+            q: normalised queries, [B, L, H, key dim]; the same axes stand between B and L.
+
+        Returns:
+            [B, L, H, value dim], with the axes between B and L.
+        """
+        return torch.einsum("...lhk,...hkv->...lhv", q, state.to(q.dtype)) * self.head_dim**-0.5
+
+    def read_blocks(self, states_BNHKV: Tensor, q_BLHK: Tensor, layout: ParallelLayout) -> Tensor:
+        """Read for the tokens of all blocks in all halves, each block from its own state, [B, L, H, value dim]."""
+        queries = q_BLHK.unflatten(1, (layout.halves, layout.num_blocks, layout.tokens_per_block))
+        return self.read(states_BNHKV[:, None], queries).flatten(1, 3)
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """The state after these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        inputs = self._write_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        """State after writing these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
+        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
             return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
 
-    def _write_inputs(
-        self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k̂, v̂, log decay and write strength of every token."""
-        k = self.norm_k(self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B))
+    def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
+        """Keys k̂, values v̂, log decay and write strength of every token, from the teacher's projections."""
+        k = self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B)
         v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
-        k_hat, v_hat = l2_norm(rotate(self.mapped(k, self.phi_k), rotary)), self.mapped(v, self.phi_v)
-        return k_hat, v_hat, self.log_decay(x_BLD), self.beta(x_BLD)
+        return DeltaInputs(
+            self.state_key_of(k, rotary), self.mapped(v, self.phi_v), self.log_decay(x_BLD), self.beta(x_BLD)
+        )
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
-        """q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
-        q = self.norm_q(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B))
-        return l2_norm(rotate(self.mapped(q, self.phi_q), rotary))
+        """Queries q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
+        return self.state_query_of(self._adapted(q_BLD, x_BLD, self.lora_q_A, self.lora_q_B), rotary)
+
+    def state_query_of(self, q_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """Queries q̂ of the state branch, from a projection that includes the adapter."""
+        return l2_norm(rotate(self.mapped(self.norm_q(q_BLD), self.phi_q), rotary))
+
+    def state_key_of(self, k_BLD: Tensor, rotary: Rotary) -> Tensor:
+        """Keys k̂ of the state branch, from a projection that includes the adapter."""
+        return l2_norm(rotate(self.mapped(self.norm_k(k_BLD), self.phi_k), rotary))
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
-        """g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
+        """Log decay g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
         return self.log_decay_of(self.a_proj(x_BLD))
 
     def log_decay_of(self, a_BLH: Tensor) -> Tensor:
-        """The log decay of tokens whose projection W_a·x is given."""
+        """Log decay of tokens from their projection W_a·x."""
         wide = torch.promote_types(a_BLH.dtype, torch.float32)
         return -self.A_log.to(wide).exp() * F.softplus(a_BLH.to(wide) + self.dt_bias.to(wide))
 
@@ -238,11 +292,11 @@ class HybridAttention(SelfAttention):
         return self.beta_of(self.b_proj(x_BLD))
 
     def beta_of(self, b_BLH: Tensor) -> Tensor:
-        """The write strength of tokens whose projection W_b·x is given."""
+        """Write strength of tokens from their projection W_b·x."""
         return 2 * b_BLH.to(torch.promote_types(b_BLH.dtype, torch.float32)).sigmoid()
 
     def output_gate(self, x_BLD: Tensor) -> Tensor:
-        """sigmoid(W_gate·x), [B, L, H]: how much of what was remembered is let through."""
+        """Output gate sigmoid(W_gate·x), [B, L, H]: weight of the state branch."""
         return self.gate_proj(x_BLD).sigmoid()
 
     def _adapted(
@@ -252,12 +306,15 @@ class HybridAttention(SelfAttention):
         a: Tensor | None,
         b: Tensor | None,
     ) -> Tensor:
-        """A projection with its adapter, if there is one."""
+        """Projection plus its adapter, if there is one and adapters are enabled."""
         if a is None or b is None or not self.lora_enabled:
             return projected_BLD
         return with_adapter(projected_BLD, x_BLD, a, b, self.lora_scale)
 
     def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
-        """The D×D map of every head, [B, L, H, D]. A grouped 1×1 convolution is stored [dim, D, 1]."""
+        """D×D map of each head applied to its channels, [B, L, H, D].
+
+        The map is stored as a grouped 1×1 convolution, [dim, D, 1].
+        """
         weight_HOI = phi.weight.view(self.num_heads, self.head_dim, self.head_dim)
         return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)

@@ -10,24 +10,27 @@ from torch import Tensor, nn
 
 
 def new_lora_pair(linear: nn.Linear, rank: int | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """A, Kaiming-uniform with a = √5, and B, zero: at first the adapter adds nothing. No rank, no adapter."""
+    """New adapter (A, B) of a linear layer, or (None, None) without a rank.
+
+    A is Kaiming-uniform with a = √5 and B is zero, so that the adapter adds nothing at first.
+    """
     if rank is None:
         return None, None
     a = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
     # A is stored [in, rank]; its fan-in is the linear's.
-    nn.init.kaiming_uniform_(a.data.T, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(a.detach().T, a=math.sqrt(5))
     return a, nn.Parameter(linear.weight.new_zeros(rank, linear.out_features))
 
 
 @torch.no_grad()
 def merged_weight(linear: nn.Linear, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-    """The weight of a linear layer with an adapter folded in, computed in float64."""
+    """Weight of a linear layer with an adapter folded in, computed in float64."""
     assert a is not None and b is not None
     return (linear.weight.double() + scale * (a.double() @ b.double()).T).to(linear.weight.dtype)
 
 
 def with_adapter(projected: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """projected + scale·x·A·B, [..., out]; the sum is done by the last product, which is as large as `projected`."""
+    """Sum projected + scale·x·A·B, [..., out]; the last product adds it, to save a pass over memory."""
     narrow = scale * (x @ a)
     return torch.addmm(projected.flatten(0, -2), narrow.flatten(0, -2), b).view_as(projected)
 
@@ -36,7 +39,7 @@ class LoRALinear(nn.Module):
     """A linear layer with an adapter: x·Wᵀ + bias + scale·x·A·B.
 
     Attributes:
-        enabled: without it the layer is the plain linear.
+        enabled: if False, the layer is the plain linear layer.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
@@ -54,8 +57,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain linear with the adapter folded into its weight; shares nothing with this layer but the bias."""
-        linear = nn.Linear(self.linear.in_features, self.linear.out_features, device="meta")
+        """Plain linear layer with the adapter folded into its weight; it shares nothing with this layer."""
+        bias = self.linear.bias
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, bias is not None, device="meta")
         linear.weight = nn.Parameter(merged_weight(self.linear, self.lora_A, self.lora_B, self.scale))
-        linear.bias = self.linear.bias
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
         return linear

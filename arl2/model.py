@@ -1,28 +1,36 @@
 """The causal Wan transformer with hybrid attention in some of its layers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
+from arl2.trained_memory import TrainedMemory
+from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
+from wan.checkpoints.record import check_record, read_record, require_record
+from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
+from wan.checkpoints.tensors import require_finite
 from wan.model import CausalWanModel
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 
+Kind = TypeVar("Kind", bound=HybridAttention)
 DEFAULT_LORA_ALPHA = 32.0
 FFN_LINEARS = (0, 2)
 """Places of the two linear layers in a block's feed-forward."""
 
 
 class FFNLoRA(StrEnum):
-    """Which blocks carry adapters on their feed-forward."""
+    """Choice of the blocks with adapters on their feed-forward."""
 
     NONE = "none"
     HYBRID = "hybrid"
@@ -30,7 +38,7 @@ class FFNLoRA(StrEnum):
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The layer indices in order.
+    """Sort layer indices and check them.
 
     Raises:
         InputError: an index is out of range or repeated.
@@ -46,13 +54,13 @@ def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HybridSettings:
-    """Where and how a softmax model is made hybrid.
+    """Settings that make a softmax model hybrid.
 
     Attributes:
         layers: indices of the layers whose self-attention is hybrid.
-        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for none.
+        lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for no adapters.
         lora_alpha: scale of the adapters times their rank. Checkpoints do not store it.
-        ffn_lora: which feed-forwards carry adapters, if there are adapters at all.
+        ffn_lora: choice of the feed-forwards with adapters, if there are adapters at all.
     """
 
     layers: tuple[int, ...] = ()
@@ -63,22 +71,25 @@ class HybridSettings:
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
 
     def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Blocks whose feed-forward carries adapters."""
+        """Indices of the blocks with adapters on their feed-forward."""
         if self.lora_rank is None or self.ffn_lora is FFNLoRA.NONE:
             return ()
         return tuple(range(num_layers)) if self.ffn_lora is FFNLoRA.ALL else self.layers
 
 
 class HybridWanModel(CausalWanModel):
-    """`CausalWanModel` with hybrid attention in `hybrid_layers`, and adapters if a rank is given.
+    """`CausalWanModel` with hybrid attention in `hybrid_layers` and with adapters if a rank is given.
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
-    `HybridSettings`, as plain values so that they can be stored in a `config.json`.
+    `HybridSettings` and `trained_memory`, see `arl2.trained_memory.TrainedMemory`, as plain values so that they can be
+    stored in a `config.json`.
     """
 
-    # Their rounding changes the memory's half-life; `from_pretrained` heeds this list in any dtype.
+    # Their rounding changes the half-life of the memory; `from_pretrained` honours this list in any dtype.
     _keep_in_fp32_modules: ClassVar[list[str]] = ["A_log", "dt_bias"]
 
     @register_to_config
@@ -102,6 +113,7 @@ class HybridWanModel(CausalWanModel):
         lora_rank: int | None = None,
         lora_alpha: float = DEFAULT_LORA_ALPHA,
         ffn_lora: str = "hybrid",
+        trained_memory: Mapping[str, int | None] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -119,6 +131,8 @@ class HybridWanModel(CausalWanModel):
             eps=eps,
             model_type=model_type,
         )
+        if trained_memory is not None:
+            TrainedMemory.from_plain(trained_memory, type(self).__name__)
         layers = check_layers(hybrid_layers, num_layers)
         adapted = self.hybrid.ffn_lora_layers(num_layers)
         for layer, block in enumerate(self.layers()):
@@ -131,28 +145,102 @@ class HybridWanModel(CausalWanModel):
 
     @property
     def hybrid(self) -> HybridSettings:
-        """Which layers are hybrid, and how; the config holds it."""
+        """Settings of the hybrid layers, from the config."""
         config = self.config
         layers = tuple(sorted(config.hybrid_layers))
         return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
 
+    @property
+    def trained_memory(self) -> TrainedMemory | None:
+        """The memory of the softmax layers in training; None if it is not known."""
+        settings = self.config.trained_memory
+        return None if settings is None else TrainedMemory.from_plain(settings, type(self).__name__)
+
+    def set_trained_memory(self, memory: TrainedMemory) -> None:
+        """Note the memory of the softmax layers in training, which is stored with the weights."""
+        self.register_to_config(trained_memory=memory.as_plain())
+
+    def record(self) -> dict[str, Any]:
+        """What files of weights say of how they were made: the constructor's arguments as plain values."""
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return {name: list(value) if isinstance(value, list | tuple) else value for name, value in config.items()}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        **others: Any,
+    ) -> None:
+        """As in diffusers, but the weights carry `record`, files get the mode that the umask says, and each is atomic.
+
+        Args:
+            save_directory: where to.
+            safe_serialization, variant, others: what is not plain safetensors is left to diffusers' own.
+            max_shard_size: of a file; larger weights are divided over several.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        if others or variant is not None or not safe_serialization:
+            super().save_pretrained(
+                save_directory,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                **others,
+            )
+            return
+        write_model_folder(
+            Path(save_directory), self.to_json_string(), self.state_dict(), self.record(), max_shard_size
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """As in diffusers, but a config or weights that are not what they say are an error; see `arl2.statement`.
+
+        Raises:
+            CheckpointError: a setting, name or value that the folder should not have, or lacks; NaN or infinity.
+        """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        is_local = (folder / "config.json").exists()
+        if is_local:
+            require_sizes(stated_config(folder), folder / "config.json")
+        try:
+            model = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except InputError:
+            raise
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # a shape that differs, a file that is not there
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{folder} does not hold a {cls.__name__}: {reason}") from error
+        for file in (folder / name for name in WEIGHT_FILES if is_local and (folder / name).is_file()):
+            record = read_record(file, {})
+            check_record(record, file)
+            require_record(record, model.record(), file)
+        require_finite(model.state_dict(), folder)
+        return model
+
     def hybrid_attentions(self) -> dict[int, HybridAttention]:
-        """The hybrid attention modules by layer."""
+        """Hybrid attention modules by layer index."""
         attentions = {layer: block.self_attn for layer, block in enumerate(self.layers())}
         return {layer: module for layer, module in attentions.items() if isinstance(module, HybridAttention)}
 
     def use_write_backend(self, backend: WriteBackend) -> None:
-        """Let `backend` compute all writes to states."""
+        """Use `backend` for all writes to states."""
         for module in self.hybrid_attentions().values():
             module.write_backend = backend
 
     def adapters(self) -> list[LoRALinear]:
-        """The feed-forward adapters."""
+        """Feed-forward layers with adapters, in order."""
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
     @contextmanager
     def as_teacher(self) -> Iterator["HybridWanModel"]:
-        """Be the softmax model again: hybrid layers and adapters are switched off inside the context.
+        """Switch hybrid layers and adapters off inside the context: the model is the softmax model again.
 
         A memory for the teacher must be made inside, by `new_memory`; the weights are shared.
         """
@@ -161,7 +249,7 @@ class HybridWanModel(CausalWanModel):
 
     @contextmanager
     def without_lora(self) -> Iterator["HybridWanModel"]:
-        """Switch all adapters off inside the context; hybrid layers stay hybrid."""
+        """Switch all adapters off inside the context; hybrid layers stay on."""
         attentions = self.hybrid_attentions().values()
         with switched_off(attentions, "lora_enabled"), switched_off(self.adapters(), "enabled"):
             yield self
@@ -178,19 +266,65 @@ class HybridWanModel(CausalWanModel):
             names += [f"{owners[id(adapter)]}.lora_{letter}" for letter in "AB"]
         return names
 
-    def merge_ffn_lora(self) -> None:
-        """Fold the feed-forward adapters into their linear layers, for inference and export; cannot be undone."""
-        for block in self.layers():
+    def replace_hybrid_attentions(self, kind: type[Kind]) -> dict[int, Kind]:
+        """Replace the hybrid layers by layers of another class over the same parameters, under the same names.
+
+        Args:
+            kind: see `HybridAttention.sharing`.
+
+        Returns:
+            the new layers by index.
+        """
+        replaced = {layer: kind.sharing(module) for layer, module in self.hybrid_attentions().items()}
+        for layer, module in replaced.items():
+            self.layers()[layer].self_attn = module
+        return replaced
+
+    def merge_ffn_lora(self, keep_on: torch.device | None = None) -> "MergedAdapters":
+        """Fold the feed-forward adapters into their linear layers, for inference and export.
+
+        Args:
+            keep_on: device to which the layers with adapters move; None leaves them where they are.
+
+        Returns:
+            what `unmerge_ffn_lora` needs to undo it exactly; without it, the adapters are lost.
+        """
+        merged = MergedAdapters({}, self.hybrid.ffn_lora)
+        for number, block in enumerate(self.layers()):
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
+                    merged.layers[number, place] = linear if keep_on is None else linear.to(keep_on)
         self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+        return merged
+
+    def unmerge_ffn_lora(self, merged: "MergedAdapters") -> None:
+        """Put back what `merge_ffn_lora` took out, on the device and in the dtype of the merged layers."""
+        for (number, place), linear in merged.layers.items():
+            ffn = self.layers()[number].ffn
+            weight = ffn[place].weight
+            assert isinstance(weight, Tensor)
+            ffn[place] = linear.to(weight.device, weight.dtype)
+        self.register_to_config(ffn_lora=merged.ffn_lora.value)
+
+
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Layers that `HybridWanModel.merge_ffn_lora` took out of a model.
+
+    Attributes:
+        layers: by index of the block and place in its feed-forward.
+        ffn_lora: setting of the model before.
+    """
+
+    layers: dict[tuple[int, int], LoRALinear]
+    ffn_lora: FFNLoRA
 
 
 @contextmanager
 def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
-    """Set a boolean attribute of some modules to False, and put it back after."""
+    """Set a boolean attribute of some modules to False inside the context."""
     before = [(module, getattr(module, switch)) for module in modules]
     try:
         for module, _ in before:
@@ -202,7 +336,7 @@ def switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
 
 
 def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model to `dtype`, all but A_log and dt_bias: their rounding changes the memory's half-life."""
+    """Cast a model to `dtype`, except A_log and dt_bias, whose rounding changes the half-life of the memory."""
     gates = {
         parameter: parameter.data.to(torch.promote_types(dtype, torch.float32))
         for module in model.modules()
@@ -211,4 +345,4 @@ def keep_gates_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
     }
     nn.Module.to(model, dtype)  # not diffusers' own, which warns that it would cast the gates
     for parameter, value in gates.items():
-        parameter.data = value
+        parameter.data = value  # as in `nn.Module.to`: references to the parameter stay valid

@@ -1,8 +1,10 @@
 """Generating a video block by block: denoise, then remember.
 
-The same loop serves inference and training: teacher forcing or self-rollout is only which latents are remembered.
+The same loop serves inference and training. Teacher forcing and self-rollout differ only in which latents are
+remembered.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,10 +27,10 @@ Noise = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class FewStepSampler:
-    """The steps of a few-step generator.
+    """Denoising steps of a few-step generator.
 
     Attributes:
-        timesteps: timestep of every step, falling.
+        timesteps: timestep of every step, in decreasing order.
         sigmas: noise level of every step.
     """
 
@@ -41,7 +43,7 @@ class FewStepSampler:
 
     @classmethod
     def from_steps(cls, steps: Sequence[int], shift: float, warp: bool = True) -> "FewStepSampler":
-        """From a step list such as [1000, 750, 500, 250], warped through the shift unless told otherwise.
+        """Build a sampler from a step list such as [1000, 750, 500, 250], warped through the shift by default.
 
         Raises:
             InputError: the list is empty, not falling, or leaves 1..1000.
@@ -53,8 +55,43 @@ class FewStepSampler:
         return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
 
 
+def seed_for(*key: object) -> int:
+    """Seed that is a function of some values, written out and hashed."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(*key: object) -> torch.Generator:
+    """Generator on the CPU, seeded by `seed_for`: what it draws does not depend on anything drawn before."""
+    return torch.Generator().manual_seed(seed_for(*key))
+
+
+class SeededNoise:
+    """Noise of some videos as a function of their seeds, the block and the step.
+
+    It is drawn on the CPU. So it is the same on every device and does not depend on earlier draws.
+
+    Args:
+        seeds: one per video.
+        shape: shape of one block of one video, (F, C, h, w).
+        device: device of the result, which is float32.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
+        self._seeds = seeds
+        self._shape = shape
+        self._device = device
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        # From pinned memory, which the GPU copies without the CPU waiting for it.
+        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
+        for seed, of_video in zip(self._seeds, noise, strict=True):
+            torch.randn(self._shape, generator=generator_for(seed, block, step), out=of_video)
+        return noise.to(self._device, non_blocking=True)
+
+
 def num_blocks(num_frames: int, frames_per_block: int) -> int:
-    """Blocks of a video of `num_frames` generated latent frames.
+    """Number of blocks of a video of `num_frames` generated latent frames.
 
     Raises:
         InputError: the frames do not divide into blocks.
@@ -69,7 +106,7 @@ def num_blocks(num_frames: int, frames_per_block: int) -> int:
 
 
 def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
-    """Absolute frame indices of a block, and its number of frames."""
+    """Absolute frame indices of a block and its number of frames."""
     frames = latents_BFCHW.shape[1]
     return torch.arange(start_frame, start_frame + frames, device=latents_BFCHW.device), frames
 
@@ -77,7 +114,13 @@ def _positions(start_frame: int, latents_BFCHW: Tensor) -> tuple[Tensor, int]:
 def predict_flow(
     model: FlowModel, latents_BFCHW: Tensor, timestep: Tensor, text: TextKV, memory: Memory, start_frame: int
 ) -> Tensor:
-    """The velocity of a block at one timestep (a scalar, or one a video, [B, 1]); a pure read of the memory."""
+    """Predict the velocity of a block at one timestep; a pure read of the memory.
+
+    Args:
+        model, text, memory, start_frame: as in `denoise_block`.
+        latents_BFCHW: noisy latents of the block.
+        timestep: a scalar, or one per video, [B, 1].
+    """
     positions, frames = _positions(start_frame, latents_BFCHW)
     views = memory.read(_block_tokens(model, latents_BFCHW))
     timesteps = timestep.expand(latents_BFCHW.shape[0], frames)
@@ -99,12 +142,12 @@ def denoise_block(
 
     Args:
         model: predicts the velocity.
-        sampler: the steps.
-        noise: noise of the block before each step, [B, F, C, H, W]: `noise(0)` is where it starts from.
+        sampler: denoising steps.
+        noise: noise of the block before each step, [B, F, C, H, W]; `noise(0)` is the starting point.
         text: from `CausalWanModel.embed_text`.
-        memory: of all earlier blocks.
+        memory: memory of all earlier blocks.
         start_frame: absolute index of the block's first latent frame.
-        on_x0: told the x0 of every step.
+        on_x0: called with the x0 of every step.
 
     Returns:
         the last step's x0, [B, F, C, H, W].
@@ -128,11 +171,11 @@ def remember_block(
     start_frame: int,
     timestep: float = 0.0,
 ) -> None:
-    """The clean pass: run the model once more on a finished block and commit what it returns.
+    """Run the clean pass: the model once more on a finished block, whose updates are committed.
 
     Args:
         model, text, memory, start_frame: as in `denoise_block`.
-        latents_BFCHW: the finished block, the model's own or given.
+        latents_BFCHW: the finished block, generated or given.
         timestep: context noise; 0 for clean latents.
     """
     positions, frames = _positions(start_frame, latents_BFCHW)
@@ -150,10 +193,10 @@ def _block_tokens(model: FlowModel, latents_BFCHW: Tensor) -> int:
 
 @dataclass(frozen=True)
 class GeneratedBlock:
-    """One finished block.
+    """A finished block.
 
     Attributes:
-        index: from 0, context not counted.
+        index: number of the block from 0, context not counted.
         start_frame: absolute index of its first latent frame.
         latents_BFCHW: its clean latents.
     """
@@ -174,20 +217,20 @@ def rollout(
     context_noise: float = 0.0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
 ) -> Iterator[GeneratedBlock]:
-    """Generate a video block by block, each handed out before it is remembered.
+    """Generate a video block by block; each block is yielded before it is remembered.
 
-    Handing a block out first lets its decoding start while the clean pass runs.
+    Yielding first lets the decoding of a block start while its clean pass runs.
 
     Args:
         model, sampler, text, memory: as in `denoise_block`; the memory may already hold context.
-        noise: of every block and step.
-        blocks: how many; None to go on for as long as the caller asks.
+        noise: noise of every block and step.
+        blocks: number of blocks; None for as many as the caller asks for.
         start_frame: absolute index of the first latent frame, after the context.
         context_noise: timestep of the clean pass.
-        phase: entered around the two verbs, "denoise" and "remember", to time them.
+        phase: context manager entered around "denoise" and "remember", to time them.
 
     Yields:
-        every block. The last one is not remembered: nothing reads it. To extend a video, call `remember_block`.
+        every block. The last one is not remembered, since nothing reads it. To extend a video, call `remember_block`.
     """
     indices: Iterable[int] = count() if blocks is None else range(blocks)
     for index in indices:

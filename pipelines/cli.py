@@ -1,35 +1,164 @@
-"""What every entry point does alike: devices, and errors that a person can act on."""
+"""What every entry point does alike: one line for what a person can act on, devices, and ranks.
 
+Nothing heavy is imported here, so that an entry point which imports the rest inside its `main` can be interrupted
+without a traceback from the start.
+"""
+
+from __future__ import annotations
+
+import errno
 import functools
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from torch import distributed
 
-from wan.utils.errors import InputError
+from wan.utils.errors import InputError, Interrupted, out_of_memory
+from wan.utils.signals import Interruption, interruptible
 
+if TYPE_CHECKING:
+    import torch
+
+EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
+EXIT_SIGNAL = 128
+"""Added to the number of the signal that ended a program."""
+GO_ON = "nothing is left half-written; start the same command again to go on"
+LESS_MEMORY = "fewer frames, window memory (memory.kind), a smaller batch or picture, or bfloat16 take less"
+_LOST_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def exit_on_input_error(main: Callable[[], int]) -> Callable[[], int]:
-    """Let an entry point answer bad input with one line on standard error and status 2, without a traceback."""
+def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Callable[[], int]]:
+    """Let an entry point answer what a person can act on with one line on standard error, without a traceback.
 
-    @functools.wraps(main)
-    def run() -> int:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-        try:
-            return main()
-        except InputError as error:
-            message = " ".join(str(error).split())
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {message}", style="red", markup=False)
+    The status is 2 for bad input and a full disk, 1 where memory ran out or nobody reads the output, 130 after Ctrl-C
+    and 143 after SIGTERM. A second signal ends the process at once.
+
+    Args:
+        how_to_go_on: what to say after a signal; an `Interrupted` with a text of its own goes before.
+    """
+
+    def decorate(main: Callable[[], int]) -> Callable[[], int]:
+        @functools.wraps(main)
+        def run() -> int:
+            handler = _LogHandler(show_path=False)
+            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+            with interruptible(how_to_go_on) as interruption:
+                try:
+                    return _flushed(_status_of(main, how_to_go_on, interruption), handler.lost)
+                except BaseException as error:
+                    # Imports and callbacks of libraries that a signal breaks off end in errors of their own.
+                    if interruption.first is None and not isinstance(error, KeyboardInterrupt):
+                        _flushed(0)  # argparse's help
+                        raise
+                    return _interrupted(error, interruption.first or signal.SIGINT, how_to_go_on)
+
+        return run
+
+    return decorate
+
+
+def _interrupted(error: BaseException, number: int, how_to_go_on: str) -> int:
+    """Say that a signal ended the program, in the words of the error if it has some."""
+    text = str(error) if isinstance(error, KeyboardInterrupt) else ""
+    _tell(f"interrupted: {text or how_to_go_on}")
+    return EXIT_SIGNAL + (error.signal_number if isinstance(error, Interrupted) else number)
+
+
+def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interruption) -> int:
+    """What `main` answers, or the status of the error that ended it, which has been told."""
+    try:
+        return main()
+    except InputError as error:
+        if interruption.first is not None:
+            raise
+        _tell(f"error: {error}")
+        return error.exit_status
+    except (RuntimeError, MemoryError, OSError, SystemExit) as error:
+        if interruption.first is not None:
+            raise
+        if out_of_memory(error):
+            _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")
+            return EXIT_FAILURE
+        # Rich answers a broken pipe with an exit of its own.
+        if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
+            _discard(sys.stdout)
+            _tell(f"error: nobody reads the output any more (broken pipe): {how_to_go_on}")
+            return EXIT_FAILURE
+        # The project's own writes name their file; this is for caches of libraries.
+        if isinstance(error, OSError) and error.errno in _LOST_WRITES:
+            where = f" {error.filename}" if error.filename else ""
+            _tell(f"error: cannot write{where} ({error.strerror}): free space, also for temporary files")
             return EXIT_INPUT_ERROR
+        raise
 
-    return run
+
+def _flushed(status: int, lost: OSError | None = None) -> int:
+    """The status, once what was printed is out; a failure if it was lost.
+
+    Args:
+        lost: why a part of it could not be written before.
+    """
+    try:
+        if lost is not None:
+            raise lost
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        _tell(f"error: the output was lost ({error.strerror}): everything else was done")
+        return max(status, EXIT_FAILURE)
+    except ValueError:  # closed
+        pass
+    return status
+
+
+def _summary(error: BaseException) -> str:
+    """The first two sentences of an error."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return ". ".join(first_line.split(". ")[:2]).rstrip(".")
+
+
+def _tell(message: str) -> None:
+    """Say one line on standard error, if somebody listens."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    # Rich answers a broken pipe with SystemExit.
+    with suppress(OSError, ValueError, SystemExit):
+        console.print(" ".join(message.split()), style="red", markup=False)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let a stream that cannot be written lead to nowhere, so that nothing tries again when Python ends."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _LogHandler(RichHandler):
+    """A handler that lets work go on when the output cannot be written.
+
+    Attributes:
+        lost: why something could not be written.
+    """
+
+    lost: OSError | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """As logging's, but quiet for errors of the output."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.lost = error
+        else:
+            super().handleError(record)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -40,6 +169,8 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         InputError: no such device, no GPU for a CUDA device, or one GPU for all ranks.
     """
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -76,9 +207,15 @@ def end_together(main: Callable[[], int]) -> Callable[[], int]:
 def agreed_status(status: int) -> int:
     """The worst exit status of all processes that torchrun started, as soon as the last of them has one.
 
-    A process that ends badly before the others makes torchrun kill them, whatever they were doing.
+    A process that ends badly before the others makes torchrun kill them, whatever they were doing. One that a signal
+    ended does not wait for them: the signal is for all.
     """
-    if not distributed.is_torchelastic_launched() or rank_and_world_size()[1] == 1:
+    if status > EXIT_SIGNAL or rank_and_world_size()[1] == 1:
+        return status
+    import torch
+    from torch import distributed
+
+    if not distributed.is_torchelastic_launched():
         return status
     # The others may have hours of work left.
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
@@ -91,3 +228,12 @@ def agreed_status(status: int) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's place among those that torchrun started; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_folder(folder: Path) -> tuple[Path, str]:
+    """Where this process of several writes, and which part that is in words: `rank-<n>` below `folder`.
+
+    `folder` itself, and "whole", for a process that works alone.
+    """
+    rank, world_size = rank_and_world_size()
+    return (folder / f"rank-{rank}", f"rank {rank} of {world_size}") if world_size > 1 else (folder, "whole")

@@ -9,6 +9,7 @@ import torch
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
+from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
@@ -33,6 +34,7 @@ ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
 class MemoryKind(StrEnum):
     """How much softmax layers remember."""
 
+    trained = "trained"
     full = "full"
     window = "window"
 
@@ -42,19 +44,54 @@ class MemoryConfig:
     """Memory of the softmax layers; hybrid layers have their state.
 
     Attributes:
-        kind: everything, or a sink and a sliding window, whose size does not grow with the video.
+        kind: trained for what the checkpoint was trained with, which is everything where it does not say; full for
+            everything; window for a sink and a sliding window, whose size does not grow with the video.
         window_frames: latent frames that a query sees, its own block and the sink included.
         sink_frames: first latent frames, never dropped.
     """
 
-    kind: MemoryKind = MemoryKind.full
+    kind: MemoryKind = MemoryKind.trained
     window_frames: Frames = 9
     sink_frames: Annotated[int, Bounds(0, 10**6)] = 3
 
     @property
     def window(self) -> tuple[int | None, int]:
-        """Frames of the window, None for everything, and of the sink."""
+        """Frames of the window, None for everything, and of the sink; everything for a kind that is not resolved."""
         return (self.window_frames, self.sink_frames) if self.kind is MemoryKind.window else (None, 0)
+
+    def resolved(self, trained: TrainedMemory | None) -> "MemoryConfig":
+        """The memory of a model: `trained` replaced by what the model was trained with.
+
+        Args:
+            trained: the model's record; None for everything.
+        """
+        if self.kind is not MemoryKind.trained:
+            return self
+        if trained is None or trained.window_frames is None:
+            return replace(self, kind=MemoryKind.full)
+        return MemoryConfig(MemoryKind.window, trained.window_frames, trained.sink_frames)
+
+    def warning(self, trained: TrainedMemory | None, is_hybrid: bool) -> str | None:
+        """What to say of running a model with this memory; None where it is what the model was trained with.
+
+        Args:
+            trained: the model's record of its training; None if it has none.
+            is_hybrid: whether it has hybrid layers.
+        """
+        if self.kind is MemoryKind.trained:
+            return None
+        asked = describe_memory(*self.window)
+        if trained is not None and not trained.covers(*self.window):
+            return (
+                f"this model was trained with {trained}; with {asked} in its softmax layers, which training did not "
+                "meet, it is less accurate: memory kind trained takes what it was trained with"
+            )
+        if trained is None and is_hybrid and self.kind is MemoryKind.window:
+            return (
+                f"this hybrid does not say which memory it was trained with; with {asked} in its softmax layers it is "
+                "less accurate unless that is what training had"
+            )
+        return None
 
     def check(self, frames_per_block: int) -> None:
         """Make sure that a block fits.

@@ -1,13 +1,14 @@
-"""Prompt files, and what each prompt becomes: a seed and a file name that depend on nothing but itself."""
+"""What each prompt becomes: a seed and a file name that depend on nothing but itself."""
 
 import hashlib
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.prompt_files import PromptRequest, read_prompt_file
 from wan.utils.errors import InputError
 
 SLUG_LENGTH = 60
@@ -20,43 +21,52 @@ class PromptJob:
 
     Attributes:
         prompt: as given.
-        occurrence: how many equal prompts came before it.
+        occurrence: how many equal prompts (with an equal seed, where one is given) came before it.
         seed: of its noise.
         name: of its files, without an ending; safe on every file system.
+        image: its first frame, if the request names one.
     """
 
     prompt: str
     occurrence: int
     seed: int
     name: str
+    image: Path | None = None
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; blank lines are skipped.
+    """The prompts of a file alone; see `read_requests`."""
+    return [request.prompt for request in read_requests(path)]
+
+
+def read_requests(path: Path) -> list[PromptRequest]:
+    """The requests of a prompt file for text to video; `pipelines.prompt_files` describes the formats.
 
     Raises:
-        InputError: the file is missing, not text, or without prompts.
+        InputError: the file cannot be read, is broken, or names images.
     """
-    try:
-        # Path.is_file itself raises for names that are too long and folders that may not be entered.
-        if not path.is_file():
-            raise InputError(f"no prompt file {path}: give a text file with one prompt a line")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): give a text file with one prompt a line") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: give a text file with one prompt a line") from error
-    if "\0" in text:
-        raise InputError(f"{path} is a binary file: give a text file with one prompt a line")
-    # read_text made every line end a line feed; str.splitlines would also split at characters that prompts may hold.
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise InputError(f"{path} holds no prompts: write one a line")
-    return prompts
+    requests = read_prompt_file(path)
+    for request in requests:
+        if request.image is not None:
+            raise InputError(f"{request.where} names an image, which only inference.py with --i2v takes: remove it")
+    return requests
 
 
-def _digest(seed: int, prompt: str, occurrence: int) -> bytes:
+def repeat_requests(requests: Sequence[PromptRequest], times: int) -> list[PromptRequest]:
+    """All requests, then all of them again, and so on, so that every repetition is another video.
+
+    A repetition of a request that has a seed or a name of its own gets another one, which follows from it.
+    """
+    repeated = list(requests)
+    for number in range(1, times):
+        for request in requests:
+            seed = None if request.seed is None else prompt_seed(request.seed, request.prompt, number)
+            name = None if request.name is None else f"{request.name}-{number + 1}"
+            repeated.append(replace(request, seed=seed, name=name))
+    return repeated
+
+
+def _digest(seed: int | str, prompt: str, occurrence: int) -> bytes:
     return hashlib.sha256(f"{seed}\0{occurrence}\0{prompt}".encode("utf-8", "surrogatepass")).digest()
 
 
@@ -65,22 +75,39 @@ def prompt_seed(seed: int, prompt: str, occurrence: int = 0) -> int:
     return int.from_bytes(_digest(seed, prompt, occurrence)[:8], "big") >> 1
 
 
-def output_name(seed: int, prompt: str, occurrence: int = 0) -> str:
+def output_name(seed: int | str, prompt: str, occurrence: int = 0) -> str:
     """A file name for one prompt: what can be read of it in ASCII, then a hash of prompt, seed and occurrence."""
     ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", ascii_text)[:SLUG_LENGTH].strip("-") or "video"
     return f"{slug}-{_digest(seed, prompt, occurrence).hex()[:HASH_LENGTH]}"
 
 
-def plan_jobs(prompts: Sequence[str], seed: int) -> list[PromptJob]:
-    """One job a prompt; equal prompts get different seeds and names."""
-    seen: Counter[str] = Counter()
+def plan_jobs(requests: Sequence[str | PromptRequest], seed: int) -> list[PromptJob]:
+    """One job per request; equal prompts get different seeds and names.
+
+    A request's own seed is the seed of the noise, whatever `seed` is; its own name is the name.
+
+    Raises:
+        InputError: two jobs would write one file.
+    """
+    seen: Counter[tuple[str, int | None]] = Counter()
     jobs = []
-    for prompt in prompts:
-        occurrence = seen[prompt]
-        seen[prompt] += 1
-        seed_of_job, name = prompt_seed(seed, prompt, occurrence), output_name(seed, prompt, occurrence)
-        jobs.append(PromptJob(prompt, occurrence, seed_of_job, name))
+    for request in (PromptRequest(item) if isinstance(item, str) else item for item in requests):
+        key = (request.prompt, request.seed)
+        occurrence = seen[key]
+        seen[key] += 1
+        if request.seed is None:
+            own, automatic = (
+                prompt_seed(seed, request.prompt, occurrence),
+                output_name(seed, request.prompt, occurrence),
+            )
+        else:
+            own, automatic = request.seed, output_name(f"seed {request.seed}", request.prompt, occurrence)
+        jobs.append(PromptJob(request.prompt, occurrence, own, request.name or automatic, request.image))
+    names = Counter(job.name.casefold() for job in jobs)
+    for job in jobs:
+        if names[job.name.casefold()] > 1:
+            raise InputError(f"two videos would be named {job.name}: give every request a name of its own")
     return jobs
 
 

@@ -1,5 +1,7 @@
 """Where and with what something was made or measured."""
 
+import hashlib
+import json
 import platform
 import shutil
 import subprocess
@@ -12,10 +14,22 @@ from typing import Any
 import torch
 
 from arl2 import __version__
+from wan.checkpoints.loading import fingerprint_of
+from wan.text import TextEncoder
+from wan.vae.wan_vae import WanVAE
 
 PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
 ROOT = Path(__file__).parents[1]
+VAE_FIELDS = ("latents_mean", "latents_std", "temperal_downsample")
+TEXT_FIELDS = (
+    "num_heads",
+    "d_kv",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+    "feed_forward_proj",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -31,6 +45,24 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def vae_fingerprint(vae: WanVAE) -> str:
+    """Hash of all that latents depend on: weights in their type now, structure and statistics."""
+    return _fingerprint(fingerprint_of(vae.model.state_dict()), {name: vae.model.config[name] for name in VAE_FIELDS})
+
+
+def text_encoder_fingerprint(encoder: TextEncoder) -> str:
+    """Hash of all that embeddings depend on: weights in their type now, structure, vocabulary and length."""
+    structure = encoder.model.config.to_dict()
+    about = {name: structure.get(name) for name in TEXT_FIELDS} | {"text_len": encoder.text_len}
+    vocabulary = encoder.tokenizer.get_vocab() if encoder.tokenizer is not None else {}
+    return _fingerprint(fingerprint_of(encoder.model.state_dict()), about | {"vocabulary": vocabulary})
+
+
+def _fingerprint(weights: str, about: object) -> str:
+    content = json.dumps([weights, about], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

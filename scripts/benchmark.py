@@ -18,7 +18,7 @@ from pathlib import Path
 from pipelines.benchmark.cases import BenchmarkConfig, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
 from pipelines.benchmark.suite import run_benchmark
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import check_speed
 from pipelines.flags import Parser, as_path
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, report."""
     arguments = parse()

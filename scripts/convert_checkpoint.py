@@ -17,9 +17,10 @@ import torch
 
 from arl2.checkpoint import build_hybrid, save_generator
 from arl2.model import FFNLoRA, HybridWanModel
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.config import HybridConfig
 from pipelines.flags import Parser, as_path
+from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
@@ -57,7 +58,7 @@ def save(model: HybridWanModel, target: Path) -> None:
         model.save_pretrained(temporary)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, read, fit, write."""
     arguments = parse()
@@ -73,12 +74,19 @@ def main() -> int:
     else:
         raise InputError(f"{arguments.source} does not state the model's sizes: give --model_folder or --size")
     wanted = HybridConfig(**arguments.flags).settings()
+    for name in sorted(config.keys() & weights.config.keys() & SIZES.keys()):
+        if config[name] != weights.config[name]:
+            flag = "--model_folder" if arguments.model_folder else "--size"
+            raise InputError(
+                f"{arguments.source} says {name} {weights.config[name]}, {flag} says {name} {config[name]}: drop {flag}"
+            )
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
     if arguments.merge_ffn_lora:
         model.merge_ffn_lora()
     save(model, arguments.target)
-    log.info("wrote %s: %s", arguments.target, report.settings)
+    memory = f", trained with {model.trained_memory}" if model.trained_memory else ""
+    log.info("wrote %s: %s%s", arguments.target, report.settings, memory)
     return 0
 
 

@@ -10,17 +10,17 @@ import logging
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.flags import Parser
 from pipelines.generation.arguments import inference_parser, plan_run
-from pipelines.generation.run import generate, load_pipeline, video_path
+from pipelines.generation.run import generate, load_pipeline
 from pipelines.media.contact_sheet import contact_sheet
 from pipelines.media.video import read_video
 from wan.utils.files import atomic_path
+from wan.utils.locks import exclusive
+from wan.utils.signals import check_interrupted
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")
@@ -29,37 +29,44 @@ MODELS = {"softmax": None, "hybrid_75": Path("models/toyworld/hybrid_75.safetens
 
 
 def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
-    """The prompts' videos by one model, as inference.py makes them; empty if one failed."""
+    """The prompts' videos by one model, as inference.py makes them, made anew; empty if one failed."""
+    from pipelines.generation.records import video_path
+
+    check_interrupted()
     folder = OUTPUT_FOLDER / name
     flags = ["--config", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
     flags += [] if checkpoint is None else ["--checkpoint_path", checkpoint]
-    for former in folder.glob("*.mp4"):
-        former.unlink()  # a demo shows what the code does now
     run = plan_run(inference_parser().parse_args(list(map(str, flags))))
-    failed = generate(run, load_pipeline(run))
+    failed = generate(run, load_pipeline(run), anew=True)
     return {} if failed else {job.prompt: video_path(run, job) for job in run.jobs}
 
 
-def frames_of(path: Path) -> Tensor:
-    """A video's frames, [T, 3, H, W] in bytes."""
-    return torch.from_numpy(read_video(path)).permute(0, 3, 1, 2)
+def draw_sheet(videos: dict[str, dict[str, Path]], path: Path) -> None:
+    """Draw a row of frames per prompt and model."""
+    import torch
+
+    rows = [
+        (torch.from_numpy(read_video(videos[name][prompt])).permute(0, 3, 1, 2), f"{name}: {prompt}")
+        for prompt in next(iter(videos.values()))
+        for name in videos
+    ]
+    with atomic_path(path) as temporary:
+        contact_sheet(rows).save(temporary, format="png")
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Do what inference.py does, with both models, and draw the sheet."""
     Parser(__doc__).parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     started = time.perf_counter()
-    videos = {name: videos_of(name, checkpoint) for name, checkpoint in MODELS.items()}
-    if not all(videos.values()):
-        return 1
-    prompts = next(iter(videos.values()))
-    rows = [(frames_of(videos[name][prompt]), f"{name}: {prompt}") for prompt in prompts for name in videos]
     sheet = OUTPUT_FOLDER / "contact_sheet.png"
-    with atomic_path(sheet) as temporary:
-        contact_sheet(rows).save(temporary, format="png")
+    with exclusive(OUTPUT_FOLDER / ".demo.lock", str(OUTPUT_FOLDER)):
+        videos = {name: videos_of(name, checkpoint) for name, checkpoint in MODELS.items()}
+        if not all(videos.values()):
+            return 1
+        draw_sheet(videos, sheet)
     for path in (*(path for paths in videos.values() for path in paths.values()), sheet):
         console.print(f"wrote {path.resolve()}", markup=False)
     console.print(f"{time.perf_counter() - started:.0f} s")

@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.flags import Parser, as_path
 from wan.utils.errors import InputError
 
@@ -117,7 +117,7 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
     return target
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, fetch, report."""
     parser = Parser(__doc__, aliases={"--folder": "--output_folder"})

@@ -5,6 +5,11 @@
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
 The VAE is not needed: nothing is decoded.
+
+A rollout is told by its prompt, its seed (--seed and how often the prompt came before) and what made it. Runs into one
+folder add up: more prompts, more --videos_per_prompt or another --seed make what is missing, and what other command
+lines made stays, since it is as valid. --prune removes it: then the folder holds what this command line says, and no
+more. Another teacher, text encoder, setting or number of processes is refused.
 """
 
 import argparse
@@ -15,27 +20,33 @@ from typing import Annotated
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.data import LatentWriter
-from arl2.model import HybridSettings
-from arl2.rollout import num_blocks, rollout
-from pipelines.cli import choose_device, end_together, exit_on_input_error, rank_and_world_size
+from arl2.distillation.latent_writer import LatentWriter, SampleInfo
+from arl2.model import HybridSettings, HybridWanModel
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
+from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
-from pipelines.generation.arguments import check_config, check_device, check_writable
-from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import plan_jobs, read_prompts, shard_jobs
+from pipelines.generation.arguments import check_config, check_device
+from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
+from pipelines.provenance import text_encoder_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
-from wan.text import load_text_encoder
+from wan.text import TextEncoder, load_text_encoder
+from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
+
+IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
+"""Settings that latents of the teacher do not depend on; weights count by their content."""
 
 
 def parse() -> argparse.Namespace:
@@ -47,19 +58,100 @@ def parse() -> argparse.Namespace:
         config_help="as for inference.py; hybrid layers are ignored",
         aliases={"--folder": "--output_folder"},
     )
-    parser.add_argument("--data_path", type=as_path, required=True, metavar="PATH", help="prompts, one a line")
+    parser.add_argument(
+        "--data_path", type=as_path, required=True, metavar="PATH", help="prompts: text, JSON lines or CSV"
+    )
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
     parser.add_setting("--checkpoint_path", "checkpoint_path", "the teacher's weights; by default the config's")
     parser.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
     repeats = "rollouts of each, from other noise"
     parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**5)], repeats, default=1)
     parser.add_seed("of the noise")
+    parser.add_argument("--prune", action="store_true", help="remove samples that this command line does not name")
     parser.add_device()
     return parser.parse_args()
 
 
+def read_jobs(arguments: argparse.Namespace) -> list[PromptJob]:
+    """This process's share of the rollouts.
+
+    Raises:
+        InputError: no prompts, or no videos of each.
+    """
+    if arguments.videos_per_prompt < 1:
+        raise InputError(f"--videos_per_prompt {arguments.videos_per_prompt} is not positive")
+    requests = repeat_requests(read_requests(arguments.data_path), arguments.videos_per_prompt)
+    return shard_jobs(plan_jobs(requests, arguments.seed), *rank_and_world_size())
+
+
+class Teacher:
+    """Rolls out the teacher.
+
+    Args:
+        config: sizes and sampling.
+        use_ema: see `read_transformer`.
+
+    Attributes:
+        made_by: fingerprints of the weights.
+
+    Raises:
+        CheckpointError, InputError: weights that are missing or damaged, or do not fit.
+    """
+
+    def __init__(self, config: InferenceConfig, use_ema: bool, dtype: torch.dtype, device: torch.device) -> None:
+        model_folder = Path(config.model_folder)
+        weights = read_transformer(config.checkpoint_path or model_folder, use_ema)
+        sizes = transformer_config(model_folder)
+        self.model: HybridWanModel = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)[0]
+        self.model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
+        self.encoder: TextEncoder = load_text_encoder(
+            model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
+        )
+        self.made_by = {
+            "weights": fingerprint_of(weights.state),
+            "text_encoder": text_encoder_fingerprint(self.encoder),
+        }
+        self._config, self._device = config, device
+        self._sampler = FewStepSampler.from_steps(
+            config.denoising_steps, config.timestep_shift, config.warp_denoising_steps
+        )
+        stride = spatial_stride(model_folder)
+        self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
+
+    def roll_out(self, seed: int, text_BTD: Tensor) -> Tensor:
+        """The latents of a video, [1, F, C, h, w]."""
+        config, model = self._config, self.model
+        noise = SeededNoise([seed], (config.frames_per_block, *self._shape), self._device)
+        latents = torch.empty(1, config.num_output_frames, *self._shape, device=self._device)
+        blocks = num_blocks(config.num_output_frames, config.frames_per_block)
+        with model.as_teacher():
+            memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
+            made = rollout(model, self._sampler, noise, text, memory, blocks, context_noise=config.context_noise)
+            for block in made:
+                latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
+        return latents
+
+
+def generate_all(jobs: list[PromptJob], teacher: Teacher, writer: LatentWriter, prune: bool, quiet: bool) -> int:
+    """Add what is missing; returns how many rollouts were not finite."""
+    missing = writer.missing([SampleInfo(job.name, job.prompt, job.seed) for job in jobs], prune)
+    failed = 0
+    with Progress(disable=quiet) as progress:
+        for sample in progress.track(missing, description="rollouts"):
+            text_BTD = teacher.encoder.encode([sample.prompt])
+            latents = None
+            if not writer.has_latents(sample):
+                latents = teacher.roll_out(sample.seed, text_BTD)[0].to(torch.bfloat16)
+                if not torch.isfinite(latents).all():
+                    failed += 1
+                    log.error("%s is not finite: left out; check the weights, or use --dtype float32", sample.key)
+                    continue
+            writer.add(sample.key, latents, sample.prompt, sample.seed, text_BTD[0])
+    return failed
+
+
 @end_together
-@exit_on_input_error
+@entry_point()
 @torch.no_grad()
 def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
@@ -68,42 +160,21 @@ def main() -> int:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
-    teacher = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
-    check_device(teacher, device, dtype, decodes=False)
-    rank, world_size = rank_and_world_size()
-    folder = arguments.output_folder / f"rank-{rank}" if world_size > 1 else arguments.output_folder
+    softmax = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
+    check_device(softmax, device, dtype, decodes=False)
+    jobs = read_jobs(arguments)
+    folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
-    jobs = shard_jobs(
-        plan_jobs(read_prompts(arguments.data_path) * arguments.videos_per_prompt, arguments.seed), rank, world_size
-    )
-    model_folder = Path(config.model_folder)
-    weights = read_transformer(config.checkpoint_path or model_folder, arguments.use_ema)
-    sizes = transformer_config(model_folder)
-    model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
-    model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
-    encoder = load_text_encoder(model_folder, text_len=model.config.text_len, dtype=dtype, device=device)
-    sampler = config.sampler()
-    stride = spatial_stride(model_folder)
-    size = (config.height // stride, config.width // stride)
-    blocks = num_blocks(config.num_output_frames, config.frames_per_block)
-    settings = asdict(config) | {"dtype": str(dtype), "use_ema": arguments.use_ema}
-    settings["weights"] = fingerprint_of(weights.state)
-    failed = 0
-    with LatentWriter(folder, settings) as writer, Progress(disable=rank != 0) as progress:
-        for job in progress.track([job for job in jobs if job.name not in writer.keys], description="rollouts"):
-            text_BTD = encoder.encode([job.prompt])
-            noise = SeededNoise([job.seed], (config.frames_per_block, model.config.in_dim, *size), device)
-            latents = torch.empty(1, config.num_output_frames, model.config.in_dim, *size, device=device)
-            with model.as_teacher():
-                memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
-                for block in rollout(model, sampler, noise, text, memory, blocks, context_noise=config.context_noise):
-                    latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
-            if torch.isfinite(latents).all():
-                writer.add(job.name, latents[0].to(torch.bfloat16), job.prompt, job.seed, text_BTD[0])
-            else:
-                failed += 1
-                log.error("%s is not finite: left out; check the weights, or use --dtype float32", job.name)
-    log.info("%d samples are in %s", len(writer.keys), folder)
+    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings |= {"source": "rollouts", "dtype": str(dtype)}
+    with LatentWriter(folder, settings, pending=("weights", "text_encoder"), part=part) as writer:
+        teacher = Teacher(config, arguments.use_ema, dtype, device)
+        writer.complete(teacher.made_by)
+        failed = generate_all(jobs, teacher, writer, arguments.prune, quiet=rank_and_world_size()[0] != 0)
+        others = len(writer.keys - {job.name for job in jobs})
+    if others:
+        log.info("%d samples of other prompts or seeds stay: --prune removes them", others)
+    log.info("%d samples are in %s (%s)", len(writer.keys), folder, writer.counts)
     return 1 if failed else 0
 
 

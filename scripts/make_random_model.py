@@ -5,9 +5,10 @@ python scripts/make_random_model.py --size toy --layout diffusers --output_folde
 """
 
 import logging
+from pathlib import Path
 
 from arl2.model import HybridSettings
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.config import HybridConfig
 from pipelines.dtypes import DTYPES
 from pipelines.flags import Parser, as_path
@@ -15,12 +16,20 @@ from pipelines.generation.random_model import random_pipeline, save_native_folde
 from wan.config import WAN_SIZES
 from wan.text import TOY_TEXT, UMT5_XXL
 from wan.utils.errors import InputError
+from wan.utils.files import atomic_folder, check_writable
 from wan.vae.wan_vae import TOY_VAE, WAN21_VAE
 
 log = logging.getLogger(__name__)
 
 
-@exit_on_input_error
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model in either layout, or nothing."""
+    if not folder.is_dir():
+        return False
+    return any((folder / name).is_file() for name in ("model_index.json", "config.json")) or not any(folder.iterdir())
+
+
+@entry_point()
 def main() -> int:
     """Parse, draw, save."""
     parser = Parser(__doc__, HybridConfig, aliases={"--folder": "--output_folder"})
@@ -37,6 +46,9 @@ def main() -> int:
     released = not (arguments.hybrid_layers or toy or arguments.text_encoder == "toy")
     if arguments.layout == "native" and not released:
         raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
+    check_writable(arguments.folder.parent)
+    if arguments.folder.exists() and not is_model(arguments.folder):
+        raise InputError(f"{arguments.folder} is there and holds no model that could be replaced: choose another")
     pipeline = random_pipeline(
         arguments.size,
         HybridSettings(tuple(arguments.hybrid_layers)),
@@ -46,10 +58,11 @@ def main() -> int:
         device=choose_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
     )
-    if arguments.layout == "native":
-        save_native_folder(pipeline, arguments.output_folder)
-    else:
-        pipeline.save_pretrained(arguments.output_folder)
+    with atomic_folder(arguments.output_folder) as temporary:
+        if arguments.layout == "native":
+            save_native_folder(pipeline, temporary)
+        else:
+            pipeline.save_pretrained(temporary)
     log.info("random %s model written to %s", arguments.size, arguments.output_folder)
     return 0
 

@@ -30,11 +30,12 @@ from arl2.rollout import FewStepSampler
 from arl2.toyworld.probe.leakage import leakage_by_block
 from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig
 from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
+from pipelines.records import reserved, without_infinities
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder
@@ -115,6 +116,40 @@ def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
+def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.device) -> dict[str, Any]:
+    """All figures.
+
+    Raises:
+        InputError: a model that is missing or damaged, or a row that cannot be.
+    """
+    pipeline = CausalVideoPipeline.from_pretrained(
+        config.model_folder,
+        checkpoint_path=config.checkpoint_path,
+        hybrid=config.hybrid.settings(),
+        device=device,
+        denoising_steps=config.denoising_steps,
+        warp_denoising_steps=config.warp_denoising_steps,
+        timestep_shift=config.timestep_shift,
+    )
+    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
+    vae = WanVAE(pipeline.vae)
+    encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
+    probe_set = make_probe_set(vae, encoder, arguments.num_videos, arguments.seed, arguments.hidden_frames)
+    models: dict[str, dict[str, Any]] = {}
+    for name, setup in rows.items():
+        models[name] = probe_model(setup, vae, probe_set)
+        right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
+        log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
+    models |= ceilings(vae, probe_set)
+    return {
+        "models": models,
+        "leak": leakage_by_block(probe_set.latents_BFCHW, probe_set.scenes),
+        "settings": {"videos": arguments.num_videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(
@@ -136,40 +171,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, probe, report."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     device = choose_device(arguments.device)
-    pipeline = CausalVideoPipeline.from_pretrained(
-        config.model_folder,
-        checkpoint_path=config.checkpoint_path,
-        hybrid=config.hybrid.settings(),
-        device=device,
-        denoising_steps=config.denoising_steps,
-        warp_denoising_steps=config.warp_denoising_steps,
-        timestep_shift=config.timestep_shift,
-    )
-    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
-    vae = WanVAE(pipeline.vae)
-    encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
-    probe = make_probe_set(vae, encoder, arguments.num_videos, arguments.seed, arguments.hidden_frames)
-    models: dict[str, dict[str, Any]] = {}
-    for name, setup in rows.items():
-        models[name] = probe_model(setup, vae, probe)
-        right, obeyed = models[name]["accuracy"], models[name]["obeyed"]["both"]["accuracy"]
-        log.info("%s: remembered %.3f, obeyed %.3f", name, right, obeyed)
-    models |= ceilings(vae, probe)
-    result = {
-        "models": models,
-        "leak": leakage_by_block(probe.latents_BFCHW, probe.scenes),
-        "settings": {"videos": arguments.num_videos, "seed": arguments.seed, "hidden_frames": arguments.hidden_frames},
-        "device": device_name(device),
-        "torch": torch.__version__,
-    }
-    write_json(arguments.json, result)
-    print_table(models)
+    with reserved(arguments.json):
+        result = probe(arguments, config, device)
+        write_json(arguments.json, without_infinities(result))
+    print_table(result["models"])
     return 0
 
 

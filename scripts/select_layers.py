@@ -15,8 +15,8 @@ control. vbench: scores made elsewhere, {"layer": score}, low for layers whose c
 """
 
 import argparse
-import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid, found_settings
+from arl2.checkpoint import build_hybrid
 from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
@@ -39,14 +39,16 @@ from arl2.layer_selection.scores import (
     replacement_scores,
 )
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import num_blocks
-from pipelines.cli import choose_device, exit_on_input_error, rank_and_world_size
+from arl2.rollout import SeededNoise, num_blocks
+from arl2.statement import found_settings
+from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
-from pipelines.generation.arguments import check_config, check_device, check_writable
-from pipelines.generation.pipeline import SeededNoise
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.generation.arguments import check_config, check_device
+from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
+from pipelines.provenance import text_encoder_fingerprint
+from pipelines.records import Records, open_records
 from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
@@ -55,12 +57,14 @@ from wan.checkpoints.loading import fingerprint_of
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
-from wan.utils.files import write_json
+from wan.utils.files import check_target
 from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
+IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
+"""Settings that latents do not depend on here; weights count by their content."""
 METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
@@ -112,41 +116,11 @@ def needed(arguments: argparse.Namespace, name: str) -> Any:
     return value
 
 
-class KeptScores:
-    """Scores of every video by layer, in a JSON file that grows batch by batch.
-
-    Args:
-        path: of the file; None to keep nothing.
-        settings: what the scores depend on; must be those of a file that is there.
-
-    Raises:
-        InputError: the file is of other settings, or cannot be read.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self._path = path
-        self._settings = json.loads(json.dumps(settings))
-        self.videos: dict[str, dict[str, float]] = {}
-        if path is not None and path.is_file():
-            try:
-                page = json.loads(path.read_text())
-                settings_there, self.videos = page["settings"], page["videos"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f"cannot read scores from {path}: remove it, or give another --json") from error
-            if settings_there != self._settings:
-                raise InputError(f"{path} holds scores of other settings: remove it, or give another --json")
-
-    def add(self, names: list[str], scores: dict[int, list[float]]) -> None:
-        """Take in a batch: its videos, and for every layer a score of each."""
-        for place, name in enumerate(names):
-            self.videos[name] = {str(layer): values[place] for layer, values in scores.items()}
-        if self._path is not None:
-            write_json(self._path, {"settings": self._settings, "videos": self.videos})
-
-    def means(self, jobs: list[PromptJob]) -> dict[int, float]:
-        """Over the videos of some jobs, by layer."""
-        rows = [self.videos[job.name] for job in jobs]
-        return {int(layer): sum(row[layer] for row in rows) / len(rows) for layer in rows[0]}
+def means(records: Records, jobs: list[PromptJob]) -> dict[int, float]:
+    """Mean score over the videos of some jobs, by layer; infinite if one was not finite, which JSON calls null."""
+    rows = [records.find(job.name) or {} for job in jobs]
+    scores = {layer: [math.inf if row[layer] is None else row[layer] for row in rows] for layer in rows[0]}
+    return {int(layer): sum(values) / len(values) for layer, values in scores.items()}
 
 
 def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJob]:
@@ -158,22 +132,20 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
     needed(arguments, "checkpoint_path")
     if config.memory.kind is MemoryKind.window:
         raise InputError("replacement compares models with full memory: set memory.kind to full")
-    prompts = read_prompts(needed(arguments, "data_path"))
-    if arguments.json is not None:
-        check_writable(arguments.json.parent)
-    return plan_jobs([prompts[number % len(prompts)] for number in range(arguments.num_videos)], arguments.seed)
+    requests = read_requests(needed(arguments, "data_path"))
+    times = -(-arguments.num_videos // len(requests))
+    return plan_jobs(repeat_requests(requests, times)[: arguments.num_videos], arguments.seed)
 
 
 def load(
     config: InferenceConfig, weights: TransformerWeights, dtype: torch.dtype, device: torch.device
-) -> tuple[HybridWanModel, TextEncoder]:
-    """A model that is hybrid in all layers, and its text encoder.
+) -> HybridWanModel:
+    """A model that is hybrid in all layers.
 
     Raises:
         InputError: it is hybrid in some layers only.
     """
-    folder = Path(config.model_folder)
-    sizes = transformer_config(folder)
+    sizes = transformer_config(Path(config.model_folder))
     layers = found_settings(weights.state).layers
     if len(layers) != sizes["num_layers"]:
         raise InputError(
@@ -182,7 +154,7 @@ def load(
         )
     model, _ = build_hybrid(weights, sizes, HybridSettings(), dtype=dtype, device=device)
     model.use_attention_backend(require_backend(config.attention_backend, device, dtype))
-    return model, load_text_encoder(folder, text_len=model.config.text_len, dtype=dtype, device=device)
+    return model
 
 
 def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
@@ -192,24 +164,42 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     jobs = plan(arguments, config)
     plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
     check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
-    weights = read_transformer(str(config.checkpoint_path))
-    made_with = {"seed": arguments.seed, "dtype": str(dtype), "weights": fingerprint_of(weights.state)}
-    kept = KeptScores(arguments.json, asdict(config) | made_with)
-    missing = [job for job in jobs if job.name not in kept.videos]
-    if missing:
-        model, encoder = load(config, weights, dtype, device)
-        sampler = config.sampler()
-        stride = spatial_stride(Path(config.model_folder))
-        shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
-        blocks = num_blocks(config.num_output_frames, config.frames_per_block)
-        batches = [missing[first : first + arguments.batch] for first in range(0, len(missing), arguments.batch)]
-        with Progress() as progress:
-            for batch in progress.track(batches, description="batches of videos"):
-                text = encoder.encode([job.prompt for job in batch])
-                noise = SeededNoise([job.seed for job in batch], shape, device)
-                scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
-                kept.add([job.name for job in batch], scores)
-    return kept.means(jobs)
+    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings |= {"seed": arguments.seed, "dtype": str(dtype)}
+    with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
+        weights = read_transformer(str(config.checkpoint_path))
+        model_folder = Path(config.model_folder)
+        sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
+        encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
+        settings |= {"weights": fingerprint_of(weights.state), "text_encoder": text_encoder_fingerprint(encoder)}
+        records.made_with(settings)
+        missing = [job for job in jobs if records.find(job.name) is None]
+        if missing:
+            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records)
+        return means(records, jobs)
+
+
+def score_videos(
+    jobs: list[PromptJob],
+    batch_size: int,
+    config: InferenceConfig,
+    model: HybridWanModel,
+    encoder: TextEncoder,
+    records: Records,
+) -> None:
+    """Make videos batch by batch and note the scores of each, by layer."""
+    sampler = config.sampler()
+    stride = spatial_stride(Path(config.model_folder))
+    shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
+    blocks = num_blocks(config.num_output_frames, config.frames_per_block)
+    batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
+    with Progress() as progress:
+        for batch in progress.track(batches, description="batches of videos"):
+            text = encoder.encode([job.prompt for job in batch])
+            noise = SeededNoise([job.seed for job in batch], shape, model.device)
+            scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
+            for place, job in enumerate(batch):
+                records.put(job.name, {str(layer): values[place] for layer, values in scores.items()})
 
 
 def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
@@ -231,13 +221,13 @@ def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dic
     return readers[arguments.method](needed(arguments, "scores"), num_layers)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, check, score, write."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     config = replace(config, hybrid=HybridConfig())
-    check_writable(arguments.yaml.parent)
+    check_target(arguments.yaml)
     if arguments.method == "replacement":
         check_config(config, i2v=False)
         scores = score_by_replacement(arguments, config)

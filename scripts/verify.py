@@ -15,13 +15,12 @@ from rich.console import Console
 
 from arl2.evaluation.golden.run import verify_folder
 from arl2.evaluation.golden.vectors import CaseResult, Precision
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.dtypes import DTYPES
 from pipelines.flags import Parser, as_path
-from pipelines.generation.arguments import check_writable
 from pipelines.provenance import device_name
 from wan.ops.attention import require_backend
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
 
@@ -49,7 +48,7 @@ def row(result: CaseResult) -> dict[str, Any]:
     return fields
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, replay, report."""
     parser = Parser(__doc__)
@@ -61,7 +60,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
     if arguments.json:
-        check_writable(arguments.json.parent)
+        check_target(arguments.json)
     # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))

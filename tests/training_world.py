@@ -12,11 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from paths import ROOT
 from tiny_models import HEIGHT, TINY, WIDTH, tiny_model
 
-from arl2.distillation.data import LatentWriter
+from arl2.distillation.latent_writer import LatentWriter
 
 CONFIG = """
 model_folder: {root}/model
@@ -125,3 +126,18 @@ def weights(
     """The files of a checkpoint."""
     folder = run_folder / "checkpoints" / f"step-{steps:08d}"
     return {name: (folder / f"{name}.safetensors").read_bytes() for name in names}
+
+
+def train(monkeypatch: pytest.MonkeyPatch, root: Path, stage: int, *settings: str) -> int:
+    """Run a stage in this process; returns its exit status."""
+    torch.set_num_threads(1)  # as started processes have it: the same bits, and no thread waits for another
+    monkeypatch.setattr(sys, "argv", command(root, stage, *settings))
+    status: int = import_module(f"train_stage{stage}").main()
+    return status
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error, which a run that failed leaves."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error

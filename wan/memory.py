@@ -1,4 +1,4 @@
-"""What a causal model remembers of earlier blocks: one object a layer, all behind one protocol.
+"""Memories of earlier blocks: one object per layer, all behind one protocol.
 
 Attending is a pure read: a layer gets a *view* of its memory and returns its output. Remembering is the
 only write: the clean pass returns *updates*, and the caller commits them. Layers own no memory.
@@ -15,13 +15,13 @@ from wan.utils.errors import InputError
 
 
 class LayerMemory(Protocol):
-    """The memory of one layer. What a view and an update are is between the layer and its memory."""
+    """Memory of one layer; the types of views and updates are private to the layer and its memory."""
 
     def read(self, tokens: int) -> Any:
-        """A view of all that was committed, for a block of `tokens` tokens to attend to."""
+        """View of everything committed, for a block of `tokens` tokens."""
 
     def commit(self, update: Any) -> None:
-        """Take in what the layer returned from a clean pass."""
+        """Commit the update that the layer returned from a clean pass."""
 
     def detach(self) -> None:
         """Cut back-propagation into earlier commits."""
@@ -31,11 +31,11 @@ class LayerMemory(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held on the device."""
+        """Bytes allocated on the device."""
 
 
 def check_window(window_frames: int | None, sink_frames: int, frames_per_block: int) -> None:
-    """Make sure that a block fits into a window beside its sink; None for no window.
+    """Check that a block fits into a window beside its sink; None for no window.
 
     Raises:
         InputError: the window is too small.
@@ -49,16 +49,16 @@ def check_window(window_frames: int | None, sink_frames: int, frames_per_block: 
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """What a memory must be able to hold.
+    """Sizes and kind of a memory.
 
     Attributes:
-        batch_size: videos at a time.
-        tokens_per_frame: tokens of one latent frame.
-        device, dtype: where keys and values live, and their type.
-        frames: latent frames to allocate at once; full memories grow beyond it.
-        window_frames: most latent frames that a query sees, its own block included; None for all.
+        batch_size: videos per batch.
+        tokens_per_frame: tokens per latent frame.
+        device, dtype: those of keys and values.
+        frames: latent frames to allocate at first; full memories grow beyond it.
+        window_frames: upper bound on the latent frames that a query sees, its own block included; None for all.
         sink_frames: first frames of the video that a window never drops.
-        differentiable: keep the graph of committed updates, for training; without it commits are in place.
+        differentiable: whether to keep the graph of committed updates, for training; otherwise commits are in place.
     """
 
     batch_size: int
@@ -79,12 +79,12 @@ class MemorySpec:
 
     @property
     def window_tokens(self) -> int | None:
-        """The window in tokens."""
+        """Tokens of the window; None for full memory."""
         return None if self.window_frames is None else self.window_frames * self.tokens_per_frame
 
     @property
     def sink_tokens(self) -> int:
-        """The sink in tokens."""
+        """Tokens of the sink."""
         return self.sink_frames * self.tokens_per_frame
 
 
@@ -97,10 +97,10 @@ class KVUpdate:
 
 
 class KVView(Protocol):
-    """What a softmax layer may see of its memory."""
+    """Interface of a softmax layer's view of its memory."""
 
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and mask (None: all visible) for queries of the block whose keys and values are given."""
+        """Keys, values and mask (None if all are visible) for queries of the block with the given keys and values."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class SlotView:
 
     Attributes:
         keys_BMHD, values_BMHD: the whole buffer.
-        slot: buffer ranges [start, stop) of the current block, two where a ring wraps around.
-        visible: leading buffer tokens that a query sees once the block is in its slot.
-        recurs: whether later blocks, of this video or of the next in this memory, will find the same slot.
+        slot: buffer ranges [start, stop) of the current block; two where a ring wraps around.
+        visible: number of leading buffer tokens that a query sees once the block is in its slot.
+        recurs: whether later blocks of the video will use the same slot.
     """
 
     keys_BMHD: Tensor
@@ -123,14 +123,14 @@ class SlotView:
     recurs: bool = False
 
     def write(self, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
-        """Put a block into the slot."""
+        """Copy a block into the slot."""
         sizes = [stop - start for start, stop in self.slot]
         for buffer, block in ((self.keys_BMHD, k_BLHD), (self.values_BMHD, v_BLHD)):
             for (start, stop), piece in zip(self.slot, block.split(sizes, dim=1), strict=True):
                 buffer[:, start:stop].copy_(piece)
 
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The remembered tokens and the block's own, without copying the past. Softmax needs no order of keys."""
+        """Remembered tokens and the block's own, without a copy of the past; softmax needs no order of keys."""
         self.write(k_BLHD, v_BLHD)
         return self.keys_BMHD[:, : self.visible], self.values_BMHD[:, : self.visible], None
 
@@ -138,8 +138,8 @@ class SlotView:
 class KVMemory:
     """Keys and values of all earlier blocks, or of a sink and a sliding window, in a preallocated buffer.
 
-    The current block takes the place of the oldest frames after the sink, so a window is a ring in which
-    nothing is ever moved, and a commit only moves the mark. Not differentiable.
+    The current block overwrites the oldest frames after the sink. So a window is a ring in which nothing is moved, and
+    a commit only advances a counter. Not differentiable.
     """
 
     def __init__(self, spec: MemorySpec, num_heads: int, head_dim: int) -> None:
@@ -151,7 +151,7 @@ class KVMemory:
         self._keys, self._values = (torch.zeros(shape, device=spec.device, dtype=spec.dtype) for _ in range(2))
 
     def read(self, tokens: int) -> SlotView:
-        """The committed tokens, and a slot for a block of `tokens` tokens.
+        """View of the committed tokens, with a slot for a block of `tokens` tokens.
 
         Raises:
             InputError: the window is too small for such a block.
@@ -163,7 +163,7 @@ class KVMemory:
         return SlotView(self._keys, self._values, self._ring_slot(tokens), min(end, self._window), recurs=True)
 
     def _ring_slot(self, tokens: int) -> list[tuple[int, int]]:
-        """Buffer ranges of the next `tokens` tokens: first through the whole window, then round the ring."""
+        """Buffer ranges of the next `tokens` tokens: first the whole window in order, then around the ring."""
         assert self._window is not None
         ring = self._window - self._sink
         if tokens > (ring if self._written else self._window):
@@ -180,13 +180,13 @@ class KVMemory:
         return ranges
 
     def commit(self, update: KVUpdate) -> None:
-        """Keep a block for good; a window forgets its oldest tokens for it."""
+        """Append a block; a window drops its oldest tokens."""
         tokens = update.keys_BLHD.shape[1]
         self.read(tokens).write(update.keys_BLHD, update.values_BLHD)
         self._written += tokens
 
     def _reserve(self, tokens: int) -> None:
-        """Hold at least `tokens` tokens; grows by doubling so that copies stay rare."""
+        """Grow the buffer to at least `tokens` tokens, by doubling so that copies stay rare."""
         capacity = self._keys.shape[1]
         if tokens <= capacity:
             return
@@ -194,7 +194,7 @@ class KVMemory:
         self._keys, self._values = (torch.cat([buffer, extra], dim=1) for buffer in (self._keys, self._values))
 
     def remembered(self, tokens: int) -> KVUpdate:
-        """A copy of what a next block of `tokens` tokens can see of earlier ones, in no particular order."""
+        """Copy of the earlier tokens visible to a next block of `tokens` tokens, in no particular order."""
         view = self.read(tokens)
         kept = torch.ones(view.visible, dtype=torch.bool, device=self._keys.device)
         for start, stop in view.slot:
@@ -202,7 +202,7 @@ class KVMemory:
         return KVUpdate(self._keys[:, : view.visible][:, kept], self._values[:, : view.visible][:, kept])
 
     def detach(self) -> None:
-        """Nothing to cut: commits are copies."""
+        """Do nothing: commits are copies, so there is no graph to cut."""
 
     def reset(self) -> None:
         """Forget everything; the buffer stays allocated."""
@@ -216,18 +216,18 @@ class KVMemory:
 
 @dataclass(frozen=True)
 class ConcatView:
-    """Remembered keys and values as they were committed; the current block is concatenated behind them."""
+    """View of remembered keys and values; the current block is concatenated behind them."""
 
     keys_BMHD: Tensor
     values_BMHD: Tensor
 
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The remembered tokens and the block's own, in new tensors."""
+        """Remembered tokens and the block's own, in new tensors."""
         return torch.cat([self.keys_BMHD, k_BLHD], dim=1), torch.cat([self.values_BMHD, v_BLHD], dim=1), None
 
 
 class ConcatKVMemory:
-    """The differentiable counterpart of `KVMemory`, and its plain specification: everything by concatenation."""
+    """Differentiable counterpart of `KVMemory` and its specification: everything by concatenation."""
 
     def __init__(self, spec: MemorySpec, num_heads: int, head_dim: int) -> None:
         self._window = spec.window_tokens
@@ -236,20 +236,20 @@ class ConcatKVMemory:
         self._keys, self._values = self._empty, self._empty
 
     def read(self, tokens: int) -> ConcatView:
-        """The committed tokens that a block of `tokens` tokens may see."""
+        """View of the committed tokens visible to a block of `tokens` tokens."""
         if self._window is None:
             return ConcatView(self._keys, self._values)
         most = self._window - tokens
         return ConcatView(self._newest(self._keys, most), self._newest(self._values, most))
 
     def _newest(self, x_BMHD: Tensor, most: int) -> Tensor:
-        """The sink and the newest tokens after it, `most` in all."""
+        """Sink and newest tokens after it, `most` in total."""
         if x_BMHD.shape[1] <= most:
             return x_BMHD
         return torch.cat([x_BMHD[:, : self._sink], x_BMHD[:, x_BMHD.shape[1] - (most - self._sink) :]], dim=1)
 
     def commit(self, update: KVUpdate) -> None:
-        """Append a block and keep its graph."""
+        """Append a block with its graph."""
         self._keys, self._values, _ = ConcatView(self._keys, self._values).with_block(
             update.keys_BLHD, update.values_BLHD
         )
@@ -271,23 +271,25 @@ class ConcatKVMemory:
 
 
 class Memory:
-    """The memories of all layers of one model, for one batch of videos."""
+    """Memories of all layers of one model, for one batch of videos."""
 
     def __init__(self, layers: Sequence[LayerMemory]) -> None:
         self.layers = list(layers)
 
     def read(self, tokens: int) -> list[Any]:
-        """One view a layer, for a block of `tokens` tokens."""
+        """Views for a block of `tokens` tokens, one per layer."""
         return [layer.read(tokens) for layer in self.layers]
 
     def commit(self, updates: Sequence[Any]) -> None:
-        """Give every layer the update that it returned from a clean pass."""
+        """Commit the updates that the layers returned from a clean pass."""
         for layer, update in zip(self.layers, updates, strict=True):
             layer.commit(update)
 
     def detach(self) -> None:
-        """Cut back-propagation into earlier blocks. Call it before remembering a block, not after:
-        between remembering and the next read it would cut the gradient of what is written."""
+        """Cut back-propagation into earlier blocks.
+
+        Call it before remembering a block: between remembering and the next read it would cut the write's gradient.
+        """
         for layer in self.layers:
             layer.detach()
 
@@ -298,11 +300,11 @@ class Memory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held by all layers."""
+        """Bytes allocated by all layers."""
         return sum(layer.num_bytes for layer in self.layers)
 
 
 def new_kv_memory(spec: MemorySpec, num_heads: int, head_dim: int) -> LayerMemory:
-    """The memory of a softmax layer: in place, or differentiable if the spec says so."""
+    """New memory of a softmax layer: in place, or differentiable if the spec says so."""
     kind = ConcatKVMemory if spec.differentiable else KVMemory
     return kind(spec, num_heads, head_dim)

@@ -5,6 +5,7 @@ Parameter names are those of the Wan 2.1 release. Source: Wan 2.1, made causal b
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -27,7 +28,7 @@ TextKV = list[tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
-    """RMS norm over the last axis in float32; the weight is applied in the input's dtype."""
+    """RMS norm over the last axis in float32, times a weight in the input's dtype."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -43,26 +44,26 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
-    """x·(1 + scale) + shift, each frame's values applied to that frame's tokens."""
+    """Modulate tokens to x·(1 + scale) + shift, with one shift and scale per frame."""
     x = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
     return torch.addcmul(shift_BFD[:, :, None], x, 1 + scale_BFD[:, :, None]).flatten(1, 2)
 
 
 def plus_gated(x_BLD: Tensor, added_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
-    """x + added·gate, each frame's gate applied to that frame's tokens."""
+    """Gated sum x + added·gate, with one gate per frame."""
     x, added = (each.unflatten(1, (gate_BFD.shape[1], -1)) for each in (x_BLD, added_BLD))
     return torch.addcmul(x, added, gate_BFD[:, :, None]).flatten(1, 2)
 
 
 def layer_norm(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A layer norm of tokens in their own type if the weights have it too, as in inference.
+    """Apply a layer norm in the dtype of the tokens if the weights have it too, as in inference.
 
-    Under autocast it would come, and be modulated, in float32: twice the memory, from an input that has no more bits.
+    Under autocast the result, and its modulation, would be float32: twice the memory without more precision.
 
     Args:
-        norm: a layer norm, or nothing.
+        norm: a layer norm or an identity.
         x: tokens.
-        dtype: of the weights around it.
+        dtype: dtype of the weights around it.
     """
     kind = x.device.type
     if x.dtype is not dtype or not torch.is_autocast_enabled(kind):
@@ -74,7 +75,7 @@ def layer_norm(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AttentionLayer(nn.Module):
-    """The projections, norms and backend that both kinds of attention have."""
+    """Projections, norms and backend common to self-attention and cross-attention."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, eps: float) -> None:
         super().__init__()
@@ -89,42 +90,46 @@ class AttentionLayer(nn.Module):
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
 
     def heads(self, x_BLD: Tensor) -> Tensor:
-        """[B, L, dim] as [B, L, heads, head dim]."""
+        """View of [B, L, dim] as [B, L, heads, head dim]."""
         return x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def rotated(self, projected_BLD: Tensor, norm: nn.Module, rotary: Rotary) -> Tensor:
+        """Queries or keys of attention from their projection: normed and rotated, [B, L, heads, head dim]."""
+        return rotate(self.heads(norm(projected_BLD)), rotary)
 
 
 class SelfAttention(AttentionLayer):
-    """Softmax attention of a block's tokens over what its memory holds and over the block itself."""
+    """Softmax attention of a block's tokens over its memory and the block itself."""
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
-        """An empty memory of this layer's kind."""
+        """Empty memory of this layer's kind."""
         return new_kv_memory(spec, self.num_heads, self.head_dim)
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
-        """What this layer reads in place of a memory when all blocks are in the sequence."""
+        """View for a forward over all blocks at once, in place of one of a memory."""
         return layout.view
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, KVUpdate | None]:
-        """Attend, or return what to remember of these tokens, or both; the memory is not changed.
+        """Attend, or return the update of these tokens for the memory, or both; the memory is not changed.
 
         Args:
             x_BLD: normed and modulated tokens.
             rotary: rotation of these tokens.
-            view: what to see of earlier blocks, or which blocks of the sequence see which.
+            view: view of earlier blocks, or visibility between the blocks of the sequence.
             attend: whether to compute the output.
             remember: whether to compute the update.
 
         Returns:
             output [B, L, dim] or None, update or None.
         """
-        k = rotate(self.heads(self.norm_k(self.k(x_BLD))), rotary)
+        k = self.rotated(self.k(x_BLD), self.norm_k, rotary)
         v = self.heads(self.v(x_BLD))
         update = KVUpdate(k, v) if remember else None
         if not attend:
             return None, update
-        q = rotate(self.heads(self.norm_q(self.q(x_BLD))), rotary)
+        q = self.rotated(self.q(x_BLD), self.norm_q, rotary)
         if isinstance(view, BlocksView):
             return self.o(view.attention(q, k, v, self.backend).flatten(2)), update
         keys, values, mask = view.with_block(k, v)
@@ -132,7 +137,7 @@ class SelfAttention(AttentionLayer):
 
 
 class CrossAttention(AttentionLayer):
-    """Attention of the tokens over the text; padding is attended too, as in Wan 2.1."""
+    """Attention of the tokens over the text, padding included, as in Wan 2.1."""
 
     def keys_values(self, text_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, each [B, T, heads, head dim]; constant over a video."""
@@ -144,7 +149,7 @@ class CrossAttention(AttentionLayer):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; self-attention and feed-forward modulated by the timestep."""
+    """Block of self-attention, cross-attention and feed-forward; the timestep modulates the first and the last."""
 
     def __init__(
         self, dim: int, ffn_dim: int, num_heads: int, qk_norm: bool, cross_attn_norm: bool, eps: float
@@ -165,18 +170,19 @@ class Block(nn.Module):
         rotary: Rotary,
         view: Any,
         text_kv: tuple[Tensor, Tensor],
+        *,
         attend: bool,
         remember: bool,
     ) -> tuple[Tensor, Any]:
-        """One pass of a block's tokens; see `SelfAttention.forward` for `attend` and `remember`.
+        """Run one pass over a block's tokens; see `SelfAttention.forward` for `attend` and `remember`.
 
         Returns:
-            the tokens for the next layer (unchanged input without `attend`), and the update or None.
+            the tokens for the next layer (the input unchanged without `attend`), and the update or None.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None] + time_BF6D).unbind(dim=2)
         dtype = self.modulation.dtype
         tokens = modulate(layer_norm(self.norm1, x_BLD, dtype), shift1, scale1)
-        mixed, update = self.self_attn(tokens, rotary, view, attend, remember)
+        mixed, update = self.self_attn(tokens, rotary, view, attend=attend, remember=remember)
         if mixed is None:
             return x_BLD, update
         x = plus_gated(x_BLD, mixed, gate1)
@@ -186,7 +192,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, modulation and projection to patches."""
+    """Output head: norm, modulation and projection to patches."""
 
     def __init__(self, dim: int, patch_channels: int, eps: float) -> None:
         super().__init__()
@@ -200,11 +206,11 @@ class Head(nn.Module):
 
 
 class PassOutput(NamedTuple):
-    """What one pass over a block returns.
+    """Result of one pass over a block.
 
     Attributes:
         flow: predicted velocity [B, F, C, H, W]; None from a pass that remembers.
-        updates: one memory update a layer; None from a pass that only attends.
+        updates: memory updates, one per layer; None from a pass that only attends.
     """
 
     flow: Tensor | None
@@ -212,13 +218,13 @@ class PassOutput(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What all layers work on.
+    """Inputs of all layers.
 
     Attributes:
-        tokens_BLD: the patches of the latents.
+        tokens_BLD: embedded patches of the latents.
         rotary: rotation of every token.
-        time_BFD: embedding of each frame's timestep, which the head takes.
-        time_BF6D: the modulation that it causes in a block, [B, F, 6, D].
+        time_BFD: embedding of each frame's timestep, for the head.
+        time_BF6D: modulation of the blocks by each frame's timestep, [B, F, 6, D].
     """
 
     tokens_BLD: Tensor
@@ -228,7 +234,7 @@ class Embedded(NamedTuple):
 
 
 class FlowModel(Protocol):
-    """What can be rolled out: `CausalWanModel`, and what computes the same faster."""
+    """Interface of a model that can be rolled out: `CausalWanModel` and its faster forms."""
 
     def __call__(
         self,
@@ -254,12 +260,12 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         in_dim, out_dim: latent channels in and out.
         dim, ffn_dim, freq_dim: channels of the model, its feed-forward and its timestep sinusoids.
         num_heads, num_layers: sizes; see `wan.config.WAN_SIZES`.
-        qk_norm, cross_attn_norm: norms that every released Wan 2.1 model has.
+        qk_norm, cross_attn_norm: whether these norms exist; every released Wan 2.1 model has them.
         eps: epsilon of all norms.
         model_type: only "t2v", text to video.
 
     Raises:
-        InputError: sizes that do not fit one another.
+        InputError: the sizes are inconsistent.
     """
 
     _supports_gradient_checkpointing = True
@@ -307,7 +313,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """As in diffusers, but a name that is missing or unexpected is an error, never a random parameter."""
+        """Load as in diffusers, except that missing or unexpected names are an error."""
         kwargs["output_loading_info"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -319,7 +325,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         return model
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial values that training from scratch starts with; the output is zero at first."""
+        """Initialize all weights for training from scratch; the output is zero at first."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv3d):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
@@ -330,13 +336,13 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.head.weight)
 
     def use_attention_backend(self, backend: AttentionBackend) -> None:
-        """Let `backend` compute all softmax attention."""
+        """Use `backend` for all softmax attention."""
         for module in self.modules():
             if isinstance(module, AttentionLayer):
                 module.backend = backend
 
     def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of one latent frame of `height` × `width`.
+        """Number of tokens of one latent frame of `height` × `width`.
 
         Raises:
             InputError: the latent does not divide into patches.
@@ -347,7 +353,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         return (height // rows) * (width // columns)
 
     def new_memory(self, spec: MemorySpec) -> Memory:
-        """An empty memory: one object a layer, of the kind that the layer reads."""
+        """Empty memory: one object per layer, of the kind that the layer reads."""
         return Memory([block.self_attn.new_memory(spec) for block in self.layers()])
 
     def memory_for(
@@ -356,15 +362,22 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         window_frames: int | None = None,
         sink_frames: int = 0,
         differentiable: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Memory:
-        """An empty memory for videos of the number, length and size of some latents; see `MemorySpec`."""
+        """Empty memory for videos of the number, length and size of some latents, on their device.
+
+        Args:
+            latents_BFCHW: only their shape and device count.
+            window_frames, sink_frames, differentiable: as in `MemorySpec`.
+            dtype: of keys and values; None for that of the model.
+        """
         batch, frames, _, height, width = latents_BFCHW.shape
         return self.new_memory(
             MemorySpec(
                 batch_size=batch,
                 tokens_per_frame=self.tokens_per_frame(height, width),
                 device=latents_BFCHW.device,
-                dtype=self.patch_embedding.weight.dtype,
+                dtype=self.patch_embedding.weight.dtype if dtype is None else dtype,
                 frames=frames,
                 window_frames=window_frames,
                 sink_frames=sink_frames,
@@ -372,22 +385,42 @@ class CausalWanModel(ModelMixin, ConfigMixin):
             )
         )
 
+    def memory_bytes(
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+    ) -> int:
+        """Bytes of all layers' memories of one video; nothing is allocated.
+
+        Args:
+            frames: latent frames that are remembered.
+            height, width: of a latent frame.
+            dtype: of keys and values.
+            window_frames, sink_frames: as in `MemorySpec`.
+        """
+        latents = torch.empty(1, frames, self.config.in_dim, height, width, device="meta")
+        return self.memory_for(latents, window_frames, sink_frames, dtype=dtype).num_bytes
+
     def parallel_views(self, layout: ParallelLayout) -> list[Any]:
-        """One view a layer for a forward over all blocks at once; see `wan.teacher_forcing`."""
+        """Views for a forward over all blocks at once, one per layer; see `wan.teacher_forcing`."""
         return [block.self_attn.parallel_view(layout) for block in self.layers()]
 
     def layers(self) -> list[Block]:
-        """The blocks in order."""
+        """Transformer blocks in order."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def embed_text(self, text_BTD: Tensor) -> TextKV:
-        """Keys and values of a prompt for every layer, to be computed once a video.
+        """Compute keys and values of a prompt for every layer; once per video is enough.
 
         Args:
             text_BTD: text encoder output [B, up to text_len, text_dim]; zero rows are added up to text_len.
 
         Raises:
-            InputError: another shape.
+            InputError: the shape does not fit.
         """
         missing = self.config.text_len - text_BTD.shape[1]
         if missing < 0 or text_BTD.shape[2] != self.config.text_dim:
@@ -399,7 +432,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         return [block.cross_attn.keys_values(text) for block in self.layers()]
 
     def embed(self, latents_BFCHW: Tensor, timesteps_BF: Tensor, frames_F: Tensor) -> Embedded:
-        """What the layers work on; see `forward` for the arguments."""
+        """Embed latents and timesteps; see `forward` for the arguments."""
         dtype, (_, rows, columns) = self.patch_embedding.weight.dtype, self.patch_size
         patches = rearrange(latents_BFCHW.to(dtype), "b f c (h r) (w s) -> b (f h w) (c r s)", r=rows, s=columns)
         tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
@@ -417,16 +450,15 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         frames_F: Tensor,
         remember: bool = False,
     ) -> PassOutput:
-        """One pass over a block. The memory behind `views` is not changed.
+        """Run one pass over a block; the memory behind `views` is not changed.
 
         Args:
             latents_BFCHW: noisy or clean latents of the block.
             timesteps_BF: timestep of every latent frame, 0 (clean) to 1000 (noise).
-            text: text encoder output [B, T, text_dim], or what `embed_text` made of it.
-            views: what each layer may see of earlier blocks, from `Memory.read`.
+            text: text encoder output [B, T, text_dim], or the result of `embed_text`.
+            views: each layer's view of earlier blocks, from `Memory.read`.
             frames_F: absolute index of every latent frame.
-            remember: return what to remember of these latents instead of the flow; then only what the
-                memory needs is computed.
+            remember: return memory updates instead of the flow; parts that they do not need are skipped.
 
         Returns:
             flow, or updates for `Memory.commit`.
@@ -436,18 +468,17 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         layers, updates = self.layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
             attend = not (remember and block is layers[-1])
-            arguments = (x, time_BF6D, rotary, view, kv, attend, remember)
+            run = partial(block, attend=attend, remember=remember)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, update = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                x, update = block(*arguments)
+                run = partial(self._gradient_checkpointing_func, run)
+            x, update = run(x, time_BF6D, rotary, view, kv)
             updates.append(update)
         if remember:
             return PassOutput(None, updates)
         return PassOutput(self.flow(x, time_BFD, *latents_BFCHW.shape[-2:]), None)
 
     def flow(self, x_BLD: Tensor, time_BFD: Tensor, height: int, width: int) -> Tensor:
-        """The velocity [B, F, C, height, width] from the tokens that leave the last layer."""
+        """Velocity [B, F, C, height, width] from the tokens after the last layer."""
         _, rows, columns = self.patch_size
         patches = self.head(x_BLD, time_BFD)
         pattern = "b (f h w) (r s c) -> b f c (h r) (w s)"

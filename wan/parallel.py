@@ -1,4 +1,4 @@
-"""All blocks of a video in one forward: what replaces a memory when the latents are known beforehand.
+"""Forward over all blocks of a video at once: views that replace a memory when all latents are known.
 
 The block loop is the specification; this computes the same numbers with far fewer and larger kernels.
 The sequence is one half, or two: the clean latents that are remembered, then the noisy ones that attend.
@@ -14,20 +14,22 @@ from wan.ops.attention import AttentionBackend, attention
 from wan.utils.errors import InputError
 
 MAX_MASKED_TOKENS = 512
-"""Of a block; longer ones attend one by one. A mask hides at least half of the work, wants [L, L] bytes, and keeps the
-fastest kernels away."""
+"""Upper bound on tokens per block for masked attention; longer blocks attend one by one.
+
+A mask hides at least half of the work, takes [L, L] bytes, and excludes the fastest kernels.
+"""
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a sequence divides into halves, blocks, frames and tokens.
+    """Division of a sequence into halves, blocks, frames and tokens.
 
     Attributes:
         num_frames: latent frames of the video (of one half).
         frames_per_block, tokens_per_frame: sizes of a block and a frame.
-        halves: 2 where clean latents stand before the noisy ones, 1 where the latents remember themselves.
-        device: where the mask is needed.
-        window_frames, sink_frames: as in `wan.memory.MemorySpec`; only softmax layers heed them.
+        halves: 2 if clean latents precede the noisy ones, 1 if the latents themselves are remembered.
+        device: device of the mask.
+        window_frames, sink_frames: as in `wan.memory.MemorySpec`; only softmax layers use them.
     """
 
     num_frames: int
@@ -44,17 +46,17 @@ class ParallelLayout:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the video."""
+        """Number of blocks of the video."""
         return self.num_frames // self.frames_per_block
 
     @property
     def tokens_per_block(self) -> int:
-        """Tokens of one block."""
+        """Number of tokens per block."""
         return self.frames_per_block * self.tokens_per_frame
 
     @cached_property
     def mask(self) -> Tensor:
-        """True where a token sees another, [L, L]: its own block in its half, and earlier blocks of the first half."""
+        """Mask [L, L], True where a token sees another: own block in its half, and earlier blocks of the first half."""
         frame = torch.arange(self.num_frames, device=self.device).repeat(self.halves)
         half = torch.arange(self.halves, device=self.device).repeat_interleave(self.num_frames)
         block = frame // self.frames_per_block
@@ -68,7 +70,7 @@ class ParallelLayout:
         return visible.repeat_interleave(self.tokens_per_frame, 0).repeat_interleave(self.tokens_per_frame, 1)
 
     def seen_tokens(self, half: int, block: int) -> list[slice]:
-        """Which tokens of the sequence a block of a half sees, in order: the rows of `mask` as slices."""
+        """Ranges of tokens that a block of a half sees, in order: the rows of `mask` as slices."""
         start = block * self.frames_per_block
         frames = [(0, start)]
         if self.window_frames is not None:
@@ -86,40 +88,40 @@ class ParallelLayout:
 
     @property
     def view(self) -> "MaskedView | BlocksView":
-        """What a softmax layer needs to know of it."""
+        """View of a softmax layer: masked for short blocks, block by block for long ones."""
         return MaskedView(self.mask) if self.tokens_per_block <= MAX_MASKED_TOKENS else BlocksView(self)
 
 
 @dataclass(frozen=True)
 class MaskedView:
-    """A softmax layer's view when all blocks are in the sequence: the mask says who sees whom.
+    """View of a softmax layer when all blocks are in the sequence, as a mask.
 
     Attributes:
-        mask_LM: of a `ParallelLayout`.
+        mask_LM: mask of a `ParallelLayout`.
     """
 
     mask_LM: Tensor
 
     def with_block(self, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The keys and values given, and the mask."""
+        """Given keys and values, and the mask."""
         return k_BLHD, v_BLHD, self.mask_LM
 
 
 @dataclass(frozen=True)
 class BlocksView:
-    """The same without a mask: the blocks attend one after the other.
+    """View of a softmax layer when all blocks are in the sequence, which attend one after the other.
 
-    Keys and values that do not lie together, those of a noisy block and of the clean ones before it, are copied; where
-    gradients are taken and nothing is checkpointed, all these copies are kept.
+    Keys and values of a noisy block and of the clean ones before it are not contiguous, and are copied. With gradients
+    and without checkpointing all these copies are kept.
 
     Attributes:
-        layout: of the sequence.
+        layout: layout of the sequence.
     """
 
     layout: ParallelLayout
 
     def attention(self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, backend: AttentionBackend) -> Tensor:
-        """Softmax attention of all tokens; see `wan.ops.attention.attention`."""
+        """Compute softmax attention of all tokens; see `wan.ops.attention.attention`."""
         out = []
         for place, queries in enumerate(q_BLHD.split(self.layout.tokens_per_block, dim=1)):
             seen = self.layout.seen_tokens(*divmod(place, self.layout.num_blocks))

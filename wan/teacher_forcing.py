@@ -1,4 +1,4 @@
-"""The parallel training forward: every block denoised at once, each after the given clean blocks before it."""
+"""Parallel training forward: all blocks denoised at once, each after the given clean blocks before it."""
 
 import torch
 from torch import Tensor
@@ -17,16 +17,16 @@ def teacher_forced_flow(
     window_frames: int | None = None,
     sink_frames: int = 0,
 ) -> Tensor:
-    """The flow of all blocks of a video; equal to the block loop that remembers the same latents.
+    """Compute the flow of all blocks of a video; equal to the block loop that remembers the same latents.
 
     Args:
         model: any causal model; hybrid layers included.
         noisy_BFCHW: noisy latents of the whole video.
         timesteps_BF: their timesteps.
         text: as in `CausalWanModel.forward`.
-        frames_per_block: latent frames of a block.
-        clean_BFCHW: what is remembered (teacher forcing); without it the noisy latents are, at their own
-            timesteps (diffusion forcing).
+        frames_per_block: latent frames per block.
+        clean_BFCHW: latents that are remembered (teacher forcing). Without them the noisy latents are remembered, at
+            their own timesteps (diffusion forcing).
         window_frames, sink_frames: as in `wan.memory.MemorySpec`.
 
     Returns:

@@ -1,7 +1,9 @@
 """The UMT5 text encoder and its tokenizer, through transformers, from Wan's own files or a diffusers folder."""
 
 import html
+import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,15 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from wan.checkpoints.formats import family, read_config
+from wan.checkpoints.configs import Field, check_settings, flag, one_of, read_config, real, shown, whole
+from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.checkpoints.saving import write_pickle
+from wan.checkpoints.tensors import require_one_type_per_role
+from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_path
+
+log = logging.getLogger(__name__)
 
 NATIVE_TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 NATIVE_TOKENIZER_FOLDER = "google/umt5-xxl"
@@ -61,6 +68,35 @@ _BLOCK_PARTS = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
+INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Characters that Unicode counts as letters or symbols and that show nothing: fillers and the empty Braille cell."""
+SHOWN_CHARACTERS = 60
+"""How much of a prompt, and of what is cut from it, a warning shows."""
+# What shapes an encoder in transformers' config.json, and the names of its sizes here and there.
+_TRANSFORMERS: dict[str, Field] = {
+    "vocab_size": whole(1, 1 << 24),
+    **dict.fromkeys(("d_model", "d_kv", "d_ff"), whole(1, 1 << 17)),
+    **dict.fromkeys(("num_layers", "num_heads"), whole(1, 1024)),
+    "relative_attention_num_buckets": whole(2, 1 << 16),
+    "relative_attention_max_distance": whole(2, 1 << 20),
+    "layer_norm_epsilon": real(0, 0.1, above=True),
+    "feed_forward_proj": one_of("gated-gelu"),
+    "dense_act_fn": one_of("gelu_new"),
+    "is_gated_act": one_of(True),
+    "is_decoder": one_of(False),
+    "tie_word_embeddings": flag(),
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "d_model",
+    "dim_ffn": "d_ff",
+    "num_heads": "num_heads",
+    "num_layers": "num_layers",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "norm_eps": "layer_norm_epsilon",
+}
+_NEEDED = (*_SIZES.values(), "d_kv", "feed_forward_proj")
 _EMBEDDING = "token_embedding.weight"
 _EMBEDDING_COPIES = ("shared.weight", "encoder.embed_tokens.weight")
 
@@ -71,19 +107,46 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", mended).strip()
 
 
+def has_text(prompt: str) -> bool:
+    """Whether anything that can be seen is left of a prompt once it is cleaned.
+
+    Spaces, control characters, marks without a letter, and characters without a shape of their own do not count.
+    """
+    return any(
+        unicodedata.category(character)[0] not in "CZM" and character not in INVISIBLE_LETTERS
+        for character in clean_prompt(prompt)
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
 class TextEncoder:
     """Prompts to embeddings.
 
     Args:
-        model: the encoder.
+        model: the encoder. One in float16 is cast, as `wide_range_dtype` says: its activations exceed that range, and
+            transformers would clip them.
         tokenizer: None if only token ids will be encoded.
-        text_len: tokens of every embedding; longer prompts are cut, shorter ones padded with zero rows.
+        text_len: tokens of every embedding, the end mark included; longer prompts are cut with a warning, shorter ones
+            padded with zero rows.
+        known_cuts: prompts whose cut was reported, which grows; encoders that share it warn once per prompt.
     """
 
-    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase | None, text_len: int) -> None:
+    def __init__(
+        self,
+        model: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_len: int,
+        known_cuts: set[str] | None = None,
+    ) -> None:
+        if holds_float16(model):
+            model.to(dtype=wide_range_dtype(torch.float16, model.device))
         self.model = model
         self.tokenizer = tokenizer
         self.text_len = text_len
+        self._known_cuts = set[str]() if known_cuts is None else known_cuts
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of some prompts, [B, text_len, dim] in the encoder's dtype.
@@ -102,13 +165,35 @@ class TextEncoder:
         """
         if self.tokenizer is None:
             raise InputError("this text encoder has no tokenizer: load it from a folder that has one")
-        return self.tokenizer(
-            [clean_prompt(prompt) for prompt in prompts],
+        cleaned = [clean_prompt(prompt) for prompt in prompts]
+        tokens = self.tokenizer(
+            cleaned,
             padding="max_length",
             truncation=True,
             max_length=self.text_len,
             return_attention_mask=True,
             return_tensors="pt",
+        )
+        for prompt, mask_T in zip(cleaned, tokens["attention_mask"], strict=True):
+            if mask_T.all() and prompt not in self._known_cuts:
+                self._warn_of_cut(self.tokenizer, prompt)
+        return tokens
+
+    def _warn_of_cut(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+        """Report the part of a cleaned prompt that does not fit."""
+        whole = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids, kept = whole["input_ids"], self.text_len - tokenizer.num_special_tokens_to_add()
+        if len(ids) <= kept:
+            return
+        self._known_cuts.add(prompt)
+        lost = prompt[whole["offset_mapping"][kept][0] :] if tokenizer.is_fast else tokenizer.decode(ids[kept:])
+        log.warning(
+            "the prompt '%s' is too long: of its %d tokens the text encoder takes %d, the last %d are dropped: '%s'",
+            _shortened(prompt),
+            len(ids),
+            kept,
+            len(ids) - kept,
+            _shortened(lost.strip()),
         )
 
     @torch.no_grad()
@@ -191,6 +276,7 @@ def umt5_from_native(
 
 
 def _filled(model: UMT5EncoderModel, state: StateDict, source: str | Path) -> UMT5EncoderModel:
+    require_one_type_per_role(state, source)
     load_strict(model, state, source)
     model.tie_weights()
     return model.eval()
@@ -210,7 +296,7 @@ def load_text_encoder(
         folder: a native Wan folder, or a diffusers folder with `text_encoder` and `tokenizer`.
         config: sizes of native weights; diffusers folders bring their own.
         text_len: see `TextEncoder`.
-        dtype, device: of the encoder.
+        dtype, device: of the encoder; in the place of float16 comes what `wide_range_dtype` says.
 
     Raises:
         CheckpointError: something is missing, damaged, of another family, or does not fit.
@@ -225,7 +311,7 @@ def load_text_encoder(
         model = _load_transformers(folder / "text_encoder")
     else:
         raise CheckpointError(f"no text encoder in {folder}: expected {NATIVE_TEXT_FILE}, or text_encoder/")
-    return TextEncoder(model.to(device=device, dtype=dtype), tokenizer, text_len)
+    return TextEncoder(model.to(device=device, dtype=wide_range_dtype(dtype, device)), tokenizer, text_len)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -245,22 +331,32 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load_transformers(folder: Path) -> UMT5EncoderModel:
-    kind = read_config(folder / "config.json").get("model_type")
-    if kind != "umt5":
-        raise CheckpointError(f"{folder} holds a {kind}, not a UMT5 encoder: check the model folder")
+    path = folder / "config.json"
+    config = read_config(path)
+    if config.get("model_type") != "umt5":
+        raise CheckpointError(
+            f"{folder} holds a {shown(config.get('model_type'))}, not a UMT5 encoder: check the folder"
+        )
+    # Of the many settings that transformers writes, these shape the encoder.
+    found = check_settings(config, _TRANSFORMERS, path, needed=_NEEDED, others=True)
     state, file = read_folder(folder, _TRANSFORMERS_FILES)
     # The embedding is one tensor under two names; a file need hold only one of them.
-    for name in _EMBEDDING_COPIES:
-        if name in state:
-            state |= dict.fromkeys(_EMBEDDING_COPIES, state[name])
-            break
+    copies = [state[name] for name in _EMBEDDING_COPIES if name in state]
+    if copies:
+        if any(copy.shape != copies[0].shape or not torch.equal(copy, copies[0]) for copy in copies):
+            raise CheckpointError(f"{file}: {' and '.join(_EMBEDDING_COPIES)} differ: it is damaged; download it again")
+        state |= dict.fromkeys(_EMBEDDING_COPIES, copies[0])
+    sizes = {ours: found[theirs] for ours, theirs in _SIZES.items()}
+    sizes |= {"dim_attn": found["d_kv"] * found["num_heads"], "shared_pos": False}
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True))
+        model = UMT5EncoderModel(umt5_config(sizes))
     return _filled(model, state, file)
 
 
 def save_native_umt5(model: UMT5EncoderModel, path: Path) -> None:
-    """Write the weights under Wan's names as a `.pth`; atomic."""
-    state = {native_text_name(name): value for name, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    """Write the weights under Wan's names as a `.pth`; atomic.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_pickle(path, {native_text_name(name): value for name, value in model.state_dict().items()})

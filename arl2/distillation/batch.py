@@ -1,4 +1,4 @@
-"""What an objective is given, and how it walks through a video."""
+"""Batches of videos and noise, and iteration over their blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
 
 @dataclass(frozen=True)
 class VideoBatch:
-    """Videos to learn from.
+    """Videos of a training batch.
 
     Attributes:
         latents_BFCHW: clean latents.
@@ -24,50 +24,53 @@ class VideoBatch:
     text_BTD: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Copy of the batch on another device."""
         return type(self)(*(x.to(device, non_blocking=True) for x in (self.latents_BFCHW, self.text_BTD)))
 
 
 @dataclass(frozen=True)
 class BatchNoise:
-    """All that is random about a batch: of every video, of its N blocks, at P comparisons with the teacher.
+    """Everything random about a batch: for B videos of N blocks, each compared with the teacher P times.
 
     Attributes:
         levels_BNP: σ of the comparisons.
-        noise_BNPFCHW: noise of a block; places beyond those of the levels serve a rollout of the student's own.
+        noise_BNPFCHW: noise added to each block; entries beyond the P of the levels are for the self-rollout.
+        seeds: a seed per video for further draws of an objective; a function of the run's seed, step and video.
     """
 
     levels_BNP: Tensor
     noise_BNPFCHW: Tensor
+    seeds: tuple[int, ...] = ()
 
     @property
     def num_noise_levels(self) -> int:
-        """Comparisons of a block."""
+        """Noise levels per block."""
         return self.levels_BNP.shape[2]
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return type(self)(*(x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW)))
+        """Copy of the noise on another device."""
+        levels, noise = (x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW))
+        return type(self)(levels, noise, self.seeds)
 
     def of_rollout(self, block: int, step: int) -> Tensor:
-        """Noise of a block before a step of the student's own rollout, [B, F, C, h, w]."""
+        """Noise of a block before a step of the self-rollout, [B, F, C, h, w]."""
         return self.noise_BNPFCHW[:, block, self.num_noise_levels + step]
 
     def applied(self, clean_BFCHW: Tensor, block: int, place: int) -> tuple[Tensor, Tensor]:
-        """A block with noise, and its timesteps [B, 1]."""
+        """Add the noise of one comparison to a block; returns noisy latents and timesteps [B, 1]."""
         level_B = self.levels_BNP[:, block, place]
         noisy = add_noise(clean_BFCHW, self.noise_BNPFCHW[:, block, place], level_B)
         return noisy, level_B[:, None] * NUM_TRAIN_TIMESTEPS
 
 
 class TrainingBlock(NamedTuple):
-    """One block of a batch.
+    """Block of a batch.
 
     Attributes:
-        number: from 0.
-        start: its first latent frame.
-        clean: its latents.
-        last: whether it is the video's last, which nothing needs to remember.
+        number: index of the block from 0.
+        start: index of its first latent frame.
+        clean: its clean latents.
+        last: whether it is the last of the video, which need not be remembered.
     """
 
     number: int
@@ -77,7 +80,7 @@ class TrainingBlock(NamedTuple):
 
 
 def video_blocks(batch: VideoBatch, frames_per_block: int) -> Iterator[TrainingBlock]:
-    """The blocks of a batch in order.
+    """Iterate over the blocks of a batch in order.
 
     Raises:
         InputError: the frames do not divide into blocks.
@@ -90,7 +93,7 @@ def video_blocks(batch: VideoBatch, frames_per_block: int) -> Iterator[TrainingB
 
 
 def noisy_video(batch: VideoBatch, noise: BatchNoise, frames_per_block: int) -> tuple[Tensor, Tensor]:
-    """All blocks at the first level of each, [B, F, C, h, w], and the timesteps of all frames, [B, F]."""
+    """Noisy latents of all blocks at their first level, [B, F, C, h, w], and timesteps of all frames, [B, F]."""
     blocks = [noise.applied(block.clean, block.number, 0) for block in video_blocks(batch, frames_per_block)]
     times = [timestep.expand(-1, frames_per_block) for _, timestep in blocks]
     return torch.cat([noisy for noisy, _ in blocks], dim=1), torch.cat(times, dim=1)

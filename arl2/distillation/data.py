@@ -1,178 +1,155 @@
-"""Training data on disk: latents of videos in safetensors shards, with an index that says what each sample is.
-
-    folder/index.json            settings, and for every sample its key, prompt, seed and shard
-    folder/shard-00000.safetensors   latents.<key>, [F, C, h, w]
-    folder/text/<hash>.safetensors   the embedding of a prompt, once
-
-A shard is written whole, then named in the index: a killed writer loses at most the samples of one shard, and its
-next run goes on after the last. Several ranks write to folders of their own.
-"""
+"""Training data read from disk; `arl2.distillation.latent_writer` says how it lies there."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from wan.checkpoints.loading import as_state_dict, read_weights
+from arl2.distillation.latent_writer import SampleInfo, read_index, samples_of
+from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path, write_json
+from wan.utils.settings import require_same_settings
 
-INDEX = "index.json"
-FORMAT = "arl2 latents, version 1"
-
-
-@dataclass(frozen=True)
-class SampleInfo:
-    """What a sample is.
-
-    Attributes:
-        key: unique in its data set.
-        prompt, seed: what it was made from.
-        shard: the file that holds it.
-    """
-
-    key: str
-    prompt: str
-    seed: int
-    shard: str
+LATENT_AXES, TEXT_AXES = "F, C, h, w", "T, D"
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types of samples, by their names in headers."""
+READING_THREADS = 16
+"""A disk in the network answers many requests at once."""
+MAX_HASHED_BYTES = 4 << 30
+PIECE_BYTES = 1 << 16
+SAMPLES_AT_A_TIME = 64
 
 
-def text_file(folder: Path, prompt: str) -> Path:
-    """Where the embedding of a prompt is."""
-    return folder / "text" / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
-class LatentWriter:
-    """Writes samples into shards; goes on where an earlier writer of the same folder was stopped.
-
-    Args:
-        folder: of the data set.
-        settings: what made the samples; must be those of the samples that are there.
-        samples_per_shard: how many samples wait in memory for one file.
+def read_headers(file: Path) -> dict[str, Header]:
+    """Types and shapes of the tensors of a safetensors file, whose values are not read.
 
     Raises:
-        InputError: the folder holds samples of other settings, or cannot be read.
+        InputError: it is missing, truncated, or no such file.
     """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], samples_per_shard: int = 64) -> None:
-        self._folder, self._settings, self._most = folder, dict(settings), samples_per_shard
-        self._waiting: dict[str, tuple[Tensor, str, int]] = {}
-        self._samples: list[SampleInfo] = []
-        if (folder / INDEX).is_file():
-            index = read_index(folder)
-            if index["settings"] != json.loads(json.dumps(self._settings)):
-                raise InputError(f"{folder} holds samples made with other settings: choose another folder")
-            self._samples = [SampleInfo(**sample) for sample in index["samples"]]
-
-    @property
-    def keys(self) -> set[str]:
-        """Samples that need not be made again."""
-        return {sample.key for sample in self._samples} | self._waiting.keys()
-
-    def add(self, key: str, latents_FCHW: Tensor, prompt: str, seed: int, text_TD: Tensor) -> None:
-        """Add one sample, and the embedding of its prompt if it is not there yet.
-
-        Raises:
-            InputError: the key is taken, the latents are not finite, or the disk is full.
-        """
-        if key in self.keys:
-            raise InputError(f"sample {key!r} is in {self._folder} already")
-        if not torch.isfinite(latents_FCHW).all():
-            raise InputError(f"sample {key!r} is not finite: check what makes it")
-        embedding = text_file(self._folder, prompt)
-        if not embedding.is_file():
-            with atomic_path(embedding) as temporary:
-                save_file({"text": text_TD.cpu().contiguous()}, temporary)
-        self._waiting[key] = (latents_FCHW.cpu(), prompt, seed)
-        if len(self._waiting) >= self._most:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what waits, and name it in the index."""
-        if not self._waiting:
-            return
-        shard = f"shard-{len({sample.shard for sample in self._samples}):05d}.safetensors"
-        with atomic_path(self._folder / shard) as temporary:
-            save_file({f"latents.{key}": one[0].contiguous() for key, one in self._waiting.items()}, temporary)
-        self._samples += [SampleInfo(key, prompt, seed, shard) for key, (_, prompt, seed) in self._waiting.items()]
-        index = {"format": FORMAT, "settings": self._settings, "samples": [asdict(one) for one in self._samples]}
-        write_json(self._folder / INDEX, index)
-        self._waiting.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.flush()
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a data set.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
+    if not file.is_file():
+        raise InputError(f"{file} is missing")
     try:
-        index = json.loads((folder / INDEX).read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"no training data in {folder}: make some with scripts/generate_latents.py") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read {folder / INDEX}: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise InputError(f"{folder / INDEX} is no index of latents ({FORMAT})")
-    return index
+        with safe_open(file, framework="pt") as content:
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 - no mapping
+            return {name: Header(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from error
 
 
 class Samples(Protocol):
-    """Training data, however it is kept; all samples have one shape."""
+    """Training data, however it is kept; all samples have one shape.
+
+    Attributes:
+        latents_shape: [F, C, h, w] of every sample.
+        text_shape: [T, D] of the longest text embedding.
+        longest_text: name of the sample that has it.
+    """
+
+    latents_shape: tuple[int, ...]
+    text_shape: tuple[int, ...]
+    longest_text: str
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Latents [F, C, h, w] and text embedding [T, D] of a sample."""
+        """Latents [F, C, h, w] and text embedding [T, D] of a sample.
+
+        Raises:
+            InputError: it cannot be read, or holds values that are not finite.
+        """
 
     def gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Latents [B, F, C, h, w] in float32 and text embeddings [B, T, D], short ones padded with zeros."""
+        """Latents [B, F, C, h, w] and text embeddings [B, T, D] in float32, short texts padded with zeros.
+
+        Raises:
+            InputError: a sample cannot be read, or holds values that are not finite.
+        """
 
     def fingerprint(self) -> str:
         """A hash of which samples there are, to be kept beside a training run."""
+
+    def values_fingerprint(self) -> str:
+        """A hash of what the samples hold, wherever and in whatever files they lie.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
 
 
 class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Samples of one or more folders, read when they are asked for.
 
+    All but the values is checked when the data set is opened, by the headers of its files. Values are checked as they
+    are read.
+
     Args:
         folders: data sets; all samples must have one shape.
 
+    Attributes:
+        settings: what made the samples.
+        latents_shape, text_shape, longest_text: see `Samples`.
+
     Raises:
-        InputError: nothing there, a shard or an embedding is missing, or the settings differ.
+        InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, or settings differ.
     """
 
     def __init__(self, folders: list[Path]) -> None:
-        indices = [read_index(folder) for folder in folders]
-        self.settings: dict[str, Any] = indices[0]["settings"]
-        if any(index["settings"] != self.settings for index in indices):
-            raise InputError(f"{', '.join(map(str, folders))} were made with different settings: train on one kind")
-        self._samples = [
-            (folder, SampleInfo(**sample))
-            for folder, index in zip(folders, indices, strict=True)
-            for sample in index["samples"]
-        ]
-        if not self._samples:
-            raise InputError(f"no samples in {', '.join(map(str, folders))}: generate some")
-        needed = {folder / sample.shard for folder, sample in self._samples}
-        needed |= {text_file(folder, sample.prompt) for folder, sample in self._samples}
-        missing = sorted(str(file) for file in needed if not file.is_file())
-        if missing:
-            raise InputError(f"{len(missing)} files of the training data are missing, first {missing[0]}")
+        if not folders:
+            raise InputError("data names no folder: give some that scripts/generate_latents.py made")
+        self._samples: list[tuple[Path, SampleInfo]] = []
+        for number, folder in enumerate(folders):
+            index = read_index(folder)
+            if number == 0:
+                self.settings: dict[str, Any] = index["settings"]
+            cure = f"train on one kind of data, {folders[0]} is of another"
+            require_same_settings(index["settings"], self.settings, f"{folder} was made", cure)
+            if not index["samples"]:
+                raise InputError(f"no samples in {folder}: generate some")
+            self._samples += [(folder, sample) for sample in samples_of(index)]
+        files = [file for sample in self._samples for file in _files_of(*sample)]
+        self._files = list(dict.fromkeys(files))
+        self.latents_shape, texts = self._check_headers()
+        longest = max(range(len(texts)), key=lambda number: texts[number][0])
+        folder, sample = self._samples[longest]
+        self.text_shape, self.longest_text = texts[longest], f"{sample.key!r} of {folder}"
+
+    def _check_headers(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Check every sample by the headers of its files; returns the shape of latents, and those of all texts."""
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            headers = dict(zip(self._files, pool.map(_headers_or_error, self._files), strict=True))
+        latents, texts = [], []
+        for folder, sample in self._samples:
+            shard, embedding = _files_of(folder, sample)
+            try:
+                latents.append(_checked_shape(headers[shard], sample.latents_name, LATENT_AXES))
+                texts.append(_checked_shape(headers[embedding], "text", TEXT_AXES))
+            except InputError as error:
+                raise _bad_sample(folder, sample, str(error)) from error
+        shape = Counter(latents).most_common(1)[0][0]
+        width = Counter(text[1] for text in texts).most_common(1)[0][0]
+        for (folder, sample), latent, text in zip(self._samples, latents, texts, strict=True):
+            if latent != shape:
+                raise _bad_sample(folder, sample, f"its latents are {list(latent)}, those of most are {list(shape)}")
+            if text[1] != width:
+                raise _bad_sample(folder, sample, f"its text is {text[1]} wide, that of most is {width}")
+        return shape, texts
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -181,26 +158,126 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         """Latents [F, C, h, w] and text embedding [T, D] of a sample.
 
         Raises:
-            InputError: a file is damaged.
+            InputError: a file is damaged, or holds values that are not finite.
         """
         folder, sample = self._samples[index]
+        shard, embedding = _files_of(folder, sample)
         try:
-            with safe_open(folder / sample.shard, framework="pt") as shard:
-                latents = shard.get_tensor(f"latents.{sample.key}")
-            return latents, load_file(text_file(folder, sample.prompt))["text"]
+            with safe_open(shard, framework="pt") as file:
+                latents = file.get_tensor(sample.latents_name)
+            text = load_file(embedding)["text"]
         except (SafetensorError, OSError, KeyError) as error:
-            raise InputError(f"sample {sample.key!r} of {folder} cannot be read ({error}): make it again") from error
+            raise _bad_sample(folder, sample, f"cannot be read ({error})") from error
+        if latents.shape != self.latents_shape or text.shape[1:] != self.text_shape[1:]:
+            raise _bad_sample(folder, sample, "its files were changed while they were in use")
+        for name, value in (("latents", latents), ("text", text)):
+            if not torch.isfinite(value.float()).all():
+                raise _bad_sample(folder, sample, f"not all values of its {name} are finite")
+        return latents, text
 
     def gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `Samples.gather`; on the CPU."""
         samples = [self[index] for index in indices]
-        latents = torch.stack([latents for latents, _ in samples]).float()
-        return latents, pad_sequence([text for _, text in samples], batch_first=True)
+        latents = torch.stack([latents.float() for latents, _ in samples])
+        return latents, pad_sequence([text.float() for _, text in samples], batch_first=True)
 
     def fingerprint(self) -> str:
         """A hash of which samples there are and what made them."""
-        content = [self.settings, [[sample.key, sample.prompt, sample.seed] for _, sample in self._samples]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        samples = [[one.key, one.prompt, one.seed, *filter(None, [one.content])] for _, one in self._samples]
+        return _digest_of([self.settings, samples])
+
+    def values_fingerprint(self) -> str:
+        """A hash of the samples' values: of all, or of pieces from everywhere in each if they are very many.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        parts = [(_files_of(*sample), sample[1].latents_name) for sample in self._samples]
+        tensors = [tensor for files, name in parts for tensor in ((files[0], name), (files[1], "text"))]
+        distinct = list(dict.fromkeys(tensors))
+        most = max(PIECE_BYTES, MAX_HASHED_BYTES // len(distinct))
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            hashes = dict(zip(distinct, pool.map(partial(values_hash, most=most), distinct), strict=True))
+        return _digest_of([hashes[tensor] for tensor in tensors])
+
+
+def _files_of(folder: Path, sample: SampleInfo) -> tuple[Path, Path]:
+    """Where the latents and the text embedding of a sample are.
+
+    Raises:
+        InputError: one would be outside of the folder.
+    """
+    for name in (sample.shard or ".", sample.text):
+        if Path(name).name != name or name == ".." or "\0" in name:
+            raise _bad_sample(folder, sample, f"its index names {name!r}, which is no name of a file")
+    try:
+        return folder / sample.shard, sample.text_file(folder)
+    except UnicodeEncodeError as error:
+        raise _bad_sample(folder, sample, "its prompt is no valid text") from error
+
+
+def _bad_sample(folder: Path, sample: SampleInfo, reason: str) -> InputError:
+    return InputError(f"sample {sample.key!r} of {folder}: {reason}: make it again")
+
+
+def _headers_or_error(file: Path) -> dict[str, Header] | InputError:
+    try:
+        return read_headers(file)
+    except InputError as error:
+        return error
+
+
+def _checked_shape(headers: dict[str, Header] | InputError, name: str, axes: str) -> tuple[int, ...]:
+    """The shape of a tensor by its file's headers.
+
+    Raises:
+        InputError: the file cannot be read, or the tensor is not there or no such tensor.
+    """
+    if isinstance(headers, InputError):
+        raise headers
+    if name not in headers:
+        raise InputError(f"its file holds no {name!r}")
+    dtype, shape = headers[name]
+    if len(shape) != len(axes.split()) or min(shape) < 1:
+        raise InputError(f"{name!r} is of shape {list(shape)}, not [{axes}]")
+    if dtype not in FLOATS:
+        raise InputError(f"{name!r} is of type {dtype}, not one of {', '.join(FLOATS)}")
+    return shape
+
+
+def values_hash(tensor: tuple[Path, str], most: int) -> str:
+    """A hash of a tensor's type, shape, and at most `most` of its bytes, evenly spread.
+
+    Args:
+        tensor: a sound safetensors file, and a name in it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path, name = tensor
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(length))[name]
+            first, end = about["data_offsets"]
+            size = end - first
+            digest = hashlib.sha256(json.dumps([about["dtype"], about["shape"]]).encode())
+            if size <= most:
+                pieces = [(0, size)]
+            else:
+                number = max(1, most // PIECE_BYTES)
+                starts = ((size - PIECE_BYTES) * n // max(1, number - 1) for n in range(number))
+                pieces = [(start, PIECE_BYTES) for start in starts]
+            for start, count in pieces:
+                file.seek(8 + length + first + start)
+                digest.update(file.read(count))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read {name} in {path} ({error}): make the data again") from error
+    return digest.hexdigest()
+
+
+def _digest_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ResidentLatents:
@@ -211,17 +288,28 @@ class ResidentLatents:
             it holds is left alone.
         device: where they stay.
 
+    Attributes:
+        latents_shape, text_shape, longest_text: see `Samples`.
+
     Raises:
-        CheckpointError, InputError: no such file, or one of other content.
+        CheckpointError, InputError: no such file, one of other content, or values that are not finite.
     """
 
     def __init__(self, file: Path, device: torch.device) -> None:
+        try:
+            headers = read_headers(file)
+            shapes = [_checked_shape(headers, *one) for one in (("latents", f"N, {LATENT_AXES}"), ("text", "N, T, D"))]
+        except InputError as error:
+            raise InputError(f"{file} holds no training data ({error}): make it again") from error
+        if shapes[0][0] != shapes[1][0]:
+            raise InputError(f"{file} holds {shapes[0][0]} latents and {shapes[1][0]} texts: make it again")
         stored = as_state_dict(read_weights(file), file)
-        if not stored.keys() >= {"latents", "text"} or stored["latents"].ndim != 5 or stored["text"].ndim != 3:
-            raise InputError(f"{file} holds {sorted(stored)}: expected latents [N, F, C, h, w] and text [N, T, D]")
-        if len(stored["latents"]) != len(stored["text"]) or not len(stored["text"]):
-            raise InputError(f"{file} holds {len(stored['latents'])} latents and {len(stored['text'])} texts")
         self._latents_NFCHW, self._text_NTD = stored["latents"].to(device), stored["text"].to(device)
+        self.latents_shape, self.text_shape, self.longest_text = shapes[0][1:], shapes[1][1:], "0"
+        for name, values in (("latents", self._latents_NFCHW), ("text", self._text_NTD)):
+            sample = first_not_finite(values)
+            if sample is not None:
+                raise InputError(f"{file}: not all values of the {name} of sample {sample} are finite: make it again")
 
     def __len__(self) -> int:
         return len(self._latents_NFCHW)
@@ -238,5 +326,15 @@ class ResidentLatents:
     def fingerprint(self) -> str:
         """A hash of the numbers of samples and of a few of their values."""
         some = [self._latents_NFCHW[:, 0, 0, 0, 0], self._text_NTD[:, 0, 0]]
-        content = [list(self._latents_NFCHW.shape), *(values[:256].tolist() for values in some)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return _digest_of([list(self._latents_NFCHW.shape), *(values[:256].tolist() for values in some)])
+
+    def values_fingerprint(self) -> str:
+        """See `Samples.values_fingerprint`."""
+        return fingerprint_of({"latents": self._latents_NFCHW, "text": self._text_NTD})
+
+
+def first_not_finite(values: Tensor) -> int | None:
+    """The first row of a tensor that holds a value which is not finite in float32; None if there is none."""
+    finite = [part.float().isfinite().flatten(1).all(1) for part in values.split(SAMPLES_AT_A_TIME)]
+    bad = torch.cat(finite).logical_not().nonzero()
+    return int(bad[0]) if len(bad) else None

@@ -1,4 +1,4 @@
-"""What hybrid layers do while they run: their gates, branches, decay and state, for people to look at."""
+"""Diagnostics of running hybrid layers: gates, branches, decay and state."""
 
 import math
 from collections import defaultdict
@@ -10,23 +10,20 @@ import torch
 from torch import Tensor
 
 from arl2.distillation.objective import LayerReports
-from arl2.hybrid_attention import HybridAttention, StateView
+from arl2.hybrid_attention import HybridAttention, StateView, gated
 from arl2.model import HybridWanModel
-from wan.ops.attention import attention
-from wan.ops.rope import Rotary, rotate
+from wan.ops.rope import Rotary
 
 GATE_CLOSED, GATE_OPEN = 0.05, 0.95
-"""A gate beyond these is saturated: little gradient comes through."""
+"""Bounds beyond which a gate counts as saturated: its gradient is small there."""
 
 
 @torch.no_grad()
 def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: Tensor) -> dict[str, Tensor]:
-    """Means over a pass of one layer, which reads `state_BHKV`."""
+    """Measure one layer in one pass over `state_BHKV`; means over tokens, heads and videos."""
     gate, q = module.output_gate(x_BLD).float(), module.q(x_BLD)
-    q_local = rotate(module.heads(module.norm_q(q)), rotary)
-    k_local = rotate(module.heads(module.norm_k(module.k(x_BLD))), rotary)
-    local = attention(q_local, k_local, module.heads(module.v(x_BLD)), backend=module.backend)
-    remembered = gate[..., None] * module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float()
+    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary)
+    remembered = gated(module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float(), gate)
     return {
         "gate_mean": gate.mean(),
         "gate_saturation": ((gate < GATE_CLOSED) | (gate > GATE_OPEN)).float().mean(),
@@ -39,9 +36,9 @@ def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: 
 
 @contextmanager
 def measured(model: HybridWanModel, tokens_per_frame: int) -> Iterator[LayerReports]:
-    """Measure the hybrid layers in every pass inside the context that attends; filled when it ends.
+    """Measure the hybrid layers in every attending pass inside the context; the reports are filled when it ends.
 
-    RMS of the branches is that before the output projection; half-lives are ln 2 over the mean log decay.
+    The RMS of the branches is taken before the output projection. Half-lives are ln 2 over the mean log decay.
     """
     sums: dict[int, dict[str, Tensor]] = {}
     passes: dict[int, int] = defaultdict(int)
@@ -56,7 +53,7 @@ def measured(model: HybridWanModel, tokens_per_frame: int) -> Iterator[LayerRepo
 
         return note
 
-    # First among the hooks: a sharded layer's own would take its parameters away.
+    # First among the hooks: those of a sharded layer free its parameters.
     attentions = model.hybrid_attentions().items()
     handles = [module.register_forward_hook(hook(layer), prepend=True) for layer, module in attentions]
     reports: LayerReports = defaultdict(dict)

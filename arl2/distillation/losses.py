@@ -1,4 +1,4 @@
-"""The squared error of attention outputs, with little traffic to memory: at full size it was 4 % of a step."""
+"""Squared error of attention outputs with few passes over memory."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 
 def mean_squares(x_BLD: Tensor, passes: int) -> Tensor:
-    """Mean square over the tokens of each of some passes, one after the other: [B, passes], float32 at least."""
+    """Mean square over the tokens of each pass in the sequence, [B, passes] in float32 at least."""
     wide = torch.promote_types(x_BLD.dtype, torch.float32)
-    # Token by token first: a CPU sums millions of numbers in one long chain, and loses half the digits.
+    # Per token first: a CPU sums in one long chain, and millions of terms would lose half the digits.
     per_token_BL = torch.linalg.vector_norm(x_BLD, dim=2, dtype=wide).square()
     return per_token_BL.unflatten(1, (passes, -1)).mean(2) / x_BLD.shape[2]
 
@@ -18,7 +18,7 @@ def mean_squares(x_BLD: Tensor, passes: int) -> Tensor:
 def mean_squared_errors(output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:
     """Mean squared difference over the tokens of each pass, [B, passes]; only the output has a gradient.
 
-    The difference is kept in the type of the two, as its gradient is: rounding it once loses nothing that they have.
+    The difference is kept in the dtype of its operands, as is its gradient, so that one rounding is the only loss.
     """
     errors: Tensor = _MeanSquaredErrors.apply(output_BLD, target_BLD, passes)
     return errors
@@ -38,5 +38,5 @@ class _MeanSquaredErrors(torch.autograd.Function):
         parts = difference.unflatten(1, (gradient_BP.shape[1], -1))
         scale_BP11 = (2 / parts[0, 0].numel() * gradient_BP)[..., None, None]
         out = torch.empty_like(parts)
-        torch.mul(parts, scale_BP11, out=out)  # in one go, the product not rounded before it is stored
+        torch.mul(parts, scale_BP11, out=out)  # into a buffer: the product is rounded once
         return out.flatten(1, 2), None, None

@@ -1,7 +1,7 @@
-"""What a trainer asks of an objective, and what both objectives share."""
+"""Interface between trainer and objectives, and the parts that both objectives share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.model import HybridWanModel
+from wan.memory import Memory
 from wan.utils.errors import InputError
 from wan.utils.ranges import Count, check_ranges
 
 LayerReports = dict[str, dict[int, float]]
-"""Name of a measurement to its value in every hybrid layer."""
+"""Measurements of hybrid layers: name to value by layer."""
 
 
 class ForwardMode(StrEnum):
@@ -32,13 +33,13 @@ class ForwardMode(StrEnum):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What both objectives need to be told.
+    """Settings of both objectives.
 
     Attributes:
-        frames_per_block: latent frames of a block.
-        blocks_per_graph: blocks through which gradients go back; None for the whole video.
-        forward_mode: sequential is the specification and takes everything; in parallel the same takes half the time or
-            less, by fewer and larger kernels.
+        frames_per_block: latent frames per block.
+        blocks_per_graph: number of blocks through which gradients flow back; None for the whole video.
+        forward_mode: sequential is the specification and takes everything; parallel takes half the time or less, by
+            fewer and larger kernels.
     """
 
     frames_per_block: Count
@@ -53,32 +54,43 @@ class ObjectiveSettings:
             )
 
     def starts_graph(self, block: int) -> bool:
-        """Whether the memory is to be detached before this block is remembered.
+        """Returns whether the memory must be detached before this block is remembered.
 
-        Before, not after: afterwards it would cut the gradient of what the block writes. Nothing is to be cut before
-        the first block.
+        Detaching after it would cut the gradient of what the block writes. Before the first block there is nothing
+        to cut.
         """
         return self.blocks_per_graph is not None and block > 0 and block % self.blocks_per_graph == 0
 
 
 class Objective(ABC):
-    """Something to minimise over videos, for some parameters of a model.
+    """Loss over videos as a function of some parameters of a model.
 
     Attributes:
-        model: holds the parameters; the rest of it is frozen.
+        model: holds the parameters; its other parameters are frozen.
+        on_new_memory: called with every memory that `losses` makes, and whether it is differentiable (the student's).
     """
 
     model: HybridWanModel
+    on_new_memory: Callable[[Memory, bool], None] | None = None
+
+    def new_memory(
+        self, batch: VideoBatch, window_frames: int | None = None, sink_frames: int = 0, differentiable: bool = False
+    ) -> Memory:
+        """Empty memory for the videos of a batch; see `wan.model.CausalWanModel.memory_for`."""
+        memory = self.model.memory_for(batch.latents_BFCHW, window_frames, sink_frames, differentiable)
+        if self.on_new_memory is not None:
+            self.on_new_memory(memory, differentiable)
+        return memory
 
     @abstractmethod
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """Names and parameters."""
+        """Parameters to train by name."""
 
     @abstractmethod
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """Parts whose sum is the loss of the batch, a mean over its videos.
+        """Iterate over parts whose sum is the loss of the batch, a mean over its videos.
 
-        A part is to be back-propagated before the next is asked for: its graph is then free.
+        Back-propagate each part before asking for the next, which frees its graph.
 
         Raises:
             InputError: the frames do not divide into blocks.
@@ -86,20 +98,20 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch; waits for the device."""
+        """Metrics of the last batch; synchronizes with the device."""
 
     @abstractmethod
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """Figures of every hybrid layer on a batch, without gradients."""
+        """Measure every hybrid layer on a batch, without gradients."""
 
 
 @contextmanager
 def frozen_teacher(model: HybridWanModel, compiled: bool = False) -> Iterator[None]:
-    """Be the teacher: softmax layers, no adapters, no gradients, the precision of inference (no autocast).
+    """Run the model as the teacher: softmax layers, no adapters, no gradients, no autocast.
 
     Args:
-        model: hybrid; switched back afterwards.
-        compiled: let blocks that were compiled run so, which the trainer keeps them from elsewhere.
+        model: hybrid model; switched back afterwards.
+        compiled: whether compiled blocks run compiled; the trainer prevents it elsewhere.
     """
     device = model.patch_embedding.weight.device
     with (

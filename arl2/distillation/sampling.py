@@ -4,7 +4,6 @@ A run that resumes needs only the number of its step, and a sample is the same o
 divided.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import Samples
-from arl2.rollout import FewStepSampler, num_blocks
+from arl2.rollout import FewStepSampler, generator_for, num_blocks, seed_for
 from wan.flow import shift_sigma
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds
@@ -61,12 +60,6 @@ class NoiseLevels:
         return torch.tensor(sampler.sigmas)[order[:, : self.per_block]]
 
 
-def generator_for(*key: object) -> torch.Generator:
-    """A generator on the CPU, seeded by some values."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
     """The order of an epoch, [samples]."""
@@ -109,14 +102,24 @@ class Batches:
             InputError: a sample cannot be read.
         """
         latents, text = self.data.gather([self.sample_at(step * self.global_batch + place) for place in places])
-        noise = [self._noise(step, place, latents.shape[1:]) for place in places]
-        levels, drawn = (torch.stack(parts) for parts in zip(*noise, strict=True))
-        return VideoBatch(latents, text.to(self.text_dtype)), BatchNoise(levels, drawn)
+        noise = self._noise_of(step, places, latents.shape[1:])
+        return VideoBatch(latents, text.to(self.text_dtype)), noise
+
+    def blank(self, step: int, places: Sequence[int]) -> tuple[VideoBatch, BatchNoise]:
+        """Zeros in the place of samples that cannot be read, with the noise of theirs."""
+        shape, width = self.data.latents_shape, self.data.text_shape[1]
+        latents, text = torch.zeros(len(places), *shape), torch.zeros(len(places), 1, width, dtype=self.text_dtype)
+        return VideoBatch(latents, text), self._noise_of(step, places, latents.shape[1:])
 
     def sample_at(self, position: int) -> int:
         """Index of the sample that comes at a position of the run: every epoch has an order of its own."""
         epoch, place = divmod(position, len(self.data))
         return int(epoch_order(self.seed, epoch, len(self.data))[place])
+
+    def _noise_of(self, step: int, places: Sequence[int], shape: torch.Size) -> BatchNoise:
+        noise = [self._noise(step, place, shape) for place in places]
+        levels, drawn = (torch.stack(parts) for parts in zip(*noise, strict=True))
+        return BatchNoise(levels, drawn, tuple(seed_for(self.seed, step, place, "objective") for place in places))
 
     def _noise(self, step: int, place: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
         generator = generator_for(self.seed, step, place)

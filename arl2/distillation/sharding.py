@@ -1,4 +1,4 @@
-"""The frozen backbone divided over ranks by FSDP2, so that 14B fits; what trains stays whole on every rank."""
+"""Sharding of the frozen backbone over ranks by FSDP2, so that 14B fits; trainables stay whole on every rank."""
 
 import warnings
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from wan.checkpoints.loading import StateDict
 
 
 def shard_backbone(model: HybridWanModel, trainables: Iterable[nn.Parameter]) -> None:
-    """Shard all parameters but the trainables, which must be on the device already.
+    """Shard all parameters in place except the trainables, which must be on the device already.
 
-    What is called on its own, and not through a block's forward, is a unit of its own: stage 1 calls the
-    self-attention of a layer, and the text is embedded by all cross-attentions before the first block.
+    Modules that are called outside a block's forward are units of their own: stage 1 calls the self-attention of a
+    layer, and all cross-attentions embed the text before the first block.
     """
-    # It warns of in-place operations on a unit's output; there are none in the model.
+    # FSDP2 warns of in-place operations on a unit's output; the model has none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     whole = set(trainables)
     for block in model.layers():
@@ -31,7 +31,7 @@ def shard_backbone(model: HybridWanModel, trainables: Iterable[nn.Parameter]) ->
 
 
 def gathered_state(model: nn.Module, keep: bool) -> StateDict:
-    """All weights, whole and on the CPU. Every rank must call this; only those that `keep` get any."""
+    """Gather all weights on the CPU; every rank must call this, and only ranks with `keep` receive them."""
     state: StateDict = {}
     for name, value in model.state_dict().items():
         whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,9 +1,12 @@
-"""Stage 1: every hybrid layer learns to put out what the teacher's softmax attention puts out on the same input.
+"""Stage 1: every hybrid layer learns to reproduce the output of the teacher's softmax attention on the same input.
 
-The frozen teacher runs over the blocks. What goes into and comes out of each of its attention layers is written down;
-the layer's hybrid, which shares the projections, is then run on the same input with a state of its own, one layer
-after the other, so that the graph of one layer is all that ever exists. No gradient crosses layers, so one run serves
-every later choice of layers. Source: ARL², arXiv 2605.16579; what it leaves open is in `Stage1Settings`.
+The frozen teacher runs over the blocks, and inputs and outputs of its attention layers are recorded. Then each hybrid
+layer, which shares the projections, runs on the same input with its own state. Layers run one after the other, so
+only the graph of one layer exists at a time.
+
+No gradient crosses layers: run stage 1 once for all layers, and choose which to convert afterwards.
+
+Source: ARL², arXiv 2605.16579; `Stage1Settings` holds what the paper leaves open.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,19 +31,19 @@ from wan.parallel import ParallelLayout
 from wan.teacher_forcing import teacher_forced_flow
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
-"""Parts of a hybrid layer that stage 1 trains."""
+"""Name prefixes of the parameters of a hybrid layer that stage 1 trains."""
 MIN_POWER = 1e-8
-"""A target weaker than this is not divided by."""
+"""Lower bound on the mean square of a target in the relative loss."""
 
 
 @dataclass(frozen=True)
 class Stage1Settings(ObjectiveSettings):
-    """What the method leaves open.
+    """Settings of stage 1 that the paper leaves open.
 
     Attributes:
-        loss_on_clean_pass: whether the clean pass counts in the loss too.
-        relative: divide every squared error by the mean square of what was to be matched, video by video; otherwise
-            layers of large outputs have the largest gradients under the one learning rate.
+        loss_on_clean_pass: whether the clean pass contributes to the loss too.
+        relative: whether to divide each squared error by the mean square of its target, per video. Otherwise layers
+            with large outputs get the largest gradients under the common learning rate.
     """
 
     loss_on_clean_pass: bool = True
@@ -48,18 +51,18 @@ class Stage1Settings(ObjectiveSettings):
 
 
 def stage1_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
-    """Names and parameters that stage 1 trains: the new parts of the hybrid layers, without adapters."""
+    """Parameters that stage 1 trains, by name: the new parts of the hybrid layers, without adapters."""
     names = {name for name in model.hybrid_parameter_names() if name.split("self_attn.")[-1].startswith(STAGE1_PARTS)}
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
 class Observation(NamedTuple):
-    """What the teacher's attention saw and said in one pass.
+    """Input and output of the teacher's attention in one pass.
 
     Attributes:
-        x_BLD: its input.
-        rotary: rotation of its tokens.
-        output_BLD: its output.
+        x_BLD: input.
+        rotary: rotation of the tokens.
+        output_BLD: output.
     """
 
     x_BLD: Tensor
@@ -69,9 +72,9 @@ class Observation(NamedTuple):
 
 @contextmanager
 def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observation]]:
-    """Write down what passes through some attention layers while they are the teacher's.
+    """Record inputs and outputs of some attention layers while they are the teacher's.
 
-    In a pass that only remembers, the last layer is not asked for its output; it is computed here all the same.
+    A pass that only remembers skips the output of the last layer; it is computed here.
     """
     seen: dict[int, Observation] = {}
 
@@ -86,7 +89,7 @@ def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observati
 
         return note
 
-    # First among the hooks: a sharded layer's own would take its parameters away.
+    # First among the hooks: those of a sharded layer free its parameters.
     handles = [module.register_forward_hook(hook(layer), prepend=True) for layer, module in layers.items()]
     try:
         yield seen
@@ -96,11 +99,11 @@ def observed(layers: dict[int, HybridAttention]) -> Iterator[dict[int, Observati
 
 
 class Pass(NamedTuple):
-    """A pass of the teacher over a block, for the hybrids to repeat.
+    """A pass of the teacher over a block, which the hybrid layers repeat.
 
     Attributes:
-        seen: by layer.
-        reads, writes: whether the output counts in the loss, and whether the state takes the block in.
+        seen: observations by layer.
+        reads, writes: whether the output contributes to the loss, and whether the block is written to the state.
     """
 
     seen: dict[int, Observation]
@@ -109,11 +112,11 @@ class Pass(NamedTuple):
 
 
 class Stage1(Objective):
-    """The objective of stage 1.
+    """Objective of stage 1.
 
     Args:
-        model: hybrid in the layers to be trained.
-        settings: see there.
+        model: model that is hybrid in the layers to train.
+        settings: see `Stage1Settings`.
     """
 
     def __init__(self, model: HybridWanModel, settings: Stage1Settings) -> None:
@@ -128,22 +131,22 @@ class Stage1(Objective):
         return stage1_parameters(self.model)
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The error of every layer in every graph; their sum is the mean over layers and passes."""
+        """Iterate over the errors of each layer in each graph; their sum is the mean over layers and passes."""
         parallel = self.settings.forward_mode is ForwardMode.PARALLEL
         yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
 
     def metrics(self) -> dict[str, float]:
-        """The mean of all layers' relative errors."""
+        """Mean of the layers' relative errors."""
         relative = self.relative_errors()
         return {"relative_error": sum(relative.values()) / len(relative)}
 
     def relative_errors(self) -> dict[int, float]:
-        """Root of error over power of every layer in the last batch: 0 is perfect, 1 as good as saying nothing."""
+        """Relative RMS error of every layer in the last batch: 0 is perfect, 1 is that of a zero output."""
         return {layer: float((self._error[layer] / self._power[layer]).sqrt()) for layer in self._error}
 
     @torch.no_grad()
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """Relative error, and what `measured` says."""
+        """Relative errors, and the diagnostics of `measured`."""
         height, width = batch.latents_BFCHW.shape[-2:]
         with measured(self.model, self.model.tokens_per_frame(height, width)) as figures:
             for _ in self._loop(batch, noise):
@@ -153,17 +156,17 @@ class Stage1(Objective):
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._forget()
         share = self._share(batch, noise)
-        memory = self.model.memory_for(batch.latents_BFCHW, differentiable=True)
+        memory = self.new_memory(batch, differentiable=True)
         for graph in self._graphs(batch, noise):
             for layer in self._layers:
                 memory.layers[layer].detach()
                 yield share * self._layer_error(layer, memory.layers[layer], graph)
 
     def _graphs(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[list[Pass]]:
-        """The teacher's passes, divided where back-propagation is cut: before a block is remembered."""
+        """Iterate over the teacher's passes of each graph; graphs are cut before a block is remembered."""
         settings = self.settings
         with frozen_teacher(self.model):
-            text, memory = self.model.embed_text(batch.text_BTD), self.model.memory_for(batch.latents_BFCHW)
+            text, memory = self.model.embed_text(batch.text_BTD), self.new_memory(batch)
         passes: list[Pass] = []
         for block in video_blocks(batch, settings.frames_per_block):
             passes += self._noisy_passes(block, noise, text, memory)
@@ -185,11 +188,12 @@ class Stage1(Objective):
             yield Pass(seen, reads=True, writes=False)
 
     def _layer_error(self, layer: int, memory: LayerMemory, graph: list[Pass]) -> Tensor:
-        """Sum of a layer's errors over the passes of a graph, whose observations are given away."""
+        """Sum of a layer's errors over the passes of a graph; frees the observations that it uses."""
         errors = []
         for one in graph:
             x, rotary, target = one.seen.pop(layer)
-            output, update = self._layers[layer](x, rotary, memory.read(x.shape[1]), one.reads, one.writes)
+            view = memory.read(x.shape[1])
+            output, update = self._layers[layer](x, rotary, view, attend=one.reads, remember=one.writes)
             if one.reads:
                 errors.append(self._passes_error(layer, output, target, 1))
             if one.writes:
@@ -207,14 +211,14 @@ class Stage1(Objective):
             teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean)
         for layer, module in self._layers.items():
             x, rotary, target = seen.pop(layer)
-            output, _ = module(x, rotary, module.parallel_view(layout), True, False)
+            output, _ = module(x, rotary, module.parallel_view(layout), attend=True, remember=False)
             passes = 2 * layout.num_blocks
             if not self.settings.loss_on_clean_pass:
                 output, target, passes = output.chunk(2, dim=1)[1], target.chunk(2, dim=1)[1], layout.num_blocks
             yield share * self._passes_error(layer, output, target, passes)
 
     def _share(self, batch: VideoBatch, noise: BatchNoise) -> float:
-        """One over the number of layers and passes."""
+        """Weight of one pass of one layer in the loss."""
         blocks = num_blocks(batch.latents_BFCHW.shape[1], self.settings.frames_per_block)
         return 1 / (len(self._layers) * blocks * (noise.num_noise_levels + self.settings.loss_on_clean_pass))
 
@@ -222,7 +226,7 @@ class Stage1(Objective):
         self._error, self._power = {}, {}
 
     def _passes_error(self, layer: int, output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:
-        """Sum over passes of the squared error, a mean over videos; counted towards the layer's figures."""
+        """Sum over passes of the squared error, averaged over videos; also added to the layer's metrics."""
         error_BP = mean_squared_errors(output_BLD, target_BLD, passes)
         power_BP = mean_squares(target_BLD, passes)
         self._error[layer] = error_BP.detach().mean(0).sum() + self._error.get(layer, 0)

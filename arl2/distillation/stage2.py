@@ -1,8 +1,9 @@
-"""Stage 2: the hybrid model learns to predict what the frozen original predicts, end to end.
+"""Stage 2: the hybrid model learns the predictions of the frozen original model, end to end.
 
-Student and teacher share one backbone; the teacher is the same model with its softmax layers and without adapters, and
-has a memory of its own. Both remember the same latents: those of the data, or those that the student makes itself.
-Source: ARL², arXiv 2605.16579; what it leaves open is in `Stage2Settings`.
+Student and teacher share one backbone. The teacher is the same model with its softmax layers and without adapters, and
+has its own memory. Both remember the same latents: those of the data, or those of the self-rollout.
+
+Source: ARL², arXiv 2605.16579; `Stage2Settings` holds what the paper leaves open.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from wan.utils.ranges import Bounds, Count
 
 
 class Context(StrEnum):
-    """Which latents are remembered: those of the data, or those that the student makes."""
+    """Source of the latents that are remembered: the data, or the student's self-rollout."""
 
     DATA = "data"
     SELF_ROLLOUT = "self_rollout"
@@ -39,7 +40,7 @@ class Context(StrEnum):
 
 
 class Target(StrEnum):
-    """What is compared: the velocity, or the clean latents that it implies."""
+    """Target of the loss: the velocity, or the clean latents that it implies."""
 
     FLOW = "flow"
     X0 = "x0"
@@ -47,14 +48,14 @@ class Target(StrEnum):
 
 @dataclass(frozen=True)
 class Stage2Settings(ObjectiveSettings):
-    """What the method leaves open.
+    """Settings of stage 2 that the paper leaves open.
 
     Attributes:
         context: see `Context`.
         target: see `Target`.
         checkpointing: recompute every transformer block in the backward pass instead of keeping its activations.
-        window_frames, sink_frames: what the student's softmax layers see, as in `wan.memory.MemorySpec`; the teacher's
-            see everything. A hybrid trained without a window forgets nearly all with one.
+        window_frames, sink_frames: window of the student's softmax layers, as in `wan.memory.MemorySpec`; the teacher
+            has full memory. A hybrid trained without a window forgets nearly everything when run with one.
     """
 
     context: Context = Context.DATA
@@ -69,28 +70,28 @@ class Stage2Settings(ObjectiveSettings):
 
     @property
     def window(self) -> tuple[int | None, int]:
-        """Frames of the window and of the sink."""
+        """Frames of the window (None for full memory) and of the sink."""
         return self.window_frames, self.sink_frames
 
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
-    """Names and parameters that stage 2 trains: everything that the softmax model does not have."""
+    """Parameters that stage 2 trains, by name: all that the softmax model does not have."""
     names = set(model.hybrid_parameter_names())
     return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
 def _nothing_cached(device: str) -> torch.autocast:
-    """Autocast as it is, without its cache: weights rounded without a graph must not serve the passes that learn."""
+    """Autocast without its cache: weights cast without a graph must not be reused where gradients flow."""
     return torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
 
 class Stage2(Objective):
-    """The objective of stage 2.
+    """Objective of stage 2.
 
     Args:
-        model: the student, and without its hybrids and adapters the teacher.
-        settings: see there.
-        sampler: the student's steps, needed for its own context.
+        model: the student; with hybrid layers and adapters switched off, the teacher.
+        settings: see `Stage2Settings`.
+        sampler: denoising steps of the student, needed for the self-rollout.
     """
 
     def __init__(self, model: HybridWanModel, settings: Stage2Settings, sampler: FewStepSampler | None = None) -> None:
@@ -109,12 +110,12 @@ class Stage2(Objective):
         return stage2_parameters(self.model)
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The squared difference of student and teacher in every graph; their sum is the mean over comparisons."""
+        """Iterate over the errors of each graph; their sum is the mean over comparisons with the teacher."""
         parallel = self.settings.forward_mode is ForwardMode.PARALLEL
         yield from self._parallel(batch, noise) if parallel else self._loop(batch, noise)
 
     def metrics(self) -> dict[str, float]:
-        """Root of the squared difference over the teacher's square: 0 is perfect."""
+        """Relative RMS error of the student with respect to the teacher: 0 is perfect."""
         return {"relative_error": float((torch.stack(self._error).sum() / torch.stack(self._power).sum()).sqrt())}
 
     @torch.no_grad()
@@ -130,8 +131,8 @@ class Stage2(Objective):
         self._error, self._power = [], []
         settings, model = self.settings, self.model
         with frozen_teacher(model):
-            text, teacher_memory = model.embed_text(batch.text_BTD), model.memory_for(batch.latents_BFCHW)
-        memory = model.memory_for(batch.latents_BFCHW, *settings.window, differentiable=True)
+            text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch)
+        memory = self.new_memory(batch, *settings.window, differentiable=True)
         errors: list[Tensor] = []
         share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
@@ -152,7 +153,7 @@ class Stage2(Objective):
     def _comparisons(
         self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory
     ) -> Iterator[Tensor]:
-        """The error of a block at every level."""
+        """Iterate over the errors of a block at its noise levels."""
         for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
             with frozen_teacher(self.model):
@@ -162,7 +163,7 @@ class Stage2(Objective):
 
     @torch.no_grad()
     def _own_block(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Tensor:
-        """The student's own block, as inference would make it."""
+        """Generate a block by self-rollout, as in inference."""
         assert self._sampler is not None
         of_step = partial(noise.of_rollout, block.number)
         with _nothing_cached(block.clean.device.type):
@@ -170,11 +171,11 @@ class Stage2(Objective):
 
     @torch.no_grad()
     def _own_video(self, batch: VideoBatch, noise: BatchNoise) -> Tensor:
-        """The student's own video, for the path that needs all of it beforehand."""
+        """Generate a whole video by self-rollout, for the parallel path, which needs all latents beforehand."""
         model, made = self.model, []
         with _nothing_cached(batch.latents_BFCHW.device.type):
             text = model.embed_text(batch.text_BTD)
-            memory = model.memory_for(batch.latents_BFCHW, *self.settings.window)
+            memory = self.new_memory(batch, *self.settings.window)
             for block in video_blocks(batch, self.settings.frames_per_block):
                 made.append(self._own_block(block, noise, text, memory))
                 if not block.last:
@@ -194,7 +195,7 @@ class Stage2(Objective):
         yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
 
     def _passes_error(self, flow_BFCHW: Tensor, wanted_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:
-        """Sum over the P blocks of a sequence of their squared differences, a mean over videos; noted for metrics."""
+        """Sum over the P blocks of a sequence of their squared errors, averaged over videos; also kept for metrics."""
         flow, wanted = (x.float().unflatten(1, (levels_BP.shape[1], -1)) for x in (flow_BFCHW, wanted_BFCHW))
         error_BP = (flow - wanted).square().flatten(2).mean(2)
         self._error.append(error_BP.detach().sum())

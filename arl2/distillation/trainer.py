@@ -8,15 +8,16 @@ bit (all apply one reduced gradient), and a checkpoint is the same file. The fro
 by `arl2.distillation.sharding`.
 """
 
-import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,16 +30,22 @@ from arl2.distillation.checkpointing import (
     Fingerprint,
     Progress,
     TrainingState,
-    complete_checkpoints,
+    first_not_finite,
     load_state,
+    newest_checkpoint,
     save_state,
+    truncate_losses,
 )
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.sampling import Batches
 from arl2.model import HybridWanModel
-from wan.utils.errors import InputError
-from wan.utils.files import atomic_path, write_json
+from wan.checkpoints.loading import fingerprint_of
+from wan.utils.errors import InputError, Interrupted
+from wan.utils.files import write_json, writing
+from wan.utils.json_lines import JsonLinesWriter
 from wan.utils.ranges import Bounds, Choices, Count, Fraction, Positive
+from wan.utils.ranks import OtherRankError, num_ranks, raise_together
+from wan.utils.signals import check_interrupted, on_signals
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
 DECAYS = ("constant", "cosine")
@@ -50,6 +57,25 @@ BatchSize = Annotated[int, Bounds(1, 10**6)]
 
 class TrainingError(InputError):
     """Training cannot go on."""
+
+
+class NothingLearnedError(TrainingError):
+    """Training came to its end, or far, and to nothing."""
+
+    exit_status = 1
+
+
+class Turn(NamedTuple):
+    """What a rank computes at a time.
+
+    Attributes:
+        batch, noise: of zeros where the samples cannot be read.
+        error: why not.
+    """
+
+    batch: VideoBatch
+    noise: BatchNoise
+    error: InputError | None = None
 
 
 @dataclass
@@ -144,9 +170,17 @@ class Trainer:
         if settings.ema_decay is not None:
             ema = {name: value.detach().clone() for name, value in trainables.items()}
         self.state = TrainingState(trainables, adamw, ema, Progress())
+        self._signal: int | None = None
+        self._is_stopping = False
+        self._failure: InputError | None = None
+        self._session_steps = 0
+        self._zero_gradients = 0
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train from the newest whole checkpoint, or from the start, to the last step.
+        """Train from the newest checkpoint, or from the start, to the last step.
+
+        SIGINT and SIGTERM let the step in flight be finished and a checkpoint be written; a second one ends the process
+        at once.
 
         Args:
             stop: asked before every step whether to keep what there is and end early; for one process.
@@ -155,8 +189,10 @@ class Trainer:
             whether the last step is done.
 
         Raises:
-            TrainingError: loss or gradient was not finite for too long.
-            InputError: the checkpoint is of another run, a sample cannot be read, or the disk is full.
+            TrainingError: loss or gradient was not finite for too long, or a parameter is not finite.
+            NothingLearnedError: more steps were skipped than learned from, or nothing changed.
+            InputError: the checkpoint is damaged or of another run, a sample cannot be read, or the disk is full.
+            Interrupted: a signal came; the checkpoint is written.
         """
         on_tensor_cores = self._accelerator.device.type == "cuda" and self._accelerator.mixed_precision == "bf16"
         # Compiled in bfloat16, a student's gradients were wrong now and then (docs/results/distillation.md); what has
@@ -165,32 +201,77 @@ class Trainer:
             return self._run(stop)
 
     def _run(self, stop: Callable[[], bool]) -> bool:
-        settings, state = self._settings, self.state
-        saved = complete_checkpoints(self._folder / CHECKPOINTS)
-        if saved:
-            load_state(state, saved[-1], self._fingerprint)
-        if self._accelerator.is_main_process:
-            truncate_losses(self._folder / LOSSES, state.progress.step)
-        self._accelerator.wait_for_everyone()
-        with self._bar() as (bar, task), self._prefetched() as batches, (self._folder / LOSSES).open("a") as losses:
-            while state.progress.step < settings.steps:
+        settings, progress = self._settings, self._resume()
+        start, first = fingerprint_of(self.state.trainables), progress.step
+        check_interrupted()
+        with (
+            self._bar() as (bar, task),
+            self._prefetched() as turns,
+            JsonLinesWriter(self._folder / LOSSES) if self._is_main else nullcontext() as losses,
+            on_signals(self._note_signal),
+        ):
+            while progress.step < settings.steps:
                 if stop():
                     self._save()
                     return False
-                line = self._step(batches)
-                step = state.progress.step
-                if self._accelerator.is_main_process:
-                    self._write(losses, line)
-                if step % settings.report_every == 0 or step == settings.steps:
-                    self._report(step)
-                if step % settings.save_every == 0 or step == settings.steps:
+                line = self._step(turns)
+                self._record(losses, line)
+                is_stopping = self._is_stopping or (num_ranks() == 1 and self._signal is not None)
+                if progress.step % settings.save_every == 0 or progress.step == settings.steps or is_stopping:
                     self._save()
                 speed = f"loss {line['loss'] or math.nan:.4g}, {1 / line['seconds']:.2f} steps/s"
-                bar.update(task, completed=step, figures=speed)
+                bar.update(task, completed=progress.step, figures=speed)
                 self._stop_if_lost()
+                if is_stopping:
+                    raise self._interrupted()
+        raise_together(self._interrupted() if self._signal is not None else None, self._accelerator.device)
+        if first == 0 and progress.learned and fingerprint_of(self.state.trainables) == start:
+            raise NothingLearnedError(f"no parameter changed in {progress.step} steps: raise optimizer.lr")
+        self._stop_if_useless(at_end=True)
         return True
 
-    def _step(self, batches: Iterator[tuple[VideoBatch, BatchNoise]]) -> dict[str, Any]:
+    @property
+    def _is_main(self) -> bool:
+        return bool(self._accelerator.is_main_process)
+
+    def _resume(self) -> Progress:
+        """Load the newest checkpoint, if there is one, and drop what was logged after it."""
+        newest = newest_checkpoint(self._folder / CHECKPOINTS)
+        if newest is not None:
+            load_state(self.state, newest, self._fingerprint)
+        progress = self.state.progress
+        if progress.step > self._settings.steps:
+            raise InputError(f"{newest} is beyond steps {self._settings.steps}: give more steps, or delete it")
+        with self._held():
+            if self._is_main:
+                truncate_losses(self._folder / LOSSES, progress.step)
+        raise_together(self._failure, self._accelerator.device)
+        return progress
+
+    def _note_signal(self, number: int) -> None:
+        """Remember a signal, and leave the next one to the system: it ends the process whatever is being computed."""
+        self._signal = number
+        # On Ctrl-C torchrun sends the processes that it started a signal beside the terminal's.
+        both = (signal.SIGINT, signal.SIGTERM)
+        for next_one in (number,) if "TORCHELASTIC_RUN_ID" in os.environ else both:
+            signal.signal(next_one, signal.SIG_DFL)
+
+    def _interrupted(self) -> Interrupted:
+        step, steps = self.state.progress.step, self._settings.steps
+        text = f"{step} of {steps} steps are done and kept in {self._folder}: start the same command again to go on"
+        return Interrupted(text, self._signal or signal.SIGTERM)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Keep an error back until all ranks hear of it: one that ended alone would leave the others waiting."""
+        try:
+            yield
+        except InputError as error:
+            if num_ranks() == 1:
+                raise
+            self._failure = self._failure or error
+
+    def _step(self, turns: Iterator[Turn]) -> dict[str, Any]:
         """One optimiser step; returns its line of the log."""
         started, settings, progress = time.perf_counter(), self._settings, self.state.progress
         parameters = list(self.state.trainables.values())
@@ -198,7 +279,9 @@ class Trainer:
             parameter.grad = None
         total = torch.zeros((), device=self._accelerator.device)
         for _ in range(settings.accumulation):
-            for part in self._parts(*next(batches)):
+            turn = next(turns)
+            self._keep_error_of(turn)
+            for part in self._parts(turn.batch, turn.noise):
                 part = part / settings.accumulation
                 part.backward()
                 total += part.detach()
@@ -213,6 +296,8 @@ class Trainer:
         progress.step += 1
         progress.skipped += not finite
         progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
+        self._session_steps += 1
+        self._zero_gradients += norm == 0
         return {
             "step": progress.step,
             "loss": loss if math.isfinite(loss) else None,
@@ -234,20 +319,29 @@ class Trainer:
             yield part
 
     def _reduce_gradients(self, loss: Tensor) -> tuple[float, float]:
-        """Average gradients and loss over ranks in one go, and shorten the gradient; its norm before, and the loss.
+        """Average gradients and loss over ranks in one go, and clip the gradient; its norm before, and the loss.
 
-        What is not finite on one rank is not finite on any afterwards: all ranks agree.
+        What is not finite on one rank is not finite on any afterwards: all ranks agree. In the same go they learn
+        whether one of them is to stop, and whether one cannot go on.
+
+        Raises:
+            InputError: this rank, or another, cannot go on.
         """
         parameters = list(self.state.trainables.values())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(grad.flatten() for grad in grads), loss.to(grads[0].dtype).reshape(1)])
-        flat = self._accelerator.reduce(flat, "mean")
-        gradient, mean_loss = flat[:-1], flat[-1]
+        flags = [float(self._signal is not None), float(self._failure is not None)]
+        last = torch.cat([loss.to(grads[0].dtype).reshape(1), grads[0].new_tensor(flags)])
+        flat = self._accelerator.reduce(torch.cat([*(grad.flatten() for grad in grads), last]), "mean")
+        gradient = flat[: -len(last)]
         norm = gradient.norm()
         gradient.mul_((self._settings.optimizer.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
-        return float(norm), float(mean_loss)
+        length, mean_loss, stopping, failed = torch.cat([norm.reshape(1), flat[-len(last) :]]).tolist()
+        if failed:
+            raise self._failure or OtherRankError()
+        self._is_stopping = stopping > 0
+        return length, mean_loss
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -257,62 +351,120 @@ class Trainer:
             self.state.ema[name].lerp_(parameter, 1 - self._settings.ema_decay)
 
     @contextmanager
-    def _prefetched(self) -> Iterator[Iterator[tuple[VideoBatch, BatchNoise]]]:
+    def _prefetched(self) -> Iterator[Iterator[Turn]]:
         """This rank's batches from the current step on, each read while the one before is computed."""
         settings, world = self._settings, self._accelerator.num_processes
 
-        def read(number: int) -> tuple[VideoBatch, BatchNoise]:
+        def read(number: int) -> Turn:
             step, turn = divmod(number, settings.accumulation)
             first = (turn * world + self._accelerator.process_index) * settings.batch
-            return self._batches(step, range(first, first + settings.batch))
+            return self._read(step, range(first, first + settings.batch))
 
-        def batches(pool: ThreadPoolExecutor) -> Iterator[tuple[VideoBatch, BatchNoise]]:
+        def turns(pool: ThreadPoolExecutor) -> Iterator[Turn]:
             number = self.state.progress.step * settings.accumulation
-            waiting: Future[tuple[VideoBatch, BatchNoise]] = pool.submit(read, number)
+            waiting: Future[Turn] = pool.submit(read, number)
             while True:
                 number += 1
                 ready, waiting = waiting.result(), pool.submit(read, number)
                 yield ready
 
         with ThreadPoolExecutor(1) as pool:
-            yield batches(pool)
+            yield turns(pool)
+
+    def _read(self, step: int, places: range) -> Turn:
+        try:
+            return Turn(*self._batches(step, places))
+        except InputError as error:
+            # Computed all the same: the other ranks may need this one in their passes.
+            return Turn(*self._batches.blank(step, places), error)
+
+    def _keep_error_of(self, turn: Turn) -> None:
+        with self._held():
+            if turn.error is not None:
+                raise turn.error
+
+    def _record(self, losses: JsonLinesWriter | None, line: dict[str, Any]) -> None:
+        """Log a step, and report on the layers where it is time to."""
+        step = line["step"]
+        with self._held():
+            if losses is not None:
+                losses.write(line)
+            self._log({name: value for name, value in line.items() if value is not None}, step)
+        if step % self._settings.report_every == 0 or step == self._settings.steps:
+            self._report(step)
+
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        with writing(self._folder):
+            self._accelerator.log(figures, step=step)
 
     def _report(self, step: int) -> None:
         """Measure the layers on the first batch of the step to come."""
-        places = range(self._settings.batch)
-        device = self._accelerator.device
-        batch, noise = self._batches(step, places)
+        device, turn = self._accelerator.device, self._read(step, range(self._settings.batch))
+        self._keep_error_of(turn)
         metrics = self._objective.metrics()
         with self._accelerator.autocast():
-            reports = self._objective.reports(batch.to(device), noise.to(device))
+            reports = self._objective.reports(turn.batch.to(device), turn.noise.to(device))
         per_layer = {f"{name}/{layer}": value for name, values in reports.items() for layer, value in values.items()}
-        self._accelerator.log(metrics | per_layer, step=step)
-        if self._accelerator.is_main_process:
-            write_json(
-                self._folder / "reports" / f"step-{step:08d}.json",
-                {"step": step, "metrics": metrics, "layers": reports},
-            )
-        self._on_report(step, self._objective.model, reports)
-
-    def _write(self, losses: Any, line: dict[str, Any]) -> None:
-        try:
-            losses.write(json.dumps(line) + "\n")
-            losses.flush()
-        except OSError as error:
-            raise InputError(f"cannot write {self._folder / LOSSES} ({error.strerror}): free some space") from error
-        self._accelerator.log({name: value for name, value in line.items() if value is not None}, step=line["step"])
+        with self._held():
+            self._log(metrics | per_layer, step)
+            if self._is_main:
+                page = {"step": step, "metrics": metrics, "layers": reports}
+                write_json(self._folder / "reports" / f"step-{step:08d}.json", page)
+        with self._held():
+            self._on_report(step, self._objective.model, reports)
 
     def _save(self) -> None:
-        if self._accelerator.is_main_process:
-            save_state(self.state, self._folder / CHECKPOINTS, self._fingerprint, self._settings.keep)
-        self._accelerator.wait_for_everyone()
+        with self._held():
+            if self._is_main:
+                self._require_finite()
+                save_state(self.state, self._folder / CHECKPOINTS, self._fingerprint, self._settings.keep)
+        raise_together(self._failure, self._accelerator.device)
+
+    def _require_finite(self) -> None:
+        """Make sure that a checkpoint holds numbers.
+
+        Raises:
+            TrainingError: it would not; the message names the parameter.
+        """
+        name = first_not_finite(self.state.trainables) or first_not_finite(self.state.ema or {})
+        if name is not None:
+            raise TrainingError(
+                f"{name} is not finite after step {self.state.progress.step}, no checkpoint of it is written: lower "
+                "optimizer.lr, and start the same command again to go on from the checkpoint before"
+            )
 
     def _stop_if_lost(self) -> None:
+        """Check that the run still learns.
+
+        Raises:
+            TrainingError: it does not.
+        """
         progress = self.state.progress
         if progress.skipped_in_row >= self._settings.max_bad_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in the last {progress.skipped_in_row} steps (now {progress.step}): "
                 "lower optimizer.lr, or look at the data and the weights"
+            )
+        if min(progress.step, self._session_steps) >= self._settings.max_bad_steps:
+            self._stop_if_useless(at_end=False)
+
+    def _stop_if_useless(self, at_end: bool) -> None:
+        """Check that more was learned than skipped, and that there is something to learn.
+
+        Raises:
+            NothingLearnedError: it is not so.
+        """
+        progress = self.state.progress
+        if progress.skipped > progress.learned:
+            raise NothingLearnedError(
+                f"{progress.skipped} of {progress.step} steps were skipped, for loss or gradient was not finite: this "
+                f"is no trained model{', nothing is exported' if at_end else ''}; lower optimizer.lr, or look at the "
+                "data and the weights, and take another run_folder"
+            )
+        if self._session_steps and self._zero_gradients == self._session_steps:
+            raise NothingLearnedError(
+                f"the gradient was exactly zero in all {self._session_steps} steps of this session: nothing can be "
+                "learned from this data with these settings"
             )
 
     @contextmanager
@@ -337,18 +489,3 @@ def products_in_tf32(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def truncate_losses(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, which are computed again, and half a line that a killed run left."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(kept))

@@ -1,1 +1,1 @@
-"""How far a model is from its teacher, measured without any other model's weights."""
+"""Deviation of a model from its teacher, measured without weights of any other model."""

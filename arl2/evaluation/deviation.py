@@ -1,7 +1,8 @@
-"""How far a model's videos are from its teacher's, for the same noise and text.
+"""Deviation of a model's videos from its teacher's, for the same noise and text.
 
-Three views of it, from dear to cheap: pixels of two rollouts; their latents, each made on its own context, so that
-errors add up from block to block; and single predictions on a context that is given to both.
+There are three measures, from expensive to cheap. The first compares the pixels of two rollouts. The second compares
+their latents: each rollout uses its own context, so errors add up from block to block. The third compares single
+predictions on a context that is given to both.
 """
 
 import math
@@ -32,26 +33,26 @@ class BlockErrors:
 
     @property
     def by_block(self) -> list[float]:
-        """Mean over videos."""
+        """Mean over videos of each block."""
         return self.mse_BN.mean(dim=0).tolist()
 
     @property
     def by_video(self) -> list[float]:
-        """Mean over blocks."""
+        """Mean over blocks of each video."""
         return self.mse_BN.mean(dim=1).tolist()
 
     @property
     def mean(self) -> float:
-        """Over videos and blocks."""
+        """Mean over videos and blocks."""
         return float(self.mse_BN.mean())
 
 
 @dataclass(frozen=True)
 class Deviation(BlockErrors):
-    """Two rollouts and the difference of their latents.
+    """Squared differences of the latents of two rollouts, and these latents.
 
     Attributes:
-        student_BFCHW, teacher_BFCHW: latents, to be decoded for `pixel_deviation`.
+        student_BFCHW, teacher_BFCHW: latents, which can be decoded for `pixel_deviation`.
     """
 
     student_BFCHW: Tensor
@@ -60,11 +61,11 @@ class Deviation(BlockErrors):
 
 @dataclass(frozen=True)
 class PixelDeviation(BlockErrors):
-    """The difference of two sets of videos in pixels from -1 to 1.
+    """Squared differences of two sets of videos in pixels from -1 to 1, and their flicker.
 
     Attributes:
-        student_flicker, teacher_flicker: see `temporal_flicker`; mean over videos. What matters is their difference: a
-            video that moves has a lower one than a video that stands still.
+        student_flicker, teacher_flicker: see `temporal_flicker`; mean over videos. Only their difference is meaningful,
+            since motion lowers both.
     """
 
     student_flicker: float
@@ -74,18 +75,18 @@ class PixelDeviation(BlockErrors):
     def psnr(self) -> list[float]:
         """Peak signal-to-noise ratio in dB of every block, from the mean squared error over all videos.
 
-        Infinite where all are equal. (Over the mean of single ratios, one equal pair would make it infinite.)
+        It is infinite where all videos are equal. (A mean of ratios would be infinite for a single equal pair.)
         """
         return [psnr(error) for error in self.by_block]
 
 
 def psnr(mse: float) -> float:
-    """10·log10(2² / mse) of pixels from -1 to 1; infinite for 0."""
+    """Peak signal-to-noise ratio 10·log10(2² / mse) in dB of pixels from -1 to 1; infinite for 0."""
     return math.inf if mse == 0 else 10 * math.log10(4 / mse)
 
 
 def temporal_flicker(pixels_BTCHW: Tensor) -> Tensor:
-    """(255 - MAE) / 255 of every video, [B]: 1 for one that stands still.
+    """Temporal flicker (255 - MAE) / 255 of every video, [B]: 1 for a still video.
 
     MAE is the mean absolute difference of consecutive frames in bytes, over all pairs, pixels and channels, as in
     VBench's "temporal flickering".
@@ -106,21 +107,21 @@ def temporal_flicker(pixels_BTCHW: Tensor) -> Tensor:
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as whole numbers from 0 to 255, in float32."""
+    """Convert pixels in [-1, 1] to whole numbers from 0 to 255, in float32."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def _differences(student: Tensor, teacher: Tensor, sizes: list[int]) -> Tensor:
-    """Mean squared difference [B, blocks] of two tensors [B, time, …] whose time divides into blocks of some sizes."""
+    """Mean squared difference [B, blocks] of two tensors [B, time, …], split along time into blocks of given sizes."""
     if student.shape != teacher.shape:
         raise InputError(f"{tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared: give one shape")
     pairs = zip(student.split(sizes, dim=1), teacher.split(sizes, dim=1), strict=True)
-    # Block by block: a video's difference in double precision would take more than the video.
+    # Block by block: the difference of whole videos in double precision would take twice their memory.
     return torch.stack([(a.double() - b.double()).square().flatten(1).mean(dim=1).cpu() for a, b in pairs], dim=1)
 
 
 def latent_deviation(student_BFCHW: Tensor, teacher_BFCHW: Tensor, frames_per_block: int) -> Deviation:
-    """The difference of two sets of latents, block by block.
+    """Compare two sets of latents block by block.
 
     Raises:
         InputError: different shapes, or frames that do not divide into blocks.
@@ -133,12 +134,12 @@ def latent_deviation(student_BFCHW: Tensor, teacher_BFCHW: Tensor, frames_per_bl
 def pixel_deviation(
     student_pixels_BTCHW: Tensor, teacher_pixels_BTCHW: Tensor, frames_per_block: int, frames_per_latent: int = 4
 ) -> PixelDeviation:
-    """The difference of two sets of decoded videos.
+    """Compare two sets of decoded videos block by block.
 
     Args:
         student_pixels_BTCHW, teacher_pixels_BTCHW: in [-1, 1]; the first latent frame is one frame.
-        frames_per_block: latent frames of a block.
-        frames_per_latent: frames of every later latent frame: the VAE's `temporal_compression`.
+        frames_per_block: latent frames per block.
+        frames_per_latent: frames per later latent frame, the VAE's `temporal_compression`.
 
     Raises:
         InputError: different shapes, or frames that are not those of whole blocks.
@@ -155,7 +156,7 @@ def pixel_deviation(
 
 
 def _memory_for(setup: EvalSetup, noise_BFCHW: Tensor, blocks: int) -> Memory:
-    """An empty memory for videos of some blocks like the given one; as long as is known, so that it need not grow."""
+    """Empty memory for videos of `blocks` blocks like the given one, allocated whole so that it need not grow."""
     batch, frames = noise_BFCHW.shape[:2]
     like = noise_BFCHW[:, :1].expand(batch, blocks * frames, *noise_BFCHW.shape[2:])
     return setup.transformer.memory_for(like, setup.window_frames, setup.sink_frames)
@@ -175,14 +176,14 @@ def roll_out(
     as_teacher: bool = False,
     context_noise: float = 0.0,
 ) -> Tensor:
-    """Latents of videos that a model makes on its own context, [B, F, C, h, w].
+    """Generate latents of videos, each on its own context, [B, F, C, h, w].
 
     Args:
-        setup: the model as it stands, layers that are switched off included; its window is that of softmax layers.
+        setup: model in its current state, including layers that are switched off; the window is that of softmax layers.
         text_BTD: text embeddings.
-        noise: of every block and step; a function, so that it can be the same for two models.
-        blocks: how many; any number, also more than were trained on.
-        as_teacher: be the softmax model.
+        noise: noise of every block and step; a function, so that two models can share it.
+        blocks: number of blocks; may exceed the length of training videos.
+        as_teacher: whether to run the softmax model.
         context_noise: timestep of the clean pass.
     """
     with setup.transformer.as_teacher() if as_teacher else nullcontext():
@@ -192,7 +193,7 @@ def roll_out(
 
 
 def teacher_of(student: EvalSetup) -> EvalSetup:
-    """The softmax model behind a student, with full memory; to be run with `as_teacher`."""
+    """Setup of the softmax model behind a student, with full memory; run it with `as_teacher`."""
     return replace(student, window_frames=None, sink_frames=0)
 
 
@@ -205,12 +206,12 @@ def rollout_deviation(
     teacher: EvalSetup | None = None,
     context_noise: float = 0.0,
 ) -> Deviation:
-    """Let student and teacher make the same videos, each on its own context, and compare the latents.
+    """Generate the same videos by student and teacher, each on its own context, and compare the latents.
 
     Args:
         student, text_BTD, noise, blocks, context_noise: as in `roll_out`.
-        teacher: the softmax model, if it is not the student's own with full memory (as it is not once adapters are
-            merged).
+        teacher: softmax model to compare with; None for the student's own with full memory. Give it if adapters are
+            merged.
     """
     wanted = roll_out(
         teacher or teacher_of(student), text_BTD, noise, blocks, as_teacher=True, context_noise=context_noise
@@ -223,7 +224,7 @@ def rollout_deviation(
 def _forced_flows(
     setup: EvalSetup, latents_BFCHW: Tensor, text_BTD: Tensor, noise: Noise, context_noise: float
 ) -> Iterator[list[Tensor]]:
-    """A model's velocities of every block at the sampler's noise levels, on the context of the given latents."""
+    """Predict the velocities of every block at the sampler's noise levels, on the context of the given latents."""
     model, sampler = setup.transformer, setup.sampler
     frames = noise(0, 0).shape[1]
     blocks = num_blocks(latents_BFCHW.shape[1], frames)
@@ -249,18 +250,18 @@ def teacher_forced_deviation(
     teacher: EvalSetup | None = None,
     context_noise: float = 0.0,
 ) -> BlockErrors:
-    """Compare what student and teacher take for the clean latents, while both remember the same given ones.
+    """Compare the clean latents predicted by student and teacher, while both remember the same given latents.
 
-    Errors do not add up from block to block, and one pass a noise level is enough. Both see the same noisy latents, so
-    that a difference in x0 = x_t - σ·v is σ times one in the velocity.
+    Errors do not add up from block to block, and one pass per noise level is enough. Both see the same noisy latents.
+    So a difference in x0 = x_t - σ·v is σ times the difference in velocity.
 
     Args:
         student, text_BTD, teacher, context_noise: as in `rollout_deviation`.
-        latents_BFCHW: clean videos, the model's own or real ones.
+        latents_BFCHW: clean videos, generated or real.
         noise: added to a block at each of the sampler's noise levels.
 
     Returns:
-        errors of x0, mean over the sampler's noise levels.
+        errors of x0, averaged over the sampler's noise levels.
 
     Raises:
         InputError: frames that do not divide into blocks.

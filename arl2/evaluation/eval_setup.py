@@ -1,4 +1,4 @@
-"""A model as it is judged."""
+"""Model and sampling settings of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from arl2.rollout import FewStepSampler
 
 @dataclass(frozen=True)
 class EvalSetup:
-    """What generates, and how.
+    """Model to evaluate with its sampling settings.
 
     Attributes:
-        transformer, sampler: the model, and in which steps.
-        window_frames, sink_frames: of the softmax layers' memory; a window of one block sees no other block.
+        transformer, sampler: the model and its denoising steps.
+        window_frames, sink_frames: memory of the softmax layers; with a window of one block they see no other block.
     """
 
     transformer: HybridWanModel

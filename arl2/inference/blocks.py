@@ -1,13 +1,13 @@
-"""The blocks of the transformer for inference: the computation of `wan.model.Block`, cut at its attentions.
+"""Blocks of the transformer for inference: the computation of `wan.model.Block`, split at its attentions.
 
-What lies before, between and after the two attentions of a block are functions of tensors only. They are compiled
-once and serve all blocks; views of memory, attention and writes to states stay outside, so that nothing which changes
-from block to block of a video reaches the compiler.
+The parts before, between and after the two attentions of a block are functions of tensors only. They are compiled
+once and serve all blocks. Views of memory, attention and writes to states stay outside: they change from block to
+block of a video, which would cause recompilation.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, inference_linear
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
-from arl2.ops.gated_delta import WriteBackend, gated_delta_write
+from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
 from wan.memory import KVUpdate
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
@@ -27,24 +27,24 @@ Function = Callable[..., Any]
 
 
 def uncompiled(function: Function) -> Function:
-    """The function as it is."""
+    """Return the function unchanged."""
     return function
 
 
 @cache
 def compiled(function: Function) -> Function:
-    """The function compiled; one compilation serves all calls with tensors of the same sizes."""
+    """Compile a function; one compilation serves all calls with tensors of the same sizes."""
     allow_variants()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 class FastBlock(nn.Module):
-    """A block with softmax attention.
+    """Inference form of a block with softmax attention.
 
     Args:
-        block: whose parameters it shares.
-        ops: what it computes between products; its products are in FP8 if these say so.
-        compile_fn: what makes the functions between attentions fast: `compiled` or `uncompiled`.
+        block: block whose parameters it shares.
+        ops: operations between products; they also decide whether products are in FP8.
+        compile_fn: `compiled` or `uncompiled`, applied to the functions between attentions.
     """
 
     def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
@@ -62,7 +62,7 @@ class FastBlock(nn.Module):
         self.ffn_out = inference_linear(block.ffn[2], fp8)
 
     def parts(self) -> dict[str, nn.Linear]:
-        """The projections of self-attention, in an order in which those that a pass needs are neighbours."""
+        """Projections of self-attention by name, ordered so that those needed by a pass are neighbours."""
         return {"q": self.attention.q, "k": self.attention.k, "v": self.attention.v}
 
     def forward(
@@ -72,9 +72,10 @@ class FastBlock(nn.Module):
         rotary: Rotary,
         view: Any,
         text_kv: tuple[Tensor, Tensor],
+        *,
         attend: bool,
         remember: bool,
-        delta_out: "DeltaInputs | None" = None,
+        delta_out: DeltaInputs | None = None,
     ) -> tuple[DeferredResidual, Any]:
         """See `wan.model.Block.forward`; only a hybrid block needs `delta_out`."""
         x, q, k, v = self.compile_fn(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
@@ -93,7 +94,7 @@ class FastBlock(nn.Module):
         time_BF6D: Tensor,
         text_kv: tuple[Tensor, Tensor],
     ) -> DeferredResidual:
-        """What follows self-attention."""
+        """Run the part of the block after self-attention."""
         x, q = self.compile_fn(after_attention)(self, x_BLD, mixed_BLHD, read_state, time_BF6D)
         crossed = attention(q, *text_kv, backend=self.block.cross_attn.backend)
         x, added = self.compile_fn(after_cross_attention)(self, x, crossed, time_BF6D)
@@ -101,7 +102,10 @@ class FastBlock(nn.Module):
 
 
 class FastHybridBlock(FastBlock):
-    """A block with hybrid attention. Its adapters, and φ_v, are folded into the projections as they are now."""
+    """Inference form of a block with hybrid attention.
+
+    Adapters and φ_v are folded into the projections with their values at construction.
+    """
 
     def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
         attention = block.self_attn
@@ -111,7 +115,7 @@ class FastHybridBlock(FastBlock):
         self.hybrid = attention
 
     def parts(self) -> dict[str, nn.Linear]:
-        """See `FastBlock.parts`: a pass needs those up to the last that attends, or from the first that remembers."""
+        """See `FastBlock.parts`; attending needs the first ones, and remembering the last ones."""
         layer = self.attention
         assert isinstance(layer, HybridAttention)
         small = {"gate": layer.gate_proj, "decay": layer.a_proj, "beta": layer.b_proj}
@@ -141,12 +145,12 @@ class FastHybridBlock(FastBlock):
 
     @property
     def attending(self) -> tuple[str, ...]:
-        """The projections that attending needs."""
+        """Names of the projections that attending needs."""
         return ("q", "k", "v", "q_state", "gate") if self.adapted else ("q", "v", "gate", "k")
 
     @property
     def remembering(self) -> tuple[str, ...]:
-        """The projections that remembering needs."""
+        """Names of the projections that remembering needs."""
         return ("k_state" if self.adapted else "k", "v_state", "decay", "beta")
 
     def forward(
@@ -156,11 +160,12 @@ class FastHybridBlock(FastBlock):
         rotary: Rotary,
         view: StateView,
         text_kv: tuple[Tensor, Tensor],
+        *,
         attend: bool,
         remember: bool,
-        delta_out: "DeltaInputs | None" = None,
+        delta_out: DeltaInputs | None = None,
     ) -> tuple[DeferredResidual, Any]:
-        """See `wan.model.Block.forward`; what to remember goes to `delta_out` instead of becoming an update."""
+        """See `wan.model.Block.forward`; instead of returning an update, the inputs of the write go to `delta_out`."""
         assert remember == (delta_out is not None)
         reading = self.compile_fn(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, delta_out)
         if reading is None:
@@ -171,23 +176,15 @@ class FastHybridBlock(FastBlock):
         return self.rest(x, mixed, read_state, time_BF6D, text_kv), None
 
 
-class DeltaInputs(NamedTuple):
-    """What is written to a state: the arguments of `arl2.ops.gated_delta.gated_delta_write` but the state."""
-
-    k_BLHK: Tensor
-    v_BLHV: Tensor
-    log_decay_BLH: Tensor
-    beta_BLH: Tensor
-
-
 class BatchedStateWrites:
-    """The writes of several layers, done as one of a larger batch; each layer puts its own where the kernel reads it.
+    """State writes of several layers, computed as one write of a larger batch.
 
-    A write walks through its tokens chunk by chunk, which leaves most of a GPU idle; nothing in a pass waits for it.
+    A single write goes through its tokens chunk by chunk, which leaves most of a GPU idle. Nothing in a pass waits for
+    it. Each layer puts its inputs into a slice of the buffers that the kernel reads.
 
     Args:
-        layers: how many.
-        x_BLD: tokens like those of a layer.
+        layers: number of layers.
+        x_BLD: tokens of a layer, for their shape, dtype and device.
         heads: number of heads.
     """
 
@@ -195,49 +192,49 @@ class BatchedStateWrites:
         wide = torch.promote_types(x_BLD.dtype, torch.float32)
         batch, tokens, dim = x_BLD.shape
         like_tokens = (layers, batch, tokens, heads)
-        # A tensor each: the compiler wants what it writes to apart.
+        # One tensor per input: the compiler needs separate buffers for its outputs.
         k, v = (x_BLD.new_empty(*like_tokens, dim // heads) for _ in range(2))
         log_decay, beta = (x_BLD.new_empty(like_tokens, dtype=wide) for _ in range(2))
         self._all = DeltaInputs(k, v, log_decay, beta)
         self._states: list[Tensor] = []
 
     def buffer(self, state_BHKV: Tensor) -> DeltaInputs:
-        """Where the layer with this state puts what it writes; one after the other."""
+        """Slice of the buffers for the inputs of the next layer, whose state is given."""
         place = len(self._states)
         self._states.append(state_BHKV)
         return DeltaInputs(*(x[place] for x in self._all))
 
     @property
     def full(self) -> bool:
-        """Whether all layers have asked for delta_out."""
-        return len(self._states) == len(self._all.k_BLHK)
+        """True once every layer has asked for its buffer."""
+        return len(self._states) == len(self._all.k)
 
     def states(self, backend: WriteBackend) -> list[Tensor]:
-        """The states after the writes, in order of the layers."""
+        """Compute the writes; returns the new states in the order of the layers."""
         k, v, log_decay, beta = (x.flatten(0, 1) for x in self._all)
         states = gated_delta_write(torch.cat(self._states), k, v, log_decay, beta, backend=backend)
         return list(states.chunk(len(self._states)))
 
 
 def fast_block(block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> FastBlock:
-    """The counterpart of a block as it is switched now."""
+    """Inference form of a block, hybrid if its hybrid layer is enabled now."""
     hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
     return (FastHybridBlock if hybrid else FastBlock)(block, ops, compile_fn)
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with other values."""
+    """Linear layer of the same size with other values."""
     other = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
     other.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        # A copy: what is fused becomes a view, and a bias is one layer's only.
+        # A copy: fused parameters become views, and a bias must not be a view of two tensors.
         other.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return other
 
 
 @torch.no_grad()
 def mapped_linear(linear: nn.Linear, weight: Tensor, phi: nn.Conv1d) -> nn.Linear:
-    """A projection with these weights followed by a map of every head, as one linear layer; folded in float64."""
+    """Projection with these weights and the map of each head after it, folded in float64 into one linear layer."""
     maps_HOI = phi.weight.double().view(phi.groups, phi.out_channels // phi.groups, -1)
     heads = weight.double().unflatten(0, (phi.groups, -1))
     bias = None
@@ -249,7 +246,11 @@ def mapped_linear(linear: nn.Linear, weight: Tensor, phi: nn.Conv1d) -> nn.Linea
 def softmax_tokens(
     fast: FastBlock, stream: DeferredResidual, time_BF6D: Tensor, rotary: Rotary, attend: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The tokens, and q (if wanted), k and v of a softmax layer, ready for attention, [B, L, H, D]."""
+    """Compute the inputs of a softmax layer's attention.
+
+    Returns:
+        the tokens, then q (None without `attend`), k and v, [B, L, H, D] each.
+    """
     layer, ops = fast.attention, fast.ops
     x, tokens = ops.before_self_attention(fast.block, stream, time_BF6D)
     *q, k, v = fast.projections(tokens, ("q", "k", "v") if attend else ("k", "v"))
@@ -266,11 +267,14 @@ def hybrid_tokens(
     attend: bool,
     delta_out: DeltaInputs | None,
 ) -> tuple[Tensor | None, ...] | None:
-    """What a hybrid layer attends with: the tokens, their q, k and v, and of a `StateRead` query, norm and gate.
+    """Compute the inputs of a hybrid layer's attention, of its state read and of its write.
 
     Args:
-        attend: whether that is wanted.
-        delta_out: where to put the k̂, v̂, log decay and write strength of the tokens, if they are wanted.
+        attend: whether to compute the inputs of attention and of the read.
+        delta_out: buffers for the inputs of the write; None if it is not wanted.
+
+    Returns:
+        the tokens, q, k and v, then query, norm factors and gate of a `StateRead`; None without `attend`.
     """
     layer, ops = fast.hybrid, fast.ops
     x, tokens = ops.before_self_attention(fast.block, stream, time_BF6D)
@@ -283,17 +287,17 @@ def hybrid_tokens(
     written = [] if delta_out is None else [(layer.norm_k, out[key])]
     heads, inverse_rms = ops.normed_heads(normed, asked + written, layer.num_heads, rotary)
     if delta_out is not None:
-        ops.put_keys(layer, out[key], inverse_rms[-1], rotary, delta_out.k_BLHK)
-        delta_out.v_BLHV.copy_(layer.heads(out["v_state"]))
-        delta_out.log_decay_BLH.copy_(layer.log_decay_of(out["decay"]))
-        delta_out.beta_BLH.copy_(layer.beta_of(out["beta"]))
+        ops.put_keys(layer, out[key], inverse_rms[-1], rotary, delta_out.k)
+        delta_out.v.copy_(layer.heads(out["v_state"]))
+        delta_out.log_decay.copy_(layer.log_decay_of(out["decay"]))
+        delta_out.beta.copy_(layer.beta_of(out["beta"]))
     return (x, *heads, layer.heads(out["v"]), out[query], inverse_rms[0], out["gate"]) if attend else None
 
 
 def after_attention(
     fast: FastBlock, x_BLD: Tensor, mixed_BLHD: Tensor, read_state: StateRead | None, time_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tokens after self-attention, and their queries to the text [B, L, H, D]."""
+    """Tokens after self-attention, and their queries for cross-attention, [B, L, H, D]."""
     block, ops, cross = fast.block, fast.ops, fast.block.cross_attn
     if read_state is not None:
         assert isinstance(fast, FastHybridBlock)
@@ -307,7 +311,7 @@ def after_attention(
 def after_cross_attention(
     fast: FastBlock, x_BLD: Tensor, crossed_BLHD: Tensor, time_BF6D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The tokens after cross-attention, and what the feed-forward adds to them once it is gated."""
+    """Tokens after cross-attention, and the output of the feed-forward, which is still to be gated and added."""
     block, ops = fast.block, fast.ops
     crossed = fast.cross_out(ops.operand(crossed_BLHD.flatten(2)))
     x, tokens = ops.before_feed_forward(block, x_BLD, crossed, time_BF6D)

@@ -1,4 +1,4 @@
-"""Passes recorded as CUDA graphs: a pass that comes again costs the CPU one launch instead of hundreds."""
+"""Passes recorded as CUDA graphs: replaying one costs the CPU one launch instead of hundreds."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -11,17 +11,20 @@ from wan.memory import KVUpdate, SlotView
 from wan.model import FlowModel, PassOutput, TextKV
 
 MAX_GRAPHS = 64
-"""Recorded passes kept at a time. A window whose ring divides into blocks takes two a slot, full memory two a block."""
+"""Upper bound on recorded passes: two per slot of a window that divides into blocks, two per block of a full memory."""
 FORGOTTEN_AFTER = 128
-"""Blocks after which a recording that was not replayed may go for another."""
+"""Blocks after which a recording that was not replayed may be evicted."""
 MAX_KEYS = 1024
-"""Passes remembered as met, two a block of a full memory; beyond, all are forgotten, and recorded a little later."""
+"""Upper bound on keys of passes that were met, two per block of a full memory.
+
+Beyond it all keys are dropped, which only delays recordings.
+"""
 
 Key = tuple[Hashable, ...]
 
 
 def pass_key(views: Sequence[Any]) -> Key | None:
-    """What a recorded pass is bound to of its memory: addresses, sizes and slots. None: it cannot be recorded."""
+    """Addresses, sizes and slots of the memory that a recording depends on; None if it cannot be recorded."""
     places: list[Hashable] = []
     for view in views:
         if isinstance(view, StateView):
@@ -34,22 +37,22 @@ def pass_key(views: Sequence[Any]) -> Key | None:
 
 
 def recurs(views: Sequence[Any]) -> bool:
-    """Whether later blocks of the video find the same places: in a full memory every block has a slot of its own."""
+    """Returns whether later blocks of the video use the same slots; in a full memory every block has its own."""
     return all(view.recurs for view in views if isinstance(view, SlotView))
 
 
 def address(x: Tensor) -> Key:
-    """Where a tensor lies, and what it is."""
+    """Address, shape and dtype of a tensor."""
     return x.data_ptr(), x.shape, x.dtype
 
 
 def signature(tensors: Sequence[Tensor]) -> Key:
-    """Sizes and types of some tensors."""
+    """Shapes, dtypes and devices of tensors."""
     return tuple((x.shape, x.dtype, x.device) for x in tensors)
 
 
 def output_tensors(output: PassOutput) -> Iterator[Tensor]:
-    """All tensors of a pass's output, in order."""
+    """Iterate over the tensors of a pass's output."""
     if output.flow is not None:
         yield output.flow
     for update in output.updates or ():
@@ -57,7 +60,7 @@ def output_tensors(output: PassOutput) -> Iterator[Tensor]:
 
 
 def same_output(output: PassOutput, tensors: Iterator[Tensor]) -> PassOutput:
-    """An output like `output` with other tensors, given in the order of `output_tensors`."""
+    """Copy of an output with other tensors, given in the order of `output_tensors`."""
     flow = None if output.flow is None else next(tensors)
     if output.updates is None:
         return PassOutput(flow, None)
@@ -69,44 +72,44 @@ def same_output(output: PassOutput, tensors: Iterator[Tensor]) -> PassOutput:
 
 
 class GraphedModel:
-    """A model whose passes are recorded when they come again, and then replayed.
+    """Model whose passes are recorded when they repeat, and then replayed.
 
-    A pass comes again if its sizes, and the addresses and slots of its memory, are those of a pass before. Over states
-    and the ring of a window that is a pass of an earlier block, where blocks end with something remembered; the first
-    blocks of a window run unrecorded. In a full memory every block has a slot of its own: its second denoising pass is
-    recorded for it and the ones after, and all its passes for the next video in the same memory. If there is no room
-    for them, only a block's denoising is, until the next block.
+    A pass repeats if its sizes, and the addresses and slots of its memory, equal those of an earlier pass. Over states
+    and over the ring of a window, the earlier pass belongs to an earlier block. The first blocks of a window run
+    unrecorded. In a full memory every block has its own slot. There the second denoising pass is recorded for the rest
+    of the block, and all passes for the next video in the same memory. If there is no space for them, only the
+    denoising of the current block is recorded, until the next block.
 
-    What a call returns is valid until the next call. Not for several threads.
+    The result of a call is valid until the next call. Not thread-safe.
 
     Args:
-        model: its forward neither waits for the GPU nor has gradients. Its memories must not be differentiable.
-        device: the GPU that it computes on.
-        launched: computes the passes over a full memory that are not recorded, if another is to: what is best recorded
-            may not be what is launched the quickest.
+        model: its forward must neither wait for the GPU nor need gradients. Its memories must not be differentiable.
+        device: GPU on which it computes.
+        launched: model for passes over a full memory that are not recorded; None for `model`. The fastest model in a
+            recording need not be the fastest to launch.
     """
 
     def __init__(self, model: FlowModel, device: torch.device, launched: FlowModel | None = None) -> None:
         self._model = model
         self._launched = model if launched is None else launched
-        # With the block that replayed each last, the longest ago first.
+        # Each with the block that last replayed it; least recently used first.
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, int]] = {}
-        # The one of them for which there was no room: only the current block replays it.
+        # The one recorded beyond the limit: only the current block replays it.
         self._passing: Key | None = None
         self._first_met: dict[Key, int] = {}
         self._blocks = 0
-        # Kinds of pass that `model` has computed, so that its kernels are compiled and tuned.
+        # Kinds of pass that `model` has computed: their kernels are compiled and tuned.
         self._tried: set[Key] = set()
-        # By kind of pass: what all its recordings read from and write to.
+        # Per kind of pass: input and output buffers shared by all its recordings.
         self._inputs: dict[Key, list[Tensor]] = {}
         self._outputs: dict[Key, PassOutput] = {}
-        # By size of the text: the one last given, and the copy that recordings read.
+        # Per size of the text: the last one given, and the copy that recordings read.
         self._texts: dict[Key, tuple[TextKV, TextKV]] = {}
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     @property
     def num_graphs(self) -> int:
-        """Recorded passes."""
+        """Number of recorded passes."""
         return len(self._graphs)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
@@ -123,7 +126,7 @@ class GraphedModel:
         frames_F: Tensor,
         remember: bool = False,
     ) -> PassOutput:
-        """See `wan.model.CausalWanModel.forward`; the text as `embed_text` made it."""
+        """See `wan.model.CausalWanModel.forward`; the text comes from `embed_text`."""
         block = self._blocks
         self._blocks += remember
         given, memory = [latents_BFCHW, timesteps_BF, frames_F], pass_key(views)
@@ -144,10 +147,10 @@ class GraphedModel:
         return self._outputs[kind]
 
     def _comes_again(self, key: Key, block: int, later: bool, remember: bool) -> bool:
-        """Whether a pass is worth recording.
+        """Returns whether a pass is worth recording.
 
         Args:
-            later: whether later blocks of the video find the same places in their memory.
+            later: whether later blocks of the video use the same slots of the memory.
         """
         if len(self._first_met) > MAX_KEYS:
             self._first_met.clear()
@@ -157,18 +160,23 @@ class GraphedModel:
             return False
         if later:
             return first < block and self._has_room(block)
-        # Without room a block's denoising is recorded in passing: it is replayed at once.
+        # Beyond the limit, the denoising of a block is recorded for this block only, since it is replayed at once.
         return self._has_room(block) or not remember
 
     def _forget_all_passing_but(self, key: Key) -> None:
-        """Of the recordings for which there was no room keep one. It is there already: what recordings share lives as
-        long as there is one of them."""
+        """Evict the recording beyond the limit, unless it is the given one.
+
+        The new one exists already: the memory pool shared by recordings lives as long as one of them does.
+        """
         if self._passing not in (None, key):
             self._graphs.pop(self._passing, None)
         self._passing = key
 
     def _has_room(self, block: int) -> bool:
-        """Whether another pass may be recorded. What is in use stays: a ring of many slots must not push itself out."""
+        """Returns whether another pass may be recorded, after evicting one that is not in use.
+
+        Graphs in use are never evicted; a window with many slots would thrash.
+        """
         if len(self._graphs) < MAX_GRAPHS:
             return True
         oldest, (_, last_replayed) = next(iter(self._graphs.items()))
@@ -178,7 +186,7 @@ class GraphedModel:
         return True
 
     def _hold_inputs(self, kind: Key, given: list[Tensor]) -> list[Tensor]:
-        """Put a pass's inputs where the recordings of its kind look for them."""
+        """Copy a pass's inputs to the buffers that the recordings of its kind read."""
         if kind not in self._inputs:
             self._inputs[kind] = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
         for held, value in zip(self._inputs[kind], given, strict=True):
@@ -186,7 +194,7 @@ class GraphedModel:
         return self._inputs[kind]
 
     def _hold_text(self, text: TextKV) -> TextKV:
-        """Put the text where recordings look for it, when it is another than before."""
+        """Copy the text to the buffers that recordings read, if it is not the last one given."""
         size = signature(text[0])
         former, held = self._texts.get(size, (None, None))
         if held is None:
@@ -199,7 +207,7 @@ class GraphedModel:
         return held
 
     def _hold_output(self, kind: Key, output: PassOutput) -> None:
-        """Put a pass's output where the caller finds that of all recordings of its kind."""
+        """Copy a pass's output to the buffers that all recordings of its kind return."""
         if kind not in self._outputs:
             self._outputs[kind] = same_output(output, (x.clone() for x in output_tensors(output)))
         else:
@@ -209,9 +217,9 @@ class GraphedModel:
     def _record(
         self, kind: Key, inputs: list[Tensor], text: TextKV, views: Sequence[Any], remember: bool
     ) -> torch.cuda.CUDAGraph:
-        """Record one pass over `views`, computing nothing. Its kernels were compiled and tuned when it was met first.
+        """Record one pass over `views` without computing it. Its kernels were compiled and tuned in its first run.
 
-        All recordings share the memory of their intermediate tensors, which is safe because they run one at a time.
+        All recordings share one pool for intermediate tensors, which is safe because they run one at a time.
         """
         graph = torch.cuda.CUDAGraph()
         latents, timesteps, frames = inputs

@@ -1,6 +1,6 @@
-"""What a block computes between the products of its matrices and its attentions: plain here, by kernels where they run.
+"""Operations of a block between matrix products and attentions, in plain torch; the specification of the kernels.
 
-One object of `arl2.inference.model.new_fused_ops` serves all blocks of a model.
+`arl2.inference.model.new_fused_ops` makes one object for all blocks of a model.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.hybrid_attention import HybridAttention, l2_norm
+from arl2.hybrid_attention import HybridAttention, combine
 from arl2.inference.linear import RowScaledFP8, quantized
 from wan.model import Block, modulate, plus_gated
 from wan.ops.rope import Rotary, rotate
@@ -17,21 +17,21 @@ from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import InputError
 
 Operand = Tensor | RowScaledFP8
-"""What a product takes: tokens, or with FP8 their e4m3 form."""
+"""Operand of a product: tokens, or with FP8 their e4m3 form."""
 NormedBy = Sequence[tuple[nn.Module, Tensor]]
 """Projections [B, L, D], each with its norm; all norms have the same epsilon."""
 
 FFN_GATE = 5
-"""Place of the feed-forward's gate among the six modulations of a block."""
+"""Index of the feed-forward's gate among the six modulations of a block."""
 
 
 class DeferredResidual(NamedTuple):
-    """Tokens between two blocks: x + added·gate, still to be summed, so that the next block's norm is one step with it.
+    """Tokens between two blocks as an unevaluated sum x + added·gate; the next block fuses it with its norm.
 
     Attributes:
         x_BLD: tokens.
-        added_BLD: output of the feed-forward that is to be added; None for nothing.
-        modulation: that of the block it comes from, which holds the gate.
+        added_BLD: output of the feed-forward; None for nothing.
+        modulation: modulation of the block that computed it, which holds the gate.
     """
 
     x_BLD: Tensor
@@ -39,7 +39,7 @@ class DeferredResidual(NamedTuple):
     modulation: Tensor | None
 
     def total(self, time_BF6D: Tensor) -> Tensor:
-        """The tokens [B, L, D]."""
+        """Evaluate the sum, [B, L, D]."""
         if self.added_BLD is None or self.modulation is None:
             return self.x_BLD
         gate = self.modulation[:, FFN_GATE, None] + time_BF6D[:, :, FFN_GATE]
@@ -47,13 +47,13 @@ class DeferredResidual(NamedTuple):
 
 
 class StateRead(NamedTuple):
-    """A read of a state that is still to be done.
+    """Arguments of a state read.
 
     Attributes:
         state_BHKV: the state.
-        query_BLD: the projection that the queries to it are made of.
-        inverse_rms_BL: what norms its rows, from `FusedOps.normed_heads`.
-        gate_BLH: the output gate before its sigmoid.
+        query_BLD: projection from which the queries are formed.
+        inverse_rms_BL: norm factor of its rows, from `FusedOps.normed_heads`.
+        gate_BLH: output gate before its sigmoid.
         rotary: rotation of the tokens.
     """
 
@@ -65,7 +65,7 @@ class StateRead(NamedTuple):
 
 
 class FusedOps:
-    """The plain functions, for any device and type.
+    """Plain torch implementation, for any device and dtype.
 
     Args:
         fp8: whether products take e4m3.
@@ -75,13 +75,13 @@ class FusedOps:
         self.fp8 = fp8
 
     def operand(self, x: Tensor) -> Operand:
-        """Tokens as a product takes them."""
+        """Convert tokens to the operand of a product."""
         return quantized(x) if self.fp8 else x
 
     def before_self_attention(
         self, block: Block, stream: DeferredResidual, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
-        """The tokens, and normed and modulated ones."""
+        """Tokens, and the operand of the projections: normed and modulated tokens."""
         shift, scale, *_ = block_modulation(block, time_BF6D)
         x = stream.total(time_BF6D)
         return x, self.operand(modulate(block.norm1(x), shift, scale))
@@ -89,35 +89,35 @@ class FusedOps:
     def before_cross_attention(
         self, block: Block, x_BLD: Tensor, mixed_BLD: Tensor, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
-        """The tokens with the output of self-attention, and their norm."""
+        """Tokens plus the output of self-attention, and the operand of cross-attention: their norm."""
         x = plus_gated(x_BLD, mixed_BLD, block_modulation(block, time_BF6D)[2])
         return x, self.operand(block.norm3(x))
 
     def before_feed_forward(
         self, block: Block, x_BLD: Tensor, crossed_BLD: Tensor, time_BF6D: Tensor
     ) -> tuple[Tensor, Operand]:
-        """The tokens with the output of cross-attention, and what the feed-forward takes."""
+        """Tokens plus the output of cross-attention, and the operand of the feed-forward."""
         *_, shift, scale, _ = block_modulation(block, time_BF6D)
         x = x_BLD + crossed_BLD
         return x, self.operand(modulate(block.norm2(x), shift, scale))
 
     def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
-        """The hidden values of the feed-forward."""
+        """Hidden values of the feed-forward, as an operand."""
         return self.operand(gelu(ffn_in(tokens)))
 
     def normed_heads(
         self, normed: NormedBy, measured: NormedBy, num_heads: int, rotary: Rotary | None = None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Queries and keys for attention, and what norms the rows of those for a state.
+        """Normed and rotated queries and keys of attention, and norm factors for those of a state.
 
         Args:
-            normed: what to norm over all channels and rotate.
-            measured: the others.
+            normed: projections to norm over all channels and to rotate.
+            measured: projections whose norm factor is wanted.
             num_heads: number of heads.
-            rotary: None rotates nothing.
+            rotary: rotation of the tokens; None for no rotation.
 
         Returns:
-            each of the first [B, L, H, D]; and for each of the second a factor a row, or None where it is not wanted.
+            for each of `normed` [B, L, H, D]; for each of `measured` a factor per row, or None if it is not used.
         """
         heads = [norm(x_BLD).unflatten(-1, (num_heads, -1)) for norm, x_BLD in normed]
         return heads if rotary is None else [rotate(x, rotary) for x in heads], [None for _ in measured]
@@ -125,13 +125,14 @@ class FusedOps:
     def put_keys(
         self, layer: HybridAttention, key_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary, out_BLHK: Tensor
     ) -> None:
-        """Put the keys k̂ of a state where they are wanted; see `StateRead` for the arguments."""
-        out_BLHK.copy_(l2_norm(rotate(layer.mapped(layer.norm_k(key_BLD), layer.phi_k), rotary)))
+        """Write the keys k̂ of a state into `out_BLHK`; see `StateRead` for the arguments."""
+        out_BLHK.copy_(layer.state_key_of(key_BLD, rotary))
 
     def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, read_state: StateRead) -> Tensor:
-        """The output of attention in the block, and to it what was read of the state, gated."""
-        query = l2_norm(rotate(layer.mapped(layer.norm_q(read_state.query_BLD), layer.phi_q), read_state.rotary))
-        return mixed_BLHD + read_state.gate_BLH.sigmoid()[..., None] * layer.read(read_state.state_BHKV, query)
+        """Add a gated state read to the output of the attention in the block, `mixed_BLHD`."""
+        query = layer.state_query_of(read_state.query_BLD, read_state.rotary)
+        remembered = layer.read(read_state.state_BHKV, query)
+        return combine(mixed_BLHD, remembered, read_state.gate_BLH.sigmoid())
 
 
 def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:
@@ -140,10 +141,10 @@ def block_modulation(block: Block, time_BF6D: Tensor) -> tuple[Tensor, ...]:
 
 
 def require_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Make sure that the kernels run.
+    """Check that the kernels can run.
 
     Raises:
-        InputError: no GPU, no Triton, or not in half precision.
+        InputError: there is no GPU or no Triton, or the dtype is not half precision.
     """
     if device.type != "cuda" or not triton_installed():
         raise InputError("kernels need a GPU and Triton: leave them off")

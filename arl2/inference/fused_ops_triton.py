@@ -1,4 +1,4 @@
-"""`arl2.inference.fused_ops` by the kernels of `arl2.inference.row_triton`. Imported only where they run."""
+"""`arl2.inference.fused_ops` by Triton kernels. Imported only where they run."""
 
 from torch import Tensor, nn
 
@@ -11,15 +11,15 @@ from wan.model import Block, RMSNorm
 from wan.ops.rope import Rotary
 
 SHIFT, GATE, FFN_SHIFT = 0, 2, 3
-"""Places among the six modulations of a block; a scale follows its shift."""
+"""Indices among the six modulations of a block; a scale follows its shift."""
 
 
 class TritonFusedOps(FusedOps):
-    """The same, rounded less often; what the kernels do not take is left to the plain functions."""
+    """`FusedOps` by kernels, which round less often; sizes without a kernel use the plain functions."""
 
     def operand(self, x: Tensor) -> Operand:
         """See `FusedOps.operand`."""
-        return RowScaledFP8(*quantize(x, False)) if self.fp8 else x
+        return RowScaledFP8(*quantize(x, gelu=False)) if self.fp8 else x
 
     def before_self_attention(
         self, block: Block, stream: DeferredResidual, time_BF6D: Tensor
@@ -50,13 +50,13 @@ class TritonFusedOps(FusedOps):
         return outputs[0], self._operand(outputs)
 
     def _operand(self, outputs: list[Tensor]) -> Operand:
-        """What a product takes of the outputs of `norm`."""
+        """Operand of a product from the outputs of `norm`."""
         return RowScaledFP8(outputs[-2], outputs[-1]) if self.fp8 else outputs[-1]
 
     def hidden(self, ffn_in: nn.Module, gelu: nn.Module, tokens: Operand) -> Operand:
-        """See `FusedOps.hidden`; Wan's GELU is that of tanh."""
+        """See `FusedOps.hidden`; Wan uses the tanh approximation of GELU."""
         if isinstance(tokens, RowScaledFP8):
-            return RowScaledFP8(*quantize(ffn_in(tokens), True))
+            return RowScaledFP8(*quantize(ffn_in(tokens), gelu=True))
         return linear_gelu(tokens, ffn_in.weight, ffn_in.bias)
 
     def normed_heads(

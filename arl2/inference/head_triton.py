@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 HEAD_SIZES = (32, 64, 128)
-"""Channels of a head that `state_keys` and `read_state` take: their products need powers of two."""
+"""Supported channels per head of `state_keys` and `read_state`: their products need powers of two."""
 STATE_ROWS = 64
-"""Tokens of a program of `state_keys` and `read_state`: enough to pay for reading the state."""
+"""Tokens per program of `state_keys` and `read_state`: enough to amortize reading the state."""
 STATE_WARPS = 4
 STATE_REGISTERS = 168
-"""At most, of a thread: so that three programs share a multiprocessor and one computes while another loads."""
+"""Upper bound per thread, so that three programs share a multiprocessor and loads overlap with computation."""
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _inverse_rms(even, odd, eps, CHANNELS: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def _load_pairs(x, place, mask):  # type: ignore[no-untyped-def]
-    # Apart only here: what is loaded as pairs is loaded pair by pair.
+    # Split only after the load: loading pairs would load them one by one.
     channels = tl.load(x + place, mask, other=0.0).to(tl.float32)
     return tl.split(tl.reshape(channels, (channels.shape[0], channels.shape[1] // 2, 2)))
 
@@ -102,14 +102,14 @@ def norm_heads(
     sin: Tensor | None,
     eps: float,
 ) -> list[Tensor]:
-    """RMS norms of rows of the same tokens, rotated; of others only the factor that would norm them.
+    """RMS norm and rotation of some projections, and only the norm factor of others.
 
     Args:
-        normed_BLD, weights_D: up to two, with the weights of their norms.
-        measured_BLD: up to two more. All may be slices of one product's output.
+        normed_BLD, weights_D: up to two projections, with the weights of their norms.
+        measured_BLD: up to two projections whose factor is wanted. All may be slices of one product's output.
         heads: number of heads.
         cos, sin: see `wan.ops.rope.Rotary`, or None for no rotation.
-        eps: of the norms.
+        eps: epsilon of the norms.
 
     Returns:
         the normed [B, L, D], contiguous, then 1 / √(mean of squares + eps) of the measured, [B, L] in float32.
@@ -146,13 +146,13 @@ def norm_heads(
 
 
 def _two(tensors: list[Tensor]) -> list[Tensor | None]:
-    """At most two tensors as two arguments."""
+    """Pad a list of up to two tensors with None."""
     assert len(tensors) <= 2
     return [*tensors, *[None] * (2 - len(tensors))]
 
 
 def _norm_heads_outputs(normed_BLD: list[Tensor], measured_BLD: list[Tensor]) -> list[Tensor]:
-    """Room for what `norm_heads` returns."""
+    """Output buffers of `norm_heads`."""
     rows = [x.new_empty(x.shape[:2], dtype=torch.float32) for x in measured_BLD]
     return [x.new_empty(x.shape) for x in normed_BLD] + rows
 
@@ -204,7 +204,7 @@ def _state_kernel(  # type: ignore[no-untyped-def]
     factor = tl.load(inverse_rms + batch * tokens + token, inside, other=0.0)[:, None]
     weights = tl.load(weight + head * SIZE + channel).to(tl.float32)[None, :]
     normed = (rows.to(tl.float32) * factor * weights).to(rows.dtype)
-    # The outputs of the map in two, even and odd, so that what rotary mixes lies in the same thread.
+    # Outputs of the map in two parts, even and odd, so that each pair to rotate lies in one thread.
     even_map = maps + head * SIZE * SIZE + channel[:, None] + 2 * SIZE * pair[None, :]
     even = tl.dot(normed, tl.load(even_map))
     odd = tl.dot(normed, tl.load(even_map + SIZE))
@@ -222,7 +222,7 @@ def _state_kernel(  # type: ignore[no-untyped-def]
         opened = (tl.sigmoid(opened) * SIZE**-0.5)[:, None]
         even_rows = state + (batch * HEADS + head) * SIZE * SIZE + 2 * SIZE * pair[:, None]
         local = mixed + batch * mixed_batch + far * mixed_token + head * mixed_head
-        # Half of the values at a time, or the registers of a program would keep all others away.
+        # Half of the values at a time: otherwise the registers of one program exclude all others.
         for half in tl.static_range(2):
             value = (half * (SIZE // 2) + pair)[None, :]
             read = tl.dot(even, tl.load(even_rows + value).to(rows.dtype))
@@ -242,7 +242,7 @@ def _launch(
     out_BLHD: Tensor,
     eps: float,
 ) -> None:
-    """The state's queries or keys into `out_BLHD`, or what is read with them; `read` holds state, gate and mixed."""
+    """Write a state's queries or keys into `out_BLHD`, or the sum with the read if `read` is (state, gate, mixed)."""
     x = x_BLD if x_BLD.stride(-1) == 1 else x_BLD.contiguous()
     state, gate, mixed = (None, None, None) if read is None else read
     gate_strides = (0, 0) if gate is None else (gate.stride(0), gate.stride(1))
@@ -286,16 +286,16 @@ def state_keys(
     eps: float,
     out_BLHD: Tensor,
 ) -> None:
-    """What the state is written with or asked for: rows normed, mapped head by head, rotated, and of length one.
+    """Keys or queries of a state: rows normed, mapped per head, rotated and L2-normalised.
 
     Args:
         x_BLD: a projection; may be a slice of a product's output.
-        inverse_rms_BL: what norms its rows, from `norm_heads`.
-        weight_D: of that norm.
+        inverse_rms_BL: norm factor of its rows, from `norm_heads`.
+        weight_D: weight of that norm.
         maps_HOI: φ, contiguous; a head has one of `HEAD_SIZES` channels.
         cos, sin: see `wan.ops.rope.Rotary`.
-        eps: of the l2 norm.
-        out_BLHD: where to put them; contiguous.
+        eps: epsilon of the L2 norm.
+        out_BLHD: output buffer; contiguous.
     """
     assert out_BLHD.is_contiguous()
     _launch(x_BLD, inverse_rms_BL, weight_D, maps_HOI, cos, sin, None, out_BLHD, eps)
@@ -314,7 +314,7 @@ def read_state(
     sin: Tensor,
     eps: float,
 ) -> Tensor:
-    """mixed + sigmoid(gate)·D^-½·q̂ᵀS, with q̂ as `state_keys` makes it and S rounded to its type.
+    """Sum mixed + sigmoid(gate)·D^-½·q̂ᵀS, with q̂ as in `state_keys` and S rounded to its dtype.
 
     Args:
         mixed_BLHD: output of the attention in the block.

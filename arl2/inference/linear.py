@@ -1,4 +1,4 @@
-"""Linear layers arranged for inference: several in one product, and products of eight-bit floats."""
+"""Linear layers for inference: several fused into one product, and products of eight-bit floats."""
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations_with_replacement
@@ -13,15 +13,15 @@ from wan.utils.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 ROW_MULTIPLE = 16
-"""RowScaledFP8 of every part of a fused product are padded to a multiple of this: FP8 needs it, alignment likes it."""
+"""Rows of each part of a fused product are padded to a multiple of this, which FP8 requires and alignment prefers."""
 SMALLEST_SCALE = 1e-12
 
 
 def require_fp8(device: torch.device, *sizes: int) -> None:
-    """Make sure that a device multiplies FP8 matrices of some sizes.
+    """Check that a device multiplies FP8 matrices of some sizes.
 
     Raises:
-        InputError: it does not.
+        InputError: the device or one of the sizes does not allow it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(
@@ -33,26 +33,26 @@ def require_fp8(device: torch.device, *sizes: int) -> None:
 
 
 class RowScaledFP8(NamedTuple):
-    """x as e4m3 with one scale a row: x ≈ values·scales, values [..., K], scales [..., 1] float32."""
+    """Tensor in e4m3 with one scale per row: x ≈ values·scales, values [..., K], scales [..., 1] in float32."""
 
     values: Tensor
     scales: Tensor
 
 
 def quantized(x: Tensor) -> RowScaledFP8:
-    """x as e4m3, each row scaled to use its whole range."""
+    """Convert x to e4m3, each row scaled to the whole range."""
     wide = x.float()
     scales = (wide.abs().amax(dim=-1, keepdim=True) / torch.finfo(FP8).max).clamp(min=SMALLEST_SCALE)
-    # A division by the rounded scale may end beyond the range, and e4m3 has no infinity to saturate to.
+    # Division by the rounded scale may exceed the range, and e4m3 has no infinity to saturate to.
     limit = torch.finfo(FP8).max
     return RowScaledFP8((wide / scales).clamp(-limit, limit).to(FP8), scales)
 
 
 class RowsLinear(nn.Module):
-    """x·Wᵀ + bias, or some of its output channels.
+    """Linear layer x·Wᵀ + bias that can compute a range of its output channels.
 
     Args:
-        weight_NK, bias_N: of the linear layer.
+        weight_NK, bias_N: parameters of the linear layer.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor) -> None:
@@ -60,24 +60,24 @@ class RowsLinear(nn.Module):
         self.weight_NK, self.bias_N = weight_NK, bias_N
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The output channels `rows` for any number of tokens, [..., rows]."""
+        """Compute the output channels `rows` for any number of tokens, [..., rows]."""
         return F.linear(x, self.weight_NK[rows], self.bias_N[rows])
 
 
 class FP8Linear(nn.Module):
-    """x·Wᵀ + bias with W and x in e4m3: a scale for every output channel, and for every token as it comes.
+    """Linear layer x·Wᵀ + bias with W and x in e4m3: one scale per output channel and one per token.
 
-    On a device without such products (the CPU) the same rounding, multiplied in float32.
+    On a device without such products (the CPU), rounded values are multiplied in float32.
 
     Args:
-        weight_NK, bias_N: of the linear layer.
-        parts: the ranges of output channels that will be asked for, apart from all.
+        weight_NK, bias_N: parameters of the linear layer.
+        parts: ranges of output channels that will be asked for, besides the whole range.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, parts: Iterable[tuple[int, int]] = ()) -> None:
         super().__init__()
         self.values_NK, self.scales_N1 = quantized(weight_NK.detach())
-        # Copies: of a view, torch.compile (2.11) gives the product of e4m3 the whole that it is of.
+        # Copies: for a view, torch.compile (2.11) passes the base tensor to the e4m3 product.
         self.biases: dict[tuple[int | None, int | None], Tensor] = {}
         if bias_N is not None:
             self.biases = {(None, None): bias_N.detach()} | {
@@ -86,13 +86,13 @@ class FP8Linear(nn.Module):
         self.dtype = weight_NK.dtype
 
     def forward(self, x: Tensor | RowScaledFP8, rows: slice = slice(None)) -> Tensor:
-        """The output channels `rows` for any number of tokens, [..., rows] in the dtype of the weight."""
+        """Compute the output channels `rows` for any number of tokens, [..., rows] in the dtype of the weight."""
         values, scales = self.values_NK[rows], self.scales_N1[rows]
         bias = self.biases[rows.start, rows.stop] if self.biases else None
         x = x if isinstance(x, RowScaledFP8) else quantized(x)
         x_values, x_scales = x.values.flatten(0, -2), x.scales.flatten(0, -2)
         if x_values.is_cuda:
-            # With a scale a row, the product itself adds no float16.
+            # With a scale per row, the product cannot add a float16 bias.
             fused = bias if self.dtype is torch.bfloat16 else None
             y = torch._scaled_mm(
                 x_values,
@@ -111,21 +111,31 @@ class FP8Linear(nn.Module):
 
 
 def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
-    """A linear layer for inference: its adapter folded in if it has one, in FP8 if wanted, else itself."""
+    """Linear layer for inference: with its adapter folded in, and in FP8 if wanted; otherwise the layer itself."""
     if isinstance(linear, LoRALinear):
         linear = linear.merged() if linear.enabled else linear.linear
     assert isinstance(linear, nn.Linear)
     return FP8Linear(linear.weight, linear.bias) if fp8 else linear
 
 
-class FusedLinear(nn.Module):
-    """Linear layers of the same tokens as one product; neighbours among them can be computed without the others.
+def separate(module: nn.Module) -> None:
+    """Copy every parameter that is a view of a larger tensor, so that the larger one can be freed.
 
-    Without `fp8`, the weights of the given modules become views of the one that this holds: nothing is stored twice,
-    and their names and values stay what they were.
+    Undoes what `FusedLinear` does to the parts that belong to the module.
+    """
+    for parameter in module.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone()
+
+
+class FusedLinear(nn.Module):
+    """Linear layers of the same tokens as one product; neighbouring layers can be computed without the others.
+
+    Without `fp8`, the weights of the given modules become views of the fused weight. So nothing is stored twice, and
+    names and values do not change.
 
     Args:
-        parts: the layers by name, in order.
+        parts: layers by name, in order.
         fp8: see `FP8Linear`.
     """
 
@@ -144,6 +154,8 @@ class FusedLinear(nn.Module):
                 if part is not None:
                     whole[place] = part
                     if not fp8:
+                        # Re-pointed: a second copy takes gigabytes at 1.3B, and new parameters would break references.
+                        # `separate` undoes it.
                         part.data = whole[place]
         neighbours = combinations_with_replacement(self.places, 2)
         self.product = (
@@ -153,15 +165,15 @@ class FusedLinear(nn.Module):
         )
 
     def _range(self, first: str, last: str) -> tuple[int, int]:
-        """Output channels from one part to another, with the rows that fill up the last."""
+        """Range of output channels from one part to another, padding of the last included."""
         start, stop = self.places[first][0], self.places[last][1]
         return start, stop + -stop % ROW_MULTIPLE
 
     def forward(self, x: Tensor | RowScaledFP8, names: tuple[str, ...]) -> list[Tensor]:
-        """The outputs of some parts, [..., out_features] each; views of one tensor.
+        """Compute the outputs of some parts, [..., out_features] each; views of one tensor.
 
         Args:
-            names: neighbours, in order.
+            names: neighbouring parts, in order.
         """
         start, stop = self._range(names[0], names[-1])
         y = self.product(x, slice(start, stop))

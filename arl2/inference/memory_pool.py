@@ -1,4 +1,4 @@
-"""Memories that are used again, so that passes recorded over one video fit the next."""
+"""Reuse of memories between videos, so that recorded passes stay valid."""
 
 import weakref
 from collections.abc import Callable
@@ -9,13 +9,12 @@ from wan.memory import LayerMemory, Memory, MemorySpec
 
 
 class MemoryPool:
-    """Makes memories of one model; one like the last, which nobody holds any more, is that one, emptied.
+    """Reuses the previous memory if its spec matches and nothing references it.
 
-    So between videos the last one's memory stays allocated. It is given up for one of another kind, and if it has
-    grown.
+    Between videos the last memory stays allocated. It is released if another spec is asked for, or if it has grown.
 
     Args:
-        model: whose layers read the memories; its switches must not change.
+        model: model whose layers read the memories; its switches must not change.
     """
 
     def __init__(self, model: HybridWanModel) -> None:
@@ -27,7 +26,7 @@ class MemoryPool:
 
     def new_memory(self, spec: MemorySpec) -> Memory:
         """See `wan.model.CausalWanModel.new_memory`."""
-        # A window takes the same room whatever the length of the video.
+        # The size of a window does not depend on the length of the video.
         like = spec if spec.window_frames is None else replace(spec, frames=spec.window_frames)
         memory = Memory(self._layers)
         if like == self._spec and self._last() is None and memory.num_bytes == self._num_bytes:

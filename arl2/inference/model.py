@@ -1,4 +1,4 @@
-"""The transformer for inference: called as `wan.model.CausalWanModel` is, equal to it within rounding."""
+"""Transformer for inference: called like `wan.model.CausalWanModel`, equal to it within rounding."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,25 +9,26 @@ from torch import Tensor
 
 from arl2.inference.blocks import BatchedStateWrites, FastHybridBlock, compiled, fast_block, flow, uncompiled
 from arl2.inference.fused_ops import DeferredResidual, FusedOps
+from arl2.inference.linear import separate
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
 
 WRITES_TOGETHER = 8
-"""Layers whose states are written at once: enough to fill a GPU, few enough that what waits takes little memory."""
+"""Layers per batched state write: enough to fill a GPU, few enough to keep the buffers small."""
 
 
 class InferenceModel:
-    """A model's block-by-block forward with fused projections, and if wanted compiled and in FP8.
+    """Block-by-block forward of a model with fused projections, optionally compiled and in FP8.
 
-    It shares the model's parameters, and takes its adapters and switches as they are now: later changes of a
-    parameter in place show only in part. It has no gradients and no parallel form.
+    It shares the model's parameters, and reads adapters and switches at construction. Later in-place changes of a
+    parameter are seen only in part. It has no gradients and no parallel form.
 
     Args:
-        model: stays usable, and its file the same.
-        compile: compile what lies between attentions; the first pass of every size takes long then.
+        model: stays usable, with the same names and values.
+        compile: compile the functions between attentions; the first pass of every size is slow then.
         fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
-        kernels: compute what lies between products by our Triton kernels, see
+        kernels: compute the operations between products by Triton kernels, see
             `arl2.inference.fused_ops.require_kernels`.
     """
 
@@ -41,12 +42,17 @@ class InferenceModel:
         self._blocks = [fast_block(block, ops, self._compile_fn).eval() for block in model.layers()]
 
     def without_kernels(self) -> Self:
-        """The same, weights included, with the plain functions between products."""
+        """Copy that shares the weights and uses the plain functions between products."""
         other = copy(self)
-        other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, False)
+        other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, kernels=False)
         for block in other._blocks:
             block.ops = ops
         return other
+
+    def release(self) -> None:
+        """Give the model's parameters tensors of their own again; this object must not be called afterwards."""
+        self._blocks = []
+        separate(self.model)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         """See `wan.model.CausalWanModel.tokens_per_frame`."""
@@ -62,8 +68,8 @@ class InferenceModel:
         frames_F: Tensor,
         remember: bool = False,
     ) -> PassOutput:
-        """See `wan.model.CausalWanModel.forward`; the text as `embed_text` made it."""
-        # Contiguous, since every pattern of strides would be compiled anew.
+        """See `wan.model.CausalWanModel.forward`; the text comes from `embed_text`."""
+        # Contiguous: each pattern of strides would be compiled anew.
         inputs = (x.contiguous() for x in (latents_BFCHW, timesteps_BF, frames_F))
         x, rotary, time_BFD, time_BF6D = self._compile_fn(CausalWanModel.embed)(self.model, *inputs)
         stream, updates = DeferredResidual(x, None, None), list[Any]()
@@ -77,7 +83,9 @@ class InferenceModel:
                 delta_out = writes.buffer(view.state_BHKV)
                 waiting.append(layer)
             attend = not (remember and block is self._blocks[-1])
-            stream, update = block(stream, time_BF6D, rotary, view, kv, attend, remember, delta_out)
+            stream, update = block(
+                stream, time_BF6D, rotary, view, kv, attend=attend, remember=remember, delta_out=delta_out
+            )
             updates.append(update)
             if waiting and writes.full:
                 to_write -= len(waiting)
@@ -91,7 +99,7 @@ class InferenceModel:
 
 
 def new_fused_ops(fp8: bool, kernels: bool) -> FusedOps:
-    """The plain functions, or the same by kernels; see `require_kernels`."""
+    """Plain operations or, with `kernels`, the Triton ones; see `require_kernels`."""
     if not kernels:
         return FusedOps(fp8)
     from arl2.inference.fused_ops_triton import TritonFusedOps  # needs Triton

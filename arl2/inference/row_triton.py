@@ -1,8 +1,8 @@
-"""Triton kernels of the inference path: what a whole row of channels needs, in one pass over memory.
+"""Triton kernels of the inference path for whole rows of channels, each in one pass over memory.
 
-Each is an operator of torch, `arl2::…`, so that it stands in compiled functions without breaking their graphs, and is
-recorded with them. All compute in float32 and round what they return once. Imported only where they run: they need
-Triton. What they compute is what the plain functions in `arl2.inference.fused_ops` do.
+Each is a torch operator, `arl2::…`, so that compiled functions and recordings contain it without graph breaks. All
+compute in float32 and round their results once. They equal the plain functions in `arl2.inference.fused_ops` within
+rounding. Imported only where they run: they need Triton.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from arl2.inference.linear import FP8, SMALLEST_SCALE
 
 NORM_ROWS = 2
-"""RowScaledFP8 that a program of `norm` takes: they share the modulation, which is as much to read as a row."""
+"""Rows per program of `norm`: they share the modulation, which is as large as a row."""
 NORM_WARPS = 4
 WIDE_ROW = 2048
-"""Channels beyond which a row is worth twice the threads."""
+"""Channels from which a row uses twice the threads."""
 
 _LARGEST = tl.constexpr(torch.finfo(FP8).max)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -35,7 +35,7 @@ def _scale_of(largest):  # type: ignore[no-untyped-def]  # Triton's own types, h
 
 @triton.jit
 def _e4m3(x, scale):  # type: ignore[no-untyped-def]
-    # What is not a number stays so: a clamp of Triton's would make it the largest value.
+    # NaN is kept: the default clamp would turn it into the largest value.
     scaled = tl.clamp(x * (1.0 / scale), -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv)
 
@@ -73,7 +73,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     inside = channel < CHANNELS
     mask = (token < frame_tokens)[:, None] & inside[None, :]
     row = frame * frame_tokens + token
-    # Eight at most a thread, also of the bytes that are stored: more would cost moving everything between threads.
+    # At most eight per thread, also for stored bytes: more would need a shuffle between threads.
     place = tl.max_contiguous(row[:, None] * CHANNELS + channel[None, :], [1, 8])
     y = tl.load(x + place, mask, other=0.0).to(tl.float32)
     if added is not None:
@@ -82,7 +82,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
             more *= _modulation(gates, time, frame, channel, inside, GATE, CHANNELS)
         y += more
         tl.store(total + place, y.to(total.dtype.element_ty), mask)
-    # Read before the sums over the row, which all threads wait for.
+    # Loaded before the sums over the row, which synchronize all threads.
     if modulation is not None:
         shift = _modulation(modulation, time, frame, channel, inside, SHIFT, CHANNELS)
         scale = 1.0 + _modulation(modulation, time, frame, channel, inside, SHIFT + 1, CHANNELS)
@@ -113,16 +113,16 @@ def norm(
     eps: float,
     fp8: bool,
 ) -> list[Tensor]:
-    """A sum, and its layer norm, modulated by each frame's timestep or with weight and bias; e4m3 if wanted.
+    """Sum of two tensors and its layer norm, modulated by each frame's timestep or with weight and bias.
 
     Args:
-        x_BLD, added_BLD: what is summed; the second may be missing.
-        gates: the modulation of a block, six rows of D; row `gate_place` of it and of `time_BF6D` multiplies what is
-            added. None adds as it is.
-        modulation: likewise for the norm: shift in row `shift_place`, scale in the next. None takes weight and bias.
-        time_BF6D: the modulation that the timestep of every frame causes; F divides L.
-        weight_D, bias_D: of the norm without modulation.
-        eps: of the norm.
+        x_BLD, added_BLD: summands; the second may be None.
+        gates: modulation of a block, six rows of D. Row `gate_place` of it plus that of `time_BF6D` multiplies
+            `added_BLD`. None for no gate.
+        modulation: likewise for the norm: shift in row `shift_place`, scale in the next. None for weight and bias.
+        time_BF6D: modulation by the timestep of every frame; F divides L.
+        weight_D, bias_D: parameters of the norm without modulation.
+        eps: epsilon of the norm.
         fp8: whether to return the norm as `arl2.inference.linear.quantized` does.
 
     Returns:
@@ -162,13 +162,13 @@ def norm(
 
 
 def _norm_outputs(x_BLD: Tensor, added_BLD: Tensor | None, fp8: bool) -> list[Tensor]:
-    """Room for what `norm` returns."""
+    """Output buffers of `norm`."""
     totals = [] if added_BLD is None else [x_BLD.new_empty(x_BLD.shape)]
     return totals + (_rows_outputs(x_BLD) if fp8 else [x_BLD.new_empty(x_BLD.shape)])
 
 
 def _rows_outputs(x: Tensor) -> list[Tensor]:
-    """Room for the values and scales of rows in e4m3."""
+    """Buffers for the values and scales of rows in e4m3."""
     return [x.new_empty(x.shape, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)]
 
 
@@ -219,7 +219,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("arl2::quantize", mutates_args=())
 def quantize(x: Tensor, gelu: bool) -> list[Tensor]:
-    """`arl2.inference.linear.quantized` in one pass over memory, of x or of its tanh-GELU.
+    """Compute `arl2.inference.linear.quantized` of x, or of its tanh-GELU, in one pass over memory.
 
     Args:
         x: rows of channels, [..., K].
@@ -255,9 +255,9 @@ def _(x: Tensor, gelu: bool) -> list[Tensor]:
 
 @torch.library.custom_op("arl2::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
-    """gelu(x·Wᵀ + bias) with tanh's approximation, which is the one that cuBLASLt computes with a product.
+    """Linear layer followed by tanh-approximated GELU, which cuBLASLt fuses with the product.
 
-    An operator, because the compiler takes `_addmm_activation` apart.
+    It is an operator because the compiler would decompose `_addmm_activation`.
 
     Args:
         x: [..., K].

@@ -1,15 +1,17 @@
-"""Layer gates: which layers can do without softmax, learned under a budget.
+"""Layer gates: a learned choice, under a budget, of the layers to convert.
 
-Every layer l computes both mixers, and a switch m_l picks one: m_l·hybrid + (1 - m_l)·softmax. Switches are drawn for
-every video from probabilities p_l, which are all that trains, by the distillation loss of stage 2 on the frozen hybrids
-of stage 1, plus a penalty that holds the mean of p_l at the budget. A draw is hard (0 or 1): a layer is judged as
-it will be used; its gradient is that of a soft one (straight-through, binary concrete: Maddison et al., arXiv
-1611.00712). Layers with a high p_l are the ones to convert.
+Every layer l computes both mixers, and a switch m_l selects one: m_l·hybrid + (1 - m_l)·softmax. Switches are drawn per
+video from probabilities p_l. Only the p_l train, on the frozen hybrid layers of stage 1. Their loss is the
+distillation loss of stage 2 plus a penalty that keeps the mean of p_l at the budget.
+
+A draw is hard (0 or 1), so that a layer is judged in the form in which it will be used. The gradient is that of a soft
+switch (straight-through, binary concrete: Maddison et al., arXiv 1611.00712). Layers with a high p_l are the ones to
+convert.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from arl2.distillation.objective import LayerReports
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridWanModel
-from wan.memory import LayerMemory, MemorySpec
+from arl2.rollout import generator_for
+from wan.memory import LayerMemory, Memory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
@@ -27,7 +30,7 @@ from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds
 
 HYBRID_SHARE = "hybrid_share"
-"""Name of the p_l in reports."""
+"""Name of p_l in reports."""
 Budget = Annotated[float, Bounds(0.001, 0.999)]
 BudgetWeight = Annotated[float, Bounds(0, 10**6)]
 Temperature = Annotated[float, Bounds(0.001, 1000)]
@@ -35,57 +38,38 @@ Temperature = Annotated[float, Bounds(0.001, 1000)]
 
 
 class MixedView(NamedTuple):
-    """What each of the two mixers sees of earlier blocks, or what each returned to remember."""
+    """Pair of views of both mixers, or of their updates."""
 
     hybrid: Any
     softmax: Any
 
 
-class MixedMemory:
-    """The memories of both mixers of a layer."""
+class MixedMemory(Memory):
+    """Memories of both mixers of a layer: first the hybrid's, then the softmax layer's."""
 
-    def __init__(self, hybrid: LayerMemory, softmax: LayerMemory) -> None:
-        self._both = (hybrid, softmax)
-
-    def read(self, tokens: int) -> MixedView:
-        """What both hold."""
-        return MixedView(*(memory.read(tokens) for memory in self._both))
-
-    def commit(self, update: MixedView) -> None:
-        """Give each its own."""
-        for memory, part in zip(self._both, update, strict=True):
-            memory.commit(part)
-
-    def detach(self) -> None:
-        """Cut back-propagation into earlier commits."""
-        for memory in self._both:
-            memory.detach()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        for memory in self._both:
-            memory.reset()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of both."""
-        return sum(memory.num_bytes for memory in self._both)
+    def read(self, tokens: int) -> MixedView:  # type: ignore[override]  # a pair in place of a list
+        """Views of both memories."""
+        return MixedView(*super().read(tokens))
 
 
 class MixedAttention(HybridAttention):
-    """Both mixers at once; `mix_among` turns a hybrid layer into this.
+    """Layer that computes both mixers and switches between them; see `mix_among`.
 
     Attributes:
-        mix_B11: the switch of every video, 1 for the hybrid.
+        mix_B11: switch of every video, 1 for the hybrid.
     """
 
-    mix_B11: Tensor
+    def __init__(
+        self, dim: int, num_heads: int, qk_norm: bool, eps: float, lora_rank: int | None, lora_alpha: float
+    ) -> None:
+        super().__init__(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+        self.mix_B11 = torch.ones(1, 1, 1, device="cpu")
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
-        """Memories of both mixers; the softmax layer's while the hybrid is not enabled."""
+        """Memories of both mixers, or only the softmax layer's while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
-        return MixedMemory(super().new_memory(spec), SelfAttention.new_memory(self, spec))
+        return MixedMemory([super().new_memory(spec), SelfAttention.new_memory(self, spec)])
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """See `SelfAttention.parallel_view`."""
@@ -94,13 +78,13 @@ class MixedAttention(HybridAttention):
         return MixedView(super().parallel_view(layout), SelfAttention.parallel_view(self, layout))
 
     def forward(
-        self, x_BLD: Tensor, rotary: Rotary, view: Any, attend: bool, remember: bool
+        self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
         """See `HybridAttention.forward`; the update is a `MixedView`."""
         if not isinstance(view, MixedView):
-            return super().forward(x_BLD, rotary, view, attend, remember)
-        hybrid, state = super().forward(x_BLD, rotary, view.hybrid, attend, remember)
-        softmax, kv = SelfAttention.forward(self, x_BLD, rotary, view.softmax, attend, remember)
+            return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
+        hybrid, state = super().forward(x_BLD, rotary, view.hybrid, attend=attend, remember=remember)
+        softmax, kv = SelfAttention.forward(self, x_BLD, rotary, view.softmax, attend=attend, remember=remember)
         update = MixedView(state, kv) if remember else None
         if hybrid is None or softmax is None:
             return None, update
@@ -109,21 +93,18 @@ class MixedAttention(HybridAttention):
 
 
 def mix_among(model: HybridWanModel) -> dict[int, MixedAttention]:
-    """Turn a model's hybrid layers into mixed ones, all hybrid at first; its parameters and their names stay."""
-    for module in model.hybrid_attentions().values():
-        module.__class__ = MixedAttention
-        cast(MixedAttention, module).mix_B11 = torch.ones(1, 1, 1)
-    return {layer: cast(MixedAttention, module) for layer, module in model.hybrid_attentions().items()}
+    """Replace a model's hybrid layers by mixed ones, all hybrid at first; its parameters and their names stay."""
+    return model.replace_hybrid_attentions(MixedAttention)
 
 
 @dataclass(frozen=True)
 class GateSettings(Stage2Settings):
-    """How gates are learned.
+    """Settings of layer gates.
 
     Attributes:
-        budget: share of the layers that are to be hybrid, between 0 and 1.
-        budget_weight: of (mean p - budget)², beside the distillation loss over the target_mean_square of its target.
-        temperature: of the soft switch whose gradient is taken.
+        budget: fraction of the layers that should be hybrid, between 0 and 1.
+        budget_weight: weight of (mean p - budget)², relative to the distillation loss over its target's mean square.
+        temperature: temperature of the soft switch whose gradient is used.
     """
 
     budget: Budget = 0.5
@@ -139,14 +120,14 @@ class GateSettings(Stage2Settings):
 
 
 class LayerGates(Stage2):
-    """The objective of layer gates.
+    """Objective of layer gates.
 
     Args:
-        model: hybrid in all layers, with what stage 1 trained.
-        settings: see there.
+        model: hybrid in all layers, with the parameters of stage 1. Its hybrid layers are replaced, see `mix_among`.
+        settings: see `GateSettings`.
 
     Attributes:
-        logits: of p, by layer.
+        logits: logits of p by layer.
     """
 
     settings: GateSettings
@@ -158,15 +139,15 @@ class LayerGates(Stage2):
         self.logits = {layer: nn.Parameter(torch.full((), start)) for layer in self._mixed}
 
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """One logit a layer; they belong to no module."""
+        """Logits by name, one per layer; they belong to no module."""
         return {f"layer_gates.{layer}": logit for layer, logit in self.logits.items()}
 
     def probabilities(self) -> dict[int, float]:
-        """p by layer."""
+        """Probabilities p by layer."""
         return {layer: float(logit.detach().sigmoid()) for layer, logit in self.logits.items()}
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The error relative to the teacher's target_mean_square, and the penalty."""
+        """Relative error with respect to the teacher's mean square, plus the budget penalty; a single part."""
         self._draw(noise)
         (error,) = super().losses(batch, noise)
         target_mean_square = torch.stack(self._power).sum() / noise.levels_BNP.numel()
@@ -174,18 +155,24 @@ class LayerGates(Stage2):
         yield error / target_mean_square + self.settings.budget_weight * (share - self.settings.budget).square()
 
     def metrics(self) -> dict[str, float]:
-        """As stage 2's, and the mean of p."""
+        """Metrics of stage 2, and the mean of p."""
         share = sum(self.probabilities().values()) / len(self.logits)
         return super().metrics() | {"mean_share": share}
 
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """p by layer."""
+        """Probabilities p by layer, as a report."""
         return {HYBRID_SHARE: self.probabilities()}
 
     def _draw(self, noise: BatchNoise) -> None:
-        """Draw the switches of every video from its own noise, so that a step is the same whenever it is computed."""
-        normal_BL = noise.noise_BNPFCHW.flatten(1)[:, : len(self.logits)].float()
-        uniform_BL = torch.special.ndtr(normal_BL).clamp(1e-6, 1 - 1e-6)
+        """Draw the switches of every video from its own seed, so that a step is the same whenever it is computed.
+
+        The draws are independent of the noise and of the levels.
+        """
+        if len(noise.seeds) != len(noise.levels_BNP):
+            raise ValueError(f"layer gates need a seed per video: {len(noise.seeds)} for {len(noise.levels_BNP)}")
+        generators = (generator_for(seed, "layer gates") for seed in noise.seeds)
+        drawn_BL = torch.stack([torch.rand(len(self.logits), generator=generator) for generator in generators])
+        uniform_BL = drawn_BL.to(noise.levels_BNP.device).clamp(1e-6, 1 - 1e-6)
         for column, (layer, logit) in enumerate(self.logits.items()):
             soft = ((logit + torch.logit(uniform_BL[:, column])) / self.settings.temperature).sigmoid()
             hard = (soft > 0.5).to(soft.dtype)

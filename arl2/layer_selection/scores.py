@@ -4,9 +4,9 @@ A score says how much is lost by making a layer hybrid: low ones come first. Sou
 arXiv 2605.16579, which scores by VBench; here the score needs no other model's weights.
 """
 
-import json
 import math
 import random
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from arl2.model import HybridWanModel, switched_off
 from arl2.rollout import FewStepSampler, Noise
 from wan.checkpoints.loading import summarize_names
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.files import atomic_path, read_json
 
 SHARES = (25, 50, 75)
 """In percent."""
@@ -117,7 +117,7 @@ def read_scores(path: Path, num_layers: int) -> dict[int, float]:
     Raises:
         InputError: missing, malformed, or not one number for every layer.
     """
-    return _as_scores(_read_json(path), num_layers, path)
+    return _as_scores(read_json(path), num_layers, path)
 
 
 def read_stage1_errors(path: Path, num_layers: int) -> dict[int, float]:
@@ -151,26 +151,16 @@ def _read_report(path: Path, num_layers: int, name: str, kind: str) -> dict[int,
     reports = sorted((path / "reports").glob("step-*.json")) if path.is_dir() else [path]
     if not reports:
         raise InputError(f"no reports in {path}: give the folder of a {kind}, or one of its reports")
-    page = _read_json(reports[-1])
+    page = read_json(reports[-1])
     layers = page.get("layers", page)
     if not isinstance(layers, dict) or name not in layers:
         raise InputError(f'{reports[-1]} has no "{name}" by layer: give a report of a {kind}')
     return _as_scores(layers[name], num_layers, reports[-1])
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        page = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read scores from {path}: {error}") from error
-    if not isinstance(page, dict):
-        raise InputError(f"{path} holds no object of scores by layer")
-    return page
-
-
 def _as_scores(page: object, num_layers: int, path: Path) -> dict[int, float]:
     """Numbers by layer, one for each."""
-    if not isinstance(page, dict) or any(not isinstance(value, int | float) for value in page.values()):
+    if not isinstance(page, dict) or not all(map(_is_number, page.values())):
         raise InputError(f'{path} holds no numbers by layer: expected {{"0": 0.12, "1": 0.34, …}}')
     wanted = {str(layer) for layer in range(num_layers)}
     missing, unknown = wanted - page.keys(), page.keys() - wanted
@@ -178,3 +168,10 @@ def _as_scores(page: object, num_layers: int, path: Path) -> dict[int, float]:
         wrong = f"lacks layers {summarize_names(missing)}" if missing else f"names layers {summarize_names(unknown)}"
         raise InputError(f"{path} {wrong}: give one score for each of the model's layers 0 to {num_layers - 1}")
     return {int(layer): float(score) for layer, score in page.items()}
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number that fits into a float; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max

@@ -4,10 +4,11 @@ For the tokens of a block in raster order, for every head, with state S [key dim
 
     S ← exp(g)·S,    S ← S + β·k·(v - Sᵀk)ᵀ
 
-g ≤ 0 is the log decay and β in (0, 2) the write strength of the token. Only the final state is wanted:
-reads happen elsewhere, against the state that a whole block left (ARL², arXiv 2605.16579). Three writers compute the
-same function: `write_recurrent` is the specification, `write_chunked` the plain-torch path for any device,
-`write_fla` flash-linear-attention's kernel on CUDA.
+Here g ≤ 0 is the log decay and β in (0, 2) the write strength of the token.
+
+Only the final state is computed. Reads happen elsewhere, on the state after a whole block (ARL², arXiv 2605.16579).
+Three writers compute the same function: `write_recurrent` is the specification, `write_chunked` the plain-torch path
+for any device, and `write_fla` calls flash-linear-attention's kernels on CUDA.
 """
 
 from collections.abc import Callable
@@ -28,11 +29,14 @@ from wan.utils.device import HALF, triton_installed
 
 CHUNK = 64
 FLA_WITH_KNOWN_PARTS = "0.6.0"
-"""The version of fla-core whose steps `write_fla` calls one by one; with any other it calls the public function."""
+"""Version of fla-core whose internal steps `write_fla` calls; with any other it calls the public function.
+
+The internal steps can go once FLA has a public function that computes the final state without an output.
+"""
 
 
 class WriteBackend(StrEnum):
-    """Who computes a write."""
+    """Implementations of a write."""
 
     AUTO = "auto"
     RECURRENT = "recurrent"
@@ -42,7 +46,25 @@ class WriteBackend(StrEnum):
 
 
 Writer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""State, keys, values, log decays and write strengths to the new state."""
+"""Function from state, keys, values, log decays and write strengths to the new state."""
+
+
+class DeltaInputs(NamedTuple):
+    """Arguments of `gated_delta_write` other than the state; with segments there is an axis N before L.
+
+    Attributes:
+        k, v: L2-normalised keys and values, [B, L, H, key dim] and [B, L, H, value dim].
+        log_decay, beta: log decay ≤ 0 and write strength of every token and head, [B, L, H].
+    """
+
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor
+
+    def segments(self, number: int) -> "DeltaInputs":
+        """Divide the tokens into `number` segments of equal length: [B, L, …] becomes [B, N, L / N, …]."""
+        return DeltaInputs(*(x.unflatten(1, (number, -1)) for x in self))
 
 
 def gated_delta_write(
@@ -53,14 +75,14 @@ def gated_delta_write(
     beta_BLH: Tensor,
     backend: WriteBackend = WriteBackend.AUTO,
 ) -> Tensor:
-    """The state after writing L tokens; the given state is not changed. Differentiable in everything.
+    """Compute the state after writing L tokens; the given state is not changed. Differentiable in all tensors.
 
     Args:
         state_BHKV: state before, float32 or float64.
-        k_BLHK, v_BLHV: L2-normalised keys, and values; computed in the precision of the state.
+        k_BLHK, v_BLHV: L2-normalised keys, and values; computation is in the precision of the state.
         log_decay_BLH, beta_BLH: log decay ≤ 0 and write strength of every token and head.
-        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys), else `CHUNKED`. With gradients
-            and where FLA's own are not to be had, `FLA_FORWARD`: its kernel, and the gradient of `CHUNKED`.
+        backend: `AUTO` takes the FLA kernel where it runs (CUDA, half-precision keys), else `CHUNKED`. If gradients
+            are needed and FLA's backward does not run, it takes `FLA_FORWARD`: FLA's value, `CHUNKED`'s gradient.
 
     Returns:
         new state [B, H, K, V] in the dtype of `state_BHKV`.
@@ -81,18 +103,18 @@ def gated_delta_write(
 
 
 def _learns(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a gradient of these is wanted."""
+    """Returns whether gradients with respect to any of the inputs are needed."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def fla_installed() -> bool:
-    """Whether flash-linear-attention and the Triton that its kernels need are there."""
+    """Returns whether flash-linear-attention and Triton are installed."""
     return find_spec("fla") is not None and triton_installed()
 
 
 @cache
 def fla_trains(device: torch.device) -> bool:
-    """Whether FLA's backward runs: it refuses on Hopper with Triton 3.4 to 3.7.0, which miscompiles it."""
+    """Returns whether FLA's backward runs; it refuses on Hopper with Triton 3.4 to 3.7.0, which miscompiles it."""
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
     triton = Version(version("triton"))
     return not hopper or not Version("3.4") <= triton < Version("3.7.1") or find_spec("tilelang") is not None
@@ -101,7 +123,7 @@ def fla_trains(device: torch.device) -> bool:
 def write_recurrent(
     state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor
 ) -> Tensor:
-    """Token by token, as the formula reads. The specification; slow."""
+    """Write token by token, as in the formula; slow. The specification of all writers."""
     state = state_BHKV
     k_LBHK, v_LBHV, log_decay_LBH, beta_LBH = (
         x.to(state.dtype).transpose(0, 1) for x in (k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
@@ -114,12 +136,12 @@ def write_recurrent(
 
 
 class SolvedChunks(NamedTuple):
-    """What chunks of tokens do to a state, whatever it is: the rank-one updates of the tokens are u + w·S.
+    """Effect of N chunks of C tokens on any state S: the rank-one updates of the tokens are u + w·S.
 
     Attributes:
         k: keys, [B, H, N, C, K].
-        u, w: [B, H, N, C, V] and [B, H, N, C, K].
-        decay: G, the log decay accumulated since the start of the chunk, [B, H, N, C, 1].
+        u, w: see above, [B, H, N, C, V] and [B, H, N, C, K].
+        decay: G, log decay accumulated from the start of the chunk, [B, H, N, C, 1].
     """
 
     k: Tensor
@@ -128,7 +150,7 @@ class SolvedChunks(NamedTuple):
     decay: Tensor
 
     def transitions(self) -> Transitions:
-        """S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j + w_j·S)ᵀ of every chunk, written as M·S + N."""
+        """Transition S' = exp(G_C)·S + Σ_j exp(G_C - G_j)·k_j·(u_j + w_j·S)ᵀ of each chunk, in the form M·S + N."""
         last = self.decay[..., -1:, :]
         kept = rounded((last - self.decay).exp() * self.k).mT  # [B, H, N, K, C]
         return Transitions(rounded(PlusDiagonal.apply(kept @ self.w, last.exp())), rounded(kept @ self.u))
@@ -137,17 +159,18 @@ class SolvedChunks(NamedTuple):
 def solve_chunks(
     k_BNCHK: Tensor, v_BNCHV: Tensor, log_decay_BNCH: Tensor, beta_BNCH: Tensor, dtype: torch.dtype | None = None
 ) -> SolvedChunks:
-    """The part of a write that does not depend on the state, for all chunks at once.
+    """Compute the part of a write that does not depend on the state, for all chunks at once.
 
-    The rank-one updates of a chunk's tokens solve a unit lower triangular system,
-    (I + A)·(u + w·S) = β·(v - exp(G)·kᵀS), A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i. All exponents are ≤ 0, so
-    nothing overflows.
+    The rank-one updates of a chunk's tokens solve a unit lower triangular system:
+    (I + A)·(u + w·S) = β·(v - exp(G)·kᵀS), with A_ij = β_i·exp(G_i - G_j)·k_i·k_j for j < i.
+
+    All exponents are ≤ 0, so nothing overflows.
 
     Args:
         k_BNCHK, v_BNCHV, log_decay_BNCH, beta_BNCH: N chunks of C tokens.
-        dtype: to compute in; None for that of the arguments.
+        dtype: dtype of the computation; None for that of the arguments.
     """
-    # In the order that products of every head and chunk want, and in their type, in one copy.
+    # One copy to the layout and dtype of products per head and chunk.
     k, v = (_contiguous(x.permute(0, 3, 1, 2, 4), dtype) for x in (k_BNCHK, v_BNCHV))
     log_decay, beta = (_contiguous(x.permute(0, 3, 1, 2), dtype)[..., None] for x in (log_decay_BNCH, beta_BNCH))
     decay = log_decay.cumsum(dim=3)
@@ -162,9 +185,9 @@ def _contiguous(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def chunk_size(tokens: int, chunk: int) -> int:
-    """Tokens of a chunk, about `chunk`: what leaves the last chunk fullest, of those the most.
+    """Choose the tokens per chunk, close to `chunk`: the size that pads the last chunk least, and then the largest.
 
-    A size that is divided by eight where there is a choice: products of others are slower.
+    Candidates are multiples of `chunk` / 8, because products of other sizes are slower.
     """
     step = max(1, chunk // 8)
     least, most = max(1, chunk - 2 * step), chunk + 2 * step
@@ -180,12 +203,12 @@ def block_transition(
     chunk: int = CHUNK,
     dtype: torch.dtype | None = None,
 ) -> Transitions:
-    """What L tokens do to a state, as one transition; the tokens of a chunk at once, and then the chunks.
+    """Effect of L tokens on a state as one transition, computed chunk by chunk and then composed.
 
     Args:
         k_BLHK, v_BLHV, log_decay_BLH, beta_BLH: see `gated_delta_write`.
-        chunk: about so many tokens make a chunk.
-        dtype: to compute in; None for that of the arguments.
+        chunk: approximate number of tokens per chunk.
+        dtype: dtype of the computation; None for that of the arguments.
     """
     length = k_BLHK.shape[1]
     size = chunk_size(length, chunk)
@@ -201,9 +224,10 @@ def block_transition(
 def states_between(
     state_BHKV: Tensor, k_BNLHK: Tensor, v_BNLHV: Tensor, log_decay_BNLH: Tensor, beta_BNLH: Tensor
 ) -> Tensor:
-    """The states before, between and after N blocks that are written one after the other, [B, N + 1, H, K, V].
+    """States before, between and after N blocks that are written one after the other, [B, N + 1, H, K, V].
 
-    All blocks at once but for one product each: for many short blocks. In the precision of the state.
+    All blocks are computed at once except for one product per block, which suits many short blocks. Computation is in
+    the precision of the state.
     """
     batch = k_BNLHK.shape[:2]
     k, v, log_decay, beta = (x.flatten(0, 1) for x in (k_BNLHK, v_BNLHV, log_decay_BNLH, beta_BNLH))
@@ -215,9 +239,9 @@ def states_between(
 def write_chunked(
     state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """By products of matrices only, in plain torch; see `block_transition`.
+    """Write by matrix products only, in plain torch; see `block_transition`.
 
-    What a backward pass needs of the chunks is computed again there: at 1.3B it would be 430 MB a layer and block.
+    The backward pass recomputes the chunks: keeping them takes 430 MB per layer and block at 1.3B.
     """
     inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     writer = partial(_write_by_products, chunk=chunk)
@@ -242,11 +266,11 @@ def write_recomputed(
     beta_BLH: Tensor,
     forward: Writer,
 ) -> Tensor:
-    """A write by one writer, which keeps nothing but its arguments, with the gradient of `write_chunked`.
+    """Write whose value comes from any writer and whose gradient is that of `write_chunked`, recomputed.
 
     Args:
         state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH: see `gated_delta_write`.
-        forward: computes the value.
+        forward: writer that computes the value.
     """
     state: Tensor = RecomputedWrite.apply(forward, state_BHKV, k_BLHK, v_BLHV, log_decay_BLH, beta_BLH)
     return state
@@ -268,7 +292,7 @@ class RecomputedWrite(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         wanted = context.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(learns) for x, learns in zip(context.saved_tensors, wanted, strict=True)]
-        # What runs in a backward pass has the autocast of who asked for it, not of the forward pass.
+        # A backward pass has the autocast state of its caller, not that of the forward pass.
         with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
             state = _write_by_products(*inputs)
         gradients = iter(torch.autograd.grad(state, [x for x in inputs if x.requires_grad], gradient))
@@ -276,10 +300,10 @@ class RecomputedWrite(torch.autograd.Function):
 
 
 def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor) -> Tensor:
-    """flash-linear-attention's chunked kernels, forward and backward.
+    """Write by flash-linear-attention's chunked kernels, forward and backward.
 
-    Its public function computes an output too, a causal read, which is thrown away; where no gradient is wanted, and in
-    the version whose parts are known, only the parts before it run.
+    FLA's public function also computes a causal read, which is discarded. Without gradients, and in the version whose
+    internal steps are known, only the steps before that read run.
     """
     log_decay, beta = log_decay_BLH.float(), beta_BLH.float()
     inputs = (state_BHKV, k_BLHK, v_BLHV, log_decay, beta)
@@ -295,7 +319,7 @@ def write_fla(state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH:
 
 @cache
 def fla_parts_known() -> bool:
-    """Whether the parts of FLA's forward pass are those that `_write_by_fla_parts` was written for."""
+    """Returns whether the installed FLA is the version that `_write_by_fla_parts` was written for."""
     try:
         return version("fla-core") == FLA_WITH_KNOWN_PARTS
     except PackageNotFoundError:
@@ -305,7 +329,7 @@ def fla_parts_known() -> bool:
 def _write_by_fla_parts(
     state_BHKV: Tensor, k_BLHK: Tensor, v_BLHV: Tensor, log_decay_BLH: Tensor, beta_BLH: Tensor
 ) -> Tensor:
-    """The state after the tokens: `SolvedChunks` of FLA, then the walk through the chunks that they are for."""
+    """Write by FLA's internal steps: solve all chunks, then go through them in order."""
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_fwd_h
     from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
     from fla.ops.utils import chunk_local_cumsum

@@ -1,4 +1,4 @@
-"""TF32: whether products are computed in it, and rounding to what it keeps."""
+"""TF32: detection, and rounding to the bits that it keeps."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,20 @@ from torch import Tensor
 from wan.utils.device import triton_installed
 
 TF32_HALF, TF32_MASK = 1 << 12, -1 << 13
-"""Of a float32 as an integer: half of the last bit that TF32 has, and the bits that it has."""
+"""Half of the last bit that TF32 keeps, and the mask of those that it keeps, for a float32 seen as an integer."""
 
 
 def products_round(x: Tensor) -> bool:
-    """Whether products of such a tensor are in TF32."""
+    """Returns whether products of such a tensor are computed in TF32."""
     return x.is_cuda and x.dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def rounded(x: Tensor) -> Tensor:
-    """A tensor that nobody else holds, rounded in place to what TF32 keeps, if products of it are in TF32.
+    """Round a tensor in place to TF32, if products of it are in TF32; it must not be shared.
 
-    Tensor cores of Hopper cut the last 13 bits off instead of rounding them. Every product is then too small by about
-    2⁻¹¹, and a state is what dozens of products in a row leave of it: with slow decay it would be wrong by several
-    percent. Rounded to the nearest, errors are of both signs; what is cut off afterwards is zero.
+    Tensor cores of Hopper truncate the last 13 bits. Every product is then too small by about 2⁻¹¹. A state passes
+    through dozens of products in a row, and with slow decay it would be wrong by several percent. Rounding to nearest
+    first gives errors of both signs, and the truncation then has no effect.
     """
     if not products_round(x):
         return x

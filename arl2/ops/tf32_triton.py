@@ -1,4 +1,4 @@
-"""Triton kernels of training. Imported only where they run: they need Triton and a GPU."""
+"""Triton kernel that rounds to TF32. Imported only where it runs: it needs Triton and a GPU."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 NUMBERS = 2048
-"""Numbers that a program of `round_to_tf32` takes."""
+"""Numbers per program of `round_to_tf32`."""
 
 
 @triton.jit
@@ -17,15 +17,15 @@ def _round_kernel(  # type: ignore[no-untyped-def]  # Triton's own types
 ):
     place = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     bits = tl.load(x + place, place < count, other=0)
-    # A carry runs into the exponent.
+    # A carry increments the exponent, as rounding should.
     tl.store(x + place, (bits + HALF) & MASK, place < count)
 
 
 def round_to_tf32(x: Tensor, half: int, mask: int) -> None:
-    """Round float32 in place to the nearest that TF32 has; ties away from zero. Gradients pass as if it were not there.
+    """Round float32 in place to the nearest TF32 number, ties away from zero; autograd sees no operation.
 
     Args:
-        x: contiguous, as it is or with its last two axes exchanged (as solvers return it).
+        x: contiguous, possibly after exchanging its last two axes (as solvers return it).
         half, mask: `arl2.ops.tf32.TF32_HALF` and `TF32_MASK`.
     """
     bits = x.detach().view(torch.int32)

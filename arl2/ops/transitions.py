@@ -1,4 +1,7 @@
-"""What segments of tokens do to a gated delta state, as matrices, and their products; see `arl2.ops.gated_delta`."""
+"""Transitions of a gated delta state by segments of tokens, as matrices, and their products.
+
+See `arl2.ops.gated_delta`.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,9 +14,9 @@ from arl2.ops.tf32 import rounded
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """(I + A)⁻¹ for strictly lower triangular A [..., C, C]; what is on and above the diagonal is not looked at.
+    """Inverse (I + A)⁻¹ for strictly lower triangular A [..., C, C]; entries on and above the diagonal are not read.
 
-    The gradient is that of an inverse, -XᵀGXᵀ: two products, where that of a triangular solve is another solve.
+    The gradient is that of an inverse, -XᵀGXᵀ. It takes two products; a triangular solve would need another solve.
     """
 
     @staticmethod
@@ -33,7 +36,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 class Transitions(NamedTuple):
-    """What N segments of tokens do to a state, one after the other: S ← M·S + N. No M makes anything longer.
+    """Transitions S ← M·S + N of a state by consecutive segments of tokens. The norm of each M is at most 1.
 
     Attributes:
         factor: M, [B, H, N, K, K].
@@ -44,19 +47,19 @@ class Transitions(NamedTuple):
     added: Tensor
 
     def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
-        """The state after each segment, in order."""
+        """Iterate over the states after each segment."""
         state = state_BHKV
         for n in range(self.factor.shape[2]):
             state = self.factor[:, :, n] @ state + self.added[:, :, n]
             yield state
 
     def composed(self) -> "Transitions":
-        """All segments as one, neighbour with neighbour: log2(N) rounds of large products, not N small ones."""
+        """Compose all segments into one, in log2(N) rounds of large products of neighbours."""
         return self if self.factor.shape[2] == 1 else Transitions(*_Composition.apply(*self))
 
 
 class PlusDiagonal(torch.autograd.Function):
-    """X + d·I, in the place of X [..., K, K]; d is [..., 1, 1]."""
+    """In-place sum X + d·I for X [..., K, K] and d [..., 1, 1]."""
 
     @staticmethod
     def forward(context: Any, product: Tensor, value: Tensor) -> Tensor:
@@ -71,12 +74,12 @@ class PlusDiagonal(torch.autograd.Function):
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second of every pair of neighbours along axis 2, [B·H·pairs, ·, ·] each; views, of an even number."""
+    """Split neighbours along axis 2, of even length, into first and second of each pair: views [B·H·pairs, ·, ·]."""
     return x[:, :, 0::2].flatten(0, 2), x[:, :, 1::2].flatten(0, 2)
 
 
 def _even(factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """The same segments, and one that changes nothing if their number is odd: pairs of the others would be copies."""
+    """Append an identity segment if the number of segments is odd, so that pairs are views and not copies."""
     if not factor.shape[2] % 2:
         return factor, added
     one = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
@@ -85,7 +88,7 @@ def _even(factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Composition(torch.autograd.Function):
-    """See `Transitions.composed`. By itself, autograd would copy and add up the halves of every round several times."""
+    """Implementation of `Transitions.composed`; autograd alone would copy and add the halves of each round."""
 
     @staticmethod
     def forward(context: Any, factor: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,7 @@ class _Composition(torch.autograd.Function):
 
 
 def _undone(factor: Tensor, added: Tensor, factor_gradient: Tensor, added_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of what went into a round of `_Composition` from those of what came out."""
+    """Gradients of the inputs of a round of `_Composition` from those of its outputs."""
     pairs = factor.shape[2] // 2
     (first, second), (first_added, _) = _pairs(factor), _pairs(added)
     of_factor, of_added = (x[:, :, :pairs].flatten(0, 2) for x in (factor_gradient, added_gradient))

@@ -22,7 +22,6 @@ from pipelines.config import (
 )
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.config import WAN_SIZES, wan_size
-from wan.memory import MemorySpec
 from wan.ops.attention import require_backend
 from wan.text import TOY_TEXT, UMT5_XXL
 from wan.utils.errors import InputError
@@ -269,17 +268,8 @@ def empty_model(config: BenchmarkConfig, case: Case) -> HybridWanModel:
 
 def memory_bytes(config: BenchmarkConfig, case: Case, dtype: torch.dtype) -> int:
     """Bytes of the memory of all layers at the end of the video."""
-    model, (window_frames, sink_frames) = empty_model(config, case), case.memory.window
-    spec = MemorySpec(
-        batch_size=1,
-        tokens_per_frame=model.tokens_per_frame(*config.latent_size),
-        device=torch.device("meta"),
-        dtype=dtype,
-        frames=config.blocks(case.frames) * config.frames_per_block,
-        window_frames=window_frames,
-        sink_frames=sink_frames,
-    )
-    return model.new_memory(spec).num_bytes
+    frames = config.blocks(case.frames) * config.frames_per_block
+    return empty_model(config, case).memory_bytes(frames, *config.latent_size, dtype, *case.memory.window)
 
 
 def by_row(cases: Iterable[Case]) -> dict[str, list[Case]]:

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.model import keep_gates_in_float32
-from arl2.rollout import GeneratedBlock, remember_block, rollout
+from arl2.rollout import GeneratedBlock, SeededNoise, remember_block, rollout
 from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, BenchmarkConfig, Case, empty_model, memory_bytes
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError, SeededNoise
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import Transfer, finished
 from pipelines.generation.timing import PhaseTimer
 from pipelines.media.video import VideoWriter
 from wan.memory import Memory
 from wan.model import TextKV
+from wan.utils.errors import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -404,12 +406,6 @@ def summary(repeats: list[dict[str, float | None]]) -> dict[str, dict[str, float
         for name, values in columns.items()
         if values
     }
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the card's memory ran out; libraries say it in words of their own."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def release() -> None:

@@ -5,7 +5,6 @@ Weights and data are random, and drawn here: cost does not depend on them.
 
 import json
 import logging
-import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
-from arl2.distillation.data import LatentDataset, LatentWriter
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.objective import ForwardMode, LayerReports, Objective
 from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.distillation.stage1 import Stage1, Stage1Settings
@@ -30,17 +30,18 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
-from pipelines.benchmark.measure import out_of_memory, release
+from pipelines.benchmark.measure import release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
 from pipelines.config import Frames, Pixels, Rank
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
+from pipelines.records import open_records
 from pipelines.training.run import enable_grad, precision_of
 from wan.config import WAN_SIZES, wan_size
 from wan.memory import Memory
-from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.errors import InputError, out_of_memory
 from wan.utils.ranges import Bounds, Choices, Count, Seed, check_ranges
+from wan.utils.settings import require_same_settings
 from wan.vae.wan_vae import WAN21_VAE
 
 log = logging.getLogger(__name__)
@@ -251,17 +252,14 @@ class WatchedObjective(Objective):
     def _watching(self, before: int) -> Iterator[None]:
         """Note what memories take when they are made, and what there is when the first hybrid layer begins."""
         self._memories, self._teacher_bytes = [], 0
-        made, allocator = self.model.memory_for, self._allocator
+        allocator = self._allocator
 
-        def memory_for(*arguments: Any, **options: Any) -> Memory:
-            start = allocator.allocated()
-            memory = made(*arguments, **options)
-            if options.get("differentiable"):
+        def note_memory(memory: Memory, differentiable: bool) -> None:
+            if differentiable:
                 self._memories.append(memory)
             else:
-                self._teacher_bytes += allocator.allocated() - start
+                self._teacher_bytes += memory.num_bytes
                 self._notes.note(teacher_memory=self._teacher_bytes)
-            return memory
 
         def begins(module: HybridAttention, arguments: tuple[Any, ...]) -> None:
             if module.enabled and isinstance(self._objective, Stage1):
@@ -269,11 +267,11 @@ class WatchedObjective(Objective):
 
         first = self.model.hybrid_attentions()[min(self.model.hybrid.layers)]
         handle = first.register_forward_pre_hook(begins)
-        self.model.memory_for = memory_for  # type: ignore[method-assign]
+        self._objective.on_new_memory = note_memory
         try:
             yield
         finally:
-            del self.model.memory_for
+            self._objective.on_new_memory = None
             handle.remove()
             self._memories = []  # they would keep the graph
 
@@ -299,23 +297,27 @@ def run_training_benchmark(
         InputError: what cannot be measured, or results of other settings in the folder.
     """
     config.check()
-    results = _open_results(config, device, dtype, folder)
-    for row in rows:
-        if results["rows"].get(row.name, {"row": asdict(row)})["row"] != asdict(row):
-            raise InputError(f"{folder / JSON_FILE} has another row called {row.name}: give another --output_folder")
-    todo = [row for row in rows if row.name not in results["rows"]]
-    if todo:
-        student = _empty_model(config, config.hybrid(2))
-        tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
-        ceilings = measure_ceilings(student, tokens, tokens, device, dtype)
-        results["runs"].append(environment(device) | {"ceilings": asdict(ceilings)})
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
-    for row in todo:
-        record = measure_row(row, config, max(ceilings.gemm.values()), accelerator, dtype)
-        results["rows"][row.name] = record | {"run": len(results["runs"]) - 1}
-        results["cost"] = cost(results["rows"])
-        _save(results, folder)
-    return results
+    settings = asdict(config) | {"dtype": str(dtype).removeprefix("torch."), "device": device_name(device)}
+    cure = "give another --output_folder, or remove it"
+    with open_records(folder / JSON_FILE, "rows", others={"runs": []}, cure=cure) as records:
+        records.made_with(settings)
+        results = records.page
+        for row in rows:
+            there = records.find(row.name)
+            if there is not None:
+                require_same_settings(there["row"], asdict(row), f"{folder / JSON_FILE} has {row.name} measured", cure)
+        todo = [row for row in rows if records.find(row.name) is None]
+        if todo:
+            student = _empty_model(config, config.hybrid(2))
+            tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
+            ceilings = measure_ceilings(student, tokens, tokens, device, dtype)
+            results["runs"].append(environment(device) | {"ceilings": asdict(ceilings)})
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
+        for row in todo:
+            record = measure_row(row, config, max(ceilings.gemm.values()), accelerator, dtype)
+            results["cost"] = cost(results["rows"] | {row.name: record})
+            records.put(row.name, record | {"run": len(results["runs"]) - 1})
+        return results
 
 
 def measure_row(
@@ -435,26 +437,3 @@ def _empty_model(config: TrainingBenchmark, hybrid: HybridSettings) -> HybridWan
 
 def _page(flops: StepFlops) -> dict[str, Any]:
     return asdict(flops) | {"model": flops.model, "hardware": flops.hardware}
-
-
-def _open_results(config: TrainingBenchmark, device: torch.device, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
-    settings = asdict(config) | {"dtype": str(dtype).removeprefix("torch."), "device": device_name(device)}
-    path = folder / JSON_FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return {"settings": settings, "runs": [], "rows": {}}
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        there, _ = results["settings"], results["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no results: remove it, or give another --output_folder") from error
-    if there != settings:
-        raise InputError(f"{path} has results of other settings or another card: give another --output_folder")
-    return results
-
-
-def _save(results: dict[str, Any], folder: Path) -> None:
-    with atomic_path(folder / JSON_FILE) as temporary, temporary.open("w") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,8 +1,6 @@
 """The command line of inference.py, checked before any weights are read."""
 
 import argparse
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,16 +13,15 @@ from pipelines.config import InferenceConfig, MemoryKind, check_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
 from pipelines.flags import Parser, as_path
-from pipelines.prompts import PromptJob, plan_jobs, read_prompts
+from pipelines.generation.requests import requested_jobs
+from pipelines.prompts import PromptJob
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.utils.ranges import check_ranges
 from wan.vae.wan_vae import spatial_stride
-
-MIN_FREE_BYTES = 16 * 2**20
-"""Less free disk than this cannot hold a video."""
 
 
 def inference_parser() -> Parser:
@@ -45,7 +42,7 @@ def inference_parser() -> Parser:
     add("--metrics_dir", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data_path", type=as_path, metavar="PATH", help="prompt file, one a line; with --i2v image<TAB>prompt"
+        "--data_path", type=as_path, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
     add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
@@ -130,15 +127,14 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     config = replace(config, speed=config.speed.on(device, dtype))
     check_config(config, arguments.i2v)
     check_device(config, device, dtype)
-    prompts, images = read_requests(arguments)
-    jobs = plan_jobs(prompts, arguments.seed)
+    jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
         check_writable(folder)
     return InferenceRun(
         config=config,
         jobs=jobs,
-        images={job.name: image for job, image in zip(jobs, images, strict=True)} if arguments.i2v else {},
+        images={job.name: job.image for job in jobs if job.image is not None},
         output_folder=arguments.output_folder,
         metrics_folder=metrics_folder,
         device=device,
@@ -202,49 +198,3 @@ def check_device(
     if config.memory.kind is MemoryKind.full:
         cure += ", or give --memory window"
     require_room(estimate, device, what, cure)
-
-
-def read_requests(arguments: argparse.Namespace) -> tuple[list[str], list[Path]]:
-    """Prompts, and with --i2v their images.
-
-    Raises:
-        InputError: an empty prompt, a missing file, or a line without an image.
-    """
-    if arguments.prompt is not None:
-        if not arguments.prompt.strip():
-            raise InputError("--prompt is empty: write what the video should show")
-        if arguments.i2v != (arguments.image is not None):
-            raise InputError("--i2v with --prompt needs --image, and --image needs --i2v")
-        lines = [f"{arguments.image}\t{arguments.prompt}" if arguments.i2v else arguments.prompt]
-    else:
-        lines = read_prompts(arguments.data_path)
-    if not arguments.i2v:
-        return lines, []
-    pairs = [line.split("\t", 1) for line in lines]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{arguments.data_path}: with --i2v every line must be an image path, a tab, and a prompt")
-    images = [Path(image) for image, _ in pairs]
-    for image in images:
-        if not image.is_file():
-            raise InputError(f"no image {image}: check the path")
-    return [prompt for _, prompt in pairs], images
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder if need be, and make sure that files can be written there.
-
-    Raises:
-        InputError: it cannot be made or written, or its disk is full.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A file without a name: ranks that start together must not trip over one another's.
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
-        ) from error
-    free = shutil.disk_usage(folder).free
-    if free < MIN_FREE_BYTES:
-        raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")

@@ -1,17 +1,14 @@
 """Text to video: prompt → block-autoregressive rollout → streamed decode, in the manner of a diffusers pipeline."""
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
-from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -20,18 +17,25 @@ from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
-from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, GeneratedBlock, num_blocks, predict_flow, remember_block, rollout
+from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
+from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
 from pipelines.feasibility import check_speed
-from pipelines.generation.streaming import SideStream, Transfer, finished
+from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
+from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
-from wan.checkpoints.formats import read_config, transformer_config
+from pipelines.prompt_files import check_prompt
+from wan.checkpoints.configs import read_config
+from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
-from wan.utils.errors import InputError
+from wan.utils.device import wide_range_dtype
+from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import writing
 from wan.utils.ranges import declarations, typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
@@ -42,80 +46,12 @@ SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
-class NonFiniteBlockError(RuntimeError):
-    """A generated block holds NaN or infinity; its video cannot go on.
-
-    Attributes:
-        block: index of the block.
-    """
-
-    def __init__(self, block: int) -> None:
-        super().__init__(f"block {block} is not finite: check the weights, or use --dtype float32")
-        self.block = block
-
-
-@dataclass(frozen=True)
-class VideoBlock:
-    """Some frames of a video, as soon as they exist.
-
-    Attributes:
-        index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
-        pixels_BTCHW: decoded frames in [-1, 1].
-        latents_BFCHW: the block's latents, normalised.
-        frames_BTHWC: the frames as bytes, on their way to the CPU.
-        finite: whether the latents are, likewise.
-    """
-
-    index: int
-    pixels_BTCHW: Tensor
-    latents_BFCHW: Tensor
-    frames_BTHWC: Transfer
-    finite: Transfer
-
-
-@dataclass
-class VideoOutput(BaseOutput):
-    """What a call returns.
-
-    Attributes:
-        frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;
-            "latent" [B, F, C, h, w].
-    """
-
-    frames: Any
-
-
-class SeededNoise:
-    """The noise of some videos: a function of their seeds, the block and the step.
-
-    Drawn on the CPU, so that it is the same on every device, and whatever was generated before.
-
-    Args:
-        seeds: one a video.
-        shape: of one block of one video, (F, C, h, w).
-        device: where it is wanted, in float32.
-    """
-
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> None:
-        self._seeds = seeds
-        self._shape = shape
-        self._device = device
-
-    def __call__(self, block: int, step: int) -> Tensor:
-        # From pinned memory, which the GPU copies without the CPU waiting for it.
-        noise = torch.empty(len(self._seeds), *self._shape, pin_memory=self._device.type == "cuda")
-        for seed, of_video in zip(self._seeds, noise, strict=True):
-            digest = hashlib.sha256(f"{seed}/{block}/{step}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            torch.randn(self._shape, generator=generator, out=of_video)
-        return noise.to(self._device, non_blocking=True)
-
-
 class CausalVideoPipeline(DiffusionPipeline):
     """Text to video with a causal Wan transformer, hybrid or softmax.
 
     Args:
-        transformer, vae, text_encoder, tokenizer: the parts.
+        transformer, vae, text_encoder, tokenizer: the parts. VAE and text encoder are cast out of float16, whose range
+            their activations exceed, as `wan.utils.device.wide_range_dtype` says.
         frames_per_block: latent frames generated at a time.
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
@@ -151,6 +87,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
+        self._known_cuts = set[str]()
+        self._memories_warned_of: set[tuple[int | None, int]] = set()
+        self._undo = ExitStack()
         self.load_seconds: float | None = None
         self.warm_up_seconds: float | None = None
 
@@ -176,7 +115,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
-            torch_dtype, device: of all parts.
+            torch_dtype, device: of all parts; float16 only of the transformer.
             seed: of parameters that a conversion adds.
             sampling: settings of this class that replace those stored in the folder.
 
@@ -195,6 +134,28 @@ class CausalVideoPipeline(DiffusionPipeline):
         log.info("model loaded in %.1f s", pipeline.load_seconds)
         return pipeline
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the parts, arguments as for diffusers' pipelines; only the transformer is cast to float16."""
+        if torch.float16 not in (*args, kwargs.get("dtype")):
+            return super().to(*args, **kwargs)
+        others = [argument for argument in args if argument is not torch.float16]
+        super().to(*others, **{name: value for name, value in kwargs.items() if name != "dtype"})
+        keep_gates_in_float32(self.transformer, torch.float16)
+        self.wan_vae.to(dtype=torch.float16)
+        if self.text_encoder is not None:
+            self.text_encoder.to(dtype=wide_range_dtype(torch.float16, self.text_encoder.device))
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As in diffusers, but files get the mode that the umask says.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
+        with writing(Path(save_directory)):
+            super().save_pretrained(save_directory, **options)
+            give_umask_mode(Path(save_directory))
+
     @property
     def flow_model(self) -> FlowModel:
         """What computes the transformer's passes: itself, or its fast form."""
@@ -208,7 +169,8 @@ class CausalVideoPipeline(DiffusionPipeline):
     def optimize_for_inference(self, speed: SpeedConfig) -> None:
         """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
 
-        Feed-forward adapters are merged for good. Call it when everything is on its device.
+        Feed-forward adapters are merged meanwhile. A later call undoes what this one did, first of all. Call it when
+        everything is on its device.
 
         Args:
             speed: what to switch on; if nothing of the transformer, the plain one computes.
@@ -220,6 +182,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         speed = speed.on(device, self.transformer.dtype)
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
         self._fast = self._pool = None
+        self._undo.close()
         self._side = SideStream(device) if speed.overlap_decoding else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
@@ -228,8 +191,11 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
             return
-        self.transformer.merge_ffn_lora()
+        # On the CPU the adapters' layers cost a GPU no memory, and come back exactly.
+        adapters = self.transformer.merge_ffn_lora(keep_on=torch.device("cpu"))
+        self._undo.callback(self.transformer.unmerge_ffn_lora, adapters)
         fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels))
+        self._undo.callback(fast.release)
         self._pool = MemoryPool(self.transformer)
         if not speed.cuda_graphs:
             self._fast = fast
@@ -269,11 +235,12 @@ class CausalVideoPipeline(DiffusionPipeline):
         Raises:
             InputError: a prompt is empty, or the text encoder was not loaded.
         """
-        if any(not prompt.strip() for prompt in prompts):
-            raise InputError("the prompt is empty: write what the video should show")
+        for prompt in prompts:
+            check_prompt(prompt, "the prompt")
         if self.text_encoder is None or self.tokenizer is None:
             raise InputError("this pipeline has no text encoder: pass prompt_embeds")
-        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len=self.transformer.config.text_len)
+        text_len = self.transformer.config.text_len
+        encoder = TextEncoder(self.text_encoder, self.tokenizer, text_len, known_cuts=self._known_cuts)
         return encoder.encode(prompts)
 
     def latent_frames(self, num_frames: int) -> int:
@@ -287,6 +254,15 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError(f"{num_frames} frames cannot be decoded: give 1 plus a multiple of {stride}")
         return (num_frames - 1) // stride + 1
 
+    def resolve_memory(self, memory: MemoryConfig) -> MemoryConfig:
+        """The memory that a request means for this model; one that training did not meet is warned of, once."""
+        trained = self.transformer.trained_memory
+        warning = memory.warning(trained, bool(self.transformer.hybrid.layers))
+        if warning is not None and memory.window not in self._memories_warned_of:
+            self._memories_warned_of.add(memory.window)
+            log.warning("%s", warning)
+        return memory.resolved(trained)
+
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         stride = self.wan_vae.spatial_compression
         check_size(height, width, stride, self.transformer.patch_size)
@@ -299,8 +275,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Args:
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
-            memory: full or windowed.
+            memory: of the softmax layers; another than the model was trained with is warned of once.
         """
+        memory = self.resolve_memory(memory)
         memory.check(self.config.frames_per_block)
         window_frames, sink_frames = memory.window
         spec = MemorySpec(
@@ -323,7 +300,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         width: int = 832,
         *,
         prompt_embeds: Tensor | None = None,
-        image: Tensor | None = None,
+        image: Picture | Sequence[Picture] | None = None,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         memory: MemoryConfig | None = None,
@@ -335,9 +312,11 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: one, or one a video of the batch; `prompt_embeds` from `encode_prompt` may take its place.
             num_frames: frames of the video; None to go on for ever (give `memory` a window then).
             height, width: pixels.
-            image: frames to start with, [B, T, 3, H, W] in [-1, 1], T = 1 + 4k; remembered first.
+            image: what to start with, remembered first: a picture (PIL, uint8 [H, W, 3] or a file) or a list of one per
+                video, which are scaled and cropped about their centre; or frames [B, T, 3, H, W] in [-1, 1],
+                T = 1 + 4k. See `pipelines.media.images.first_frames`.
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
-            memory: of the softmax layers; full by default.
+            memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
 
         Yields:
@@ -346,8 +325,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
         Raises:
             InputError: sizes that do not fit.
-            NonFiniteBlockError: the model produced NaN or infinity.
+            NonFiniteBlockError: text, given frames, latents or pixels hold NaN or infinity.
         """
+        self.wan_vae.leave_float16()
         device, frames_per_block = self._execution_device, self.config.frames_per_block
         size = self._latent_size(height, width)
         if prompt_embeds is None:
@@ -360,42 +340,59 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
-        context = None if image is None else self.wan_vae.encode(image.to(device, self.wan_vae.dtype))
+        context = None
+        if image is not None:
+            given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
+            context = self.wan_vae.encode(given_BTCHW.to(device, self.wan_vae.dtype))
         context_frames = 0 if context is None else context.shape[1]
         blocks, latent_frames = None, None
         if num_frames is not None:
             latent_frames = self.latent_frames(num_frames)
             blocks = num_blocks(latent_frames - context_frames, frames_per_block)
         state = self.new_memory(batch, height, width, latent_frames, memory or MemoryConfig())
-        text = self.transformer.embed_text(prompt_embeds.to(device, self.transformer.dtype))
+        given = {TEXT: prompt_embeds.to(device, self.transformer.dtype)}
+        text = self.transformer.embed_text(given[TEXT])
         if context is not None:
+            given[GIVEN] = context
             for start in range(0, context_frames, frames_per_block):
                 remember_block(self.flow_model, context[:, start : start + frames_per_block], text, state, start)
         noise = SeededNoise(seeds, (frames_per_block, self.transformer.config.in_dim, *size), device)
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
-        for block in finished(self._decoder(context, phase), generated, device):
-            if not block.finite.wait():
-                raise NonFiniteBlockError(block.index)
+        for block in finished(self._decoder(context, given, phase), generated, device):
+            broken = block.finite.first_broken()
+            if broken is not None:
+                raise NonFiniteBlockError(block.index, broken)
             block.frames_BTHWC.join()
             yield block
 
-    def _decoder(self, context_BFCHW: Tensor | None, phase: Phase) -> Callable[[GeneratedBlock], VideoBlock]:
-        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing."""
+    def _decoder(
+        self, context_BFCHW: Tensor | None, given: Mapping[str, Tensor], phase: Phase
+    ) -> Callable[[GeneratedBlock], VideoBlock]:
+        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing.
+
+        Args:
+            given: what all blocks are made from, checked with the first of them. Held by the caller until then.
+        """
         vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
+        unchecked = dict(given)
         with aside():
             decoder, head = vae.decode_stream(), list[Tensor]()
             if context_BFCHW is not None:
                 with phase("vae"):
-                    head.append(decoder.decode(context_BFCHW.to(vae.dtype)))
+                    head.append(decoder.decode(context_BFCHW.to(vae.dtype), clamp=False))
 
         def decode(block: GeneratedBlock) -> VideoBlock:
             with aside():
-                finite = Transfer(torch.isfinite(block.latents_BFCHW).all())
+                latents = block.latents_BFCHW
                 with phase("vae"):
-                    pixels = torch.cat([*head, decoder.decode(block.latents_BFCHW.to(vae.dtype))], dim=1)
+                    pixels = torch.cat([*head, decoder.decode(latents.to(vae.dtype), clamp=False)], dim=1)
+                # Before clamping, which makes a number of infinity.
+                finite = FiniteCheck({**unchecked, LATENTS: latents, PIXELS: pixels})
+                pixels.clamp_(-1, 1)
                 head.clear()
+                unchecked.clear()
                 frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
             return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
 
@@ -434,8 +431,17 @@ class CausalVideoPipeline(DiffusionPipeline):
 
 
 def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin."""
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
+
+    Raises:
+        CheckpointError: they are malformed or out of range.
+    """
     index = folder / "model_index.json"
-    if not index.is_file():
+    if not index.exists():
         return {}
-    return {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
+    found = {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
+    try:
+        typed(GeneratorSampling, found, "")
+    except InputError as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    return found

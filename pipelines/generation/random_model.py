@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.checkpoints.formats import WEIGHT_FILES
+from wan.checkpoints.saving import write_safetensors
 from wan.config import wan_size
 from wan.text import NATIVE_TEXT_FILE, NATIVE_TOKENIZER_FOLDER, TOY_TEXT, save_native_umt5, umt5_config, word_tokenizer
-from wan.utils.files import atomic_path
 from wan.vae.wan_vae import NATIVE_VAE_FILE, TOY_VAE, WanVAE, new_vae, save_native_vae
 
 
@@ -107,8 +106,7 @@ def save_native_folder(pipeline: CausalVideoPipeline, folder: Path) -> None:
     )
     settings = {"_class_name": "WanModel"} | {key: config[key] for key in keys}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    with atomic_path(folder / WEIGHT_FILES[0]) as temporary:
-        save_file(pipeline.transformer.state_dict(), temporary, metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHT_FILES[0], pipeline.transformer.state_dict())
     save_native_umt5(pipeline.text_encoder, folder / NATIVE_TEXT_FILE)
     save_native_vae(WanVAE(pipeline.vae), folder / NATIVE_VAE_FILE)
     pipeline.tokenizer.save_pretrained(folder / NATIVE_TOKENIZER_FOLDER)

@@ -1,32 +1,40 @@
-"""Generating the videos of a run: one file and one page of measurements a prompt, resumable."""
+"""Generating the videos of a run: one file and one record per prompt, resumable, beside other processes."""
 
-import hashlib
-import json
 import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from arl2.rollout import num_blocks
 from pipelines.generation.arguments import InferenceRun
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
+from pipelines.generation.records import (
+    identity_of,
+    image_of,
+    is_finished,
+    lock_path,
+    num_pixel_frames,
+    record_path,
+    video_facts,
+    video_path,
+)
 from pipelines.generation.timing import PhaseTimer
+from pipelines.media.images import read_image
 from pipelines.media.video import VideoWriter
 from pipelines.prompts import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
-from wan.checkpoints.loading import fingerprint_of
-from wan.utils.errors import InputError
 from wan.utils.files import write_json
+from wan.utils.locks import LockedError, exclusive
+from wan.utils.signals import check_interrupted
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +62,22 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         timestep_shift=config.timestep_shift,
         context_noise=config.context_noise,
     )
+    check_interrupted()
     pipeline.use_attention_backend(run.backend)
     pipeline.optimize_for_inference(config.speed)
     return pipeline
 
 
-def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, world_size: int = 1) -> int:
-    """Generate this rank's share of the videos; finished ones are skipped.
+def generate(
+    run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, world_size: int = 1, *, anew: bool = False
+) -> int:
+    """Generate this rank's part of the videos; finished ones are skipped.
 
-    A block that is not finite ends its video, not the run.
+    Every video has a lock: what another process makes is left to it, and looked at again when the rest is done. A video
+    of which something is not finite is left out, and the run goes on.
+
+    Args:
+        anew: make finished ones too.
 
     Returns:
         how many videos failed.
@@ -70,76 +85,94 @@ def generate(run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, wo
     Raises:
         InputError: a finished video was made with other settings, weights or image.
     """
+    # As the model means it, so that a video is the same one whichever way its memory was asked for.
+    run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
+    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew)
     mine = shard_jobs(run.jobs, rank, world_size)
-    made_with = settings_of(run) | {"weights": fingerprint_of(pipeline.transformer.state_dict())}
-    made = {job.name: made_with | image_of(run, job) for job in mine}
-    todo = [job for job in mine if not is_finished(run, job, made[job.name])]
+    todo = [job for job in mine if not maker.is_finished(job)]
     if len(todo) < len(mine):
         log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
     if todo and pipeline.flow_model is not pipeline.transformer:
         pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
-    failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank != 0) as progress:
         bar = progress.add_task("videos", total=len(todo))
+        others: list[PromptJob] = []
         for job in todo:
-            blocks = progress.add_task(job.name[:40], total=generated_blocks(run))
             try:
-                generate_one(run, pipeline, job, made[job.name], partial(progress.advance, blocks))
-            except NonFiniteBlockError as error:
-                failed += 1
-                log.error("%s: %s; going on with the next video", job.name, error)
-            progress.remove_task(blocks)
+                maker.make(job, progress)
+            except LockedError as error:
+                log.info("%s is being made by %s: other videos first", video_path(run, job), error.holder)
+                others.append(job)
+            else:
+                progress.advance(bar)
+        for job in others:
+            maker.make(job, progress, on_wait=partial(log.info, "waiting for %s, made by %s", video_path(run, job)))
             progress.advance(bar)
-    return failed
+    return maker.failed
 
 
-def video_path(run: InferenceRun, job: PromptJob) -> Path:
-    """Where a job's video goes."""
-    return run.output_folder / f"{job.name}.mp4"
+@dataclass
+class _Maker:
+    """Makes the videos of a run, one at a time, each under its lock.
 
-
-def metrics_path(run: InferenceRun, job: PromptJob) -> Path:
-    """Where the page of measurements of a job goes."""
-    return run.metrics_folder / f"{job.name}.json"
-
-
-def settings_of(run: InferenceRun) -> dict[str, Any]:
-    """Everything but prompt, seed and weights that a video depends on, as JSON gives it back."""
-    settings = asdict(run.config) | {"dtype": str(run.dtype), "attention_backend": run.backend.value}
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-    return plain
-
-
-def image_of(run: InferenceRun, job: PromptJob) -> dict[str, Any]:
-    """What tells a job's image from others, if it has one."""
-    if not run.images:
-        return {}
-    return {"image": hashlib.sha256(run.images[job.name].read_bytes()).hexdigest()[:16]}
-
-
-def is_finished(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> bool:
-    """Whether a job's video is there.
-
-    Raises:
-        InputError: it is another: its page of measurements tells of other settings, weights or image, or is not there.
+    Attributes:
+        identity: see `identity_of`.
+        anew: make finished videos too.
+        failed: videos that could not be made so far.
     """
-    if not video_path(run, job).exists():
-        return False
-    page = metrics_path(run, job)
-    if not page.is_file():
-        raise InputError(
-            f"{video_path(run, job)} is there, {page}, which would say what made it, is not: give the --metrics_dir of "
-            "that run, or another --output_folder, or delete the video"
-        )
-    before = json.loads(page.read_text()).get("settings", {})
-    other = sorted(name for name in before.keys() | made_with.keys() if before.get(name) != made_with.get(name))
-    if other:
-        raise InputError(
-            f"{video_path(run, job)} was made with {other[0]} {before.get(other[0])}, not {made_with.get(other[0])}: "
-            "give another --output_folder, or delete it"
-        )
-    return True
+
+    run: InferenceRun
+    pipeline: CausalVideoPipeline
+    identity: dict[str, Any]
+    anew: bool = False
+    failed: int = 0
+
+    def made_with(self, job: PromptJob) -> dict[str, Any]:
+        """What a job's video is made with, its image as it is now."""
+        return self.identity | image_of(self.run, job)
+
+    def is_finished(self, job: PromptJob) -> bool:
+        """Whether a job's video needs no making.
+
+        Raises:
+            InputError: it was made with other settings, weights or image.
+        """
+        if self.anew:
+            return False
+        paths = video_path(self.run, job), record_path(self.run, job)
+        finished = is_finished(*paths, self.made_with(job), num_pixel_frames(self.run, self.pipeline))
+        if finished and lock_path(self.run, job).exists():
+            # Of a process that was killed at its very end, or is at it.
+            with suppress(LockedError), self._lock(job):
+                pass
+        return finished
+
+    def make(self, job: PromptJob, progress: Progress, on_wait: Callable[[str], None] | None = None) -> None:
+        """Make a job's video, unless another process has finished it meanwhile.
+
+        Args:
+            on_wait: told who makes it; then that is waited for.
+
+        Raises:
+            LockedError: another process makes it, and there is no `on_wait`.
+            InputError: as for `is_finished`, and what cannot be written.
+        """
+        with self._lock(job, on_wait):
+            if self.is_finished(job):
+                log.info("%s was finished by another process", video_path(self.run, job))
+                return
+            blocks = progress.add_task(job.name[:40], total=generated_blocks(self.run))
+            try:
+                generate_one(self.run, self.pipeline, job, self.made_with(job), partial(progress.advance, blocks))
+            except NonFiniteBlockError as error:
+                self.failed += 1
+                log.error("%s: %s; going on with the next video", job.name, error)
+            finally:
+                progress.remove_task(blocks)
+
+    def _lock(self, job: PromptJob, on_wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
+        return exclusive(lock_path(self.run, job), str(video_path(self.run, job)), on_wait)
 
 
 def generated_blocks(run: InferenceRun) -> int:
@@ -216,8 +249,8 @@ def generate_one(
         InputError: the video cannot be written.
     """
     config, timer = run.config, PhaseTimer(run.device)
-    image = read_image(run.images[job.name], config.height, config.width) if run.images else None
-    num_frames = (config.num_output_frames - 1) * pipeline.wan_vae.temporal_compression + 1
+    image = read_image(run.images[job.name], config.height, config.width, quiet=True) if run.images else None
+    num_frames = num_pixel_frames(run, pipeline)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     measured = Measurement(time.perf_counter())
@@ -237,13 +270,15 @@ def generate_one(
             measured.block_arrived(len(frames), run.device)
             writer.write(frames)
             on_block()
+            check_interrupted()
         writer.wait()
-        # The video gets its name when the context ends: a finished video has its measurements.
         total = time.perf_counter() - measured.start
+        facts = video_facts(writer.finish(), config.height, config.width, config.fps, writer.num_frames)
         start = {"load_seconds": pipeline.load_seconds, "warm_up_seconds": pipeline.warm_up_seconds}
         metrics = measured.report(timer.seconds(), total, apart=not pipeline.overlaps_decoding)
-        metrics |= start | provenance(run, job, made_with)
-        write_json(metrics_path(run, job), metrics, default=str)
+        metrics |= start | provenance(run, job, made_with) | {"video": facts}
+        # The video gets its name when the context ends: a finished video has its record.
+        write_json(record_path(run, job), metrics, default=str)
 
 
 def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:
@@ -257,20 +292,3 @@ def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> 
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
         "versions": versions(MEASURED_PACKAGES),
     }
-
-
-def read_image(path: Path, height: int, width: int) -> Tensor:
-    """An image scaled and cropped about its centre, [1, 1, 3, height, width] in [-1, 1].
-
-    Raises:
-        InputError: not an image.
-    """
-    try:
-        image = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"cannot read {path} as an image: give a PNG or JPEG") from error
-    scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = torch.from_numpy(np.asarray(image.crop((left, top, left + width, top + height))).copy())
-    return (pixels.permute(2, 0, 1).float() / 127.5 - 1)[None, None]

@@ -1,6 +1,6 @@
 """Handing out what a GPU computes without making it wait for who takes it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -35,6 +35,27 @@ class Transfer:
         """Let everything that the current stream is asked for from now on wait for it, but not the CPU."""
         if self._arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived)
+
+
+class FiniteCheck:
+    """Whether tensors are free of NaN and infinity: asked for now, in one transfer for all, and answered later.
+
+    Args:
+        tensors: by what they are, causes before effects.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._names = tuple(tensors)
+        self._transfer = Transfer(torch.stack([torch.isfinite(value).all() for value in tensors.values()]))
+
+    def wait(self) -> bool:
+        """Whether all of them are finite, as soon as it is known."""
+        return self.first_broken() is None
+
+    def first_broken(self) -> str | None:
+        """What the first tensor that is not finite is, as soon as it is known; None if all are finite."""
+        answers = self._transfer.wait().tolist()
+        return next((name for name, is_finite in zip(self._names, answers, strict=True) if not is_finite), None)
 
 
 class SideStream:

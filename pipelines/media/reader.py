@@ -1,6 +1,12 @@
-"""Real videos as training data sees them: with captions, at a given size and frame rate, frame by frame."""
+"""Real videos as training data sees them: with captions, at a given size and frame rate, frame by frame.
+
+Pictures are what a player shows: in the colours of the stream (`pipelines.media.frames`), upright, with square pixels.
+Videos of variable rate are sampled by their times. Interlaced videos are read as they are stored, with a warning. The
+alpha of VP8 and VP9, which decoders leave out, is ignored.
+"""
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,22 +16,26 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
 from av.error import FFmpegError
-from numpy.typing import NDArray
+from av.stream import Disposition
 from PIL import Image
 from torch import Tensor
 
-from pipelines.prompts import read_prompts
+from pipelines.file_names import find_file, is_file, shown
+from pipelines.media.frames import Picture, UnusableVideoError, upright
+from pipelines.media.images import MAX_PIXELS
+from pipelines.prompt_files import check_prompt, read_lines
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
 
 log = logging.getLogger(__name__)
 
-Picture = NDArray[np.uint8]
-
-
-class UnusableVideoError(InputError):
-    """A video that cannot become a sample: unreadable, without pictures or times, or too short."""
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+"""Endings of what counts as a video in a folder; a list may name files with others."""
+CAPTION_SUFFIXES = (".txt", ".TXT")
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,nut,ivf,gif,yuv4mpegpipe"
+"""Formats that hold pictures of their own: no playlists, and nothing that names other files."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +57,52 @@ def find_videos(source: Path) -> list[CaptionedVideo]:
     """The videos that a list or a folder names.
 
     Args:
-        source: a file of lines path<TAB>prompt, paths relative to it; or a folder of .mp4 with captions in .txt of the
-            same name beside them. Videos of a folder without a caption are left out with a warning.
+        source: a file of lines path<TAB>prompt, paths relative to it; or a folder of videos (`SUFFIXES`, in any case)
+            with captions in .txt of the same name beside them. Videos of a folder without a caption are left out with
+            a warning. Every name that the system allows is found, but for those with a tab or a line break in a list.
 
     Raises:
         InputError: nothing there, a line without tab or prompt, a video named twice, or not one that exists.
     """
-    videos = _from_folder(source) if source.is_dir() else _from_list(source)
+    videos = _from_folder(source) if os.path.isdir(source) else _from_list(source)
     if not videos:
-        raise InputError(f"no captioned videos in {source}: put a .txt of the same name beside every .mp4")
-    if not any(video.path.is_file() for video in videos):
-        raise InputError(f"none of the {len(videos)} videos of {source} exists, such as {videos[0].path}: check paths")
+        raise InputError(f"no captioned videos in {shown(source)}: put a .txt of the same name beside every video")
+    if not any(is_file(video.path) for video in videos):
+        raise InputError(
+            f"none of the {len(videos)} videos of {shown(source)} exists, such as {shown(videos[0].path)}: check paths"
+        )
     return videos
 
 
 def _from_list(file: Path) -> list[CaptionedVideo]:
     videos: dict[str, CaptionedVideo] = {}
-    for line in read_prompts(file):
-        name, _, prompt = (part.strip() for part in line.partition("\t"))
-        if not name or not prompt:
-            raise InputError(f"{file}: {line[:60]!r} is not a path, a tab and a prompt: write every line so")
-        if name in videos:
-            raise InputError(f"{file} names {name} twice: give every video one caption")
-        videos[name] = CaptionedVideo(name, file.parent / name, prompt)
+    cure = "give a folder, or a text file of lines path<TAB>prompt"
+    for number, line in read_lines(file, "list of videos", cure, bytes_in_names=True):
+        where = f"{shown(file)} line {number}"
+        name, _, prompt = line.partition("\t")
+        if not name.strip() or not prompt.strip():
+            raise InputError(f"{where}: {shown(line)[:60]!r} is not a path, a tab and a prompt: write every line so")
+        prompt = prompt.strip()
+        check_prompt(prompt, where)
+        path = find_file(name, (file.parent,))
+        source = name if path == file.parent / name else name.strip()
+        other = videos.setdefault(os.path.realpath(path), CaptionedVideo(source, path, prompt))
+        if other.path is not path:
+            which = "" if other.source == source else f", which is {shown(other.source)},"
+            raise InputError(f"{where} names {shown(source)}{which} twice: give every video one caption")
     return list(videos.values())
 
 
 def _from_folder(folder: Path) -> list[CaptionedVideo]:
     videos = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() == ".mp4"):
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES):
+        captions = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+        file = next((caption for caption in captions if is_file(caption)), captions[0])
         try:
-            prompt = " ".join(read_prompts(path.with_suffix(".txt")))
+            prompt = " ".join(line.strip() for _, line in read_lines(file, "caption", "write what the video shows"))
+            check_prompt(prompt, shown(file.name))
         except InputError as error:
-            log.warning("left out %s: %s", path.name, error)
+            log.warning("left out %s: %s", shown(path.name), error)
             continue
         videos.append(CaptionedVideo(path.name, path, prompt))
     return videos
@@ -94,14 +117,18 @@ def centre_crop(width: int, height: int, aspect: float) -> tuple[float, float, f
 
 def _fit(frame: av.VideoFrame, pixel_aspect: float, height: int, width: int) -> Picture:
     """A frame upright, cropped and resized, [height, width, 3]."""
-    if frame.rotation % 90:
-        raise UnusableVideoError(f"is turned by {frame.rotation} degrees, not by a multiple of 90")
-    turns = frame.rotation // 90 % 4
-    picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
-    aspect = width / height / (1 / pixel_aspect if turns % 2 else pixel_aspect)
+    picture, is_on_its_side = upright(frame)
+    aspect = width / height / (1 / pixel_aspect if is_on_its_side else pixel_aspect)
     box = centre_crop(picture.shape[1], picture.shape[0], aspect)
     resized = Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), Image.Resampling.BICUBIC, box)
     return np.asarray(resized)
+
+
+def _opened(path: Path) -> InputContainer:
+    """An open video. Only that file is read: its name is no address or pattern, and its content no playlist."""
+    if path.exists() and not path.is_file():
+        raise UnusableVideoError("is not a regular file")  # a pipe would be waited for
+    return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS})
 
 
 def _timed_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame, float]]:
@@ -109,20 +136,24 @@ def _timed_frames(path: Path) -> Iterator[tuple[float, av.VideoFrame, float]]:
 
     The end comes as the last frame once more, at its end.
     """
-    with av.open(str(path)) as container:
-        if not container.streams.video:
+    with _opened(path) as container:
+        streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not streams:
             raise UnusableVideoError("has no pictures")
-        stream = container.streams.video[0]
+        stream = streams[0]
         if stream.codec_context is None:
             raise UnusableVideoError("has pictures that no decoder knows")
         stream.thread_type = "AUTO"
         # Without this the decoder makes up pixels where it notices damage, and reports success.
-        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
-        start, now, last = None, 0.0, None
+        start, now, last, is_interlaced = None, 0.0, None, False
         for last in container.decode(stream):
             if last.time is None:
                 raise UnusableVideoError("has frames without times")
+            if last.interlaced_frame and not is_interlaced:
+                is_interlaced = True
+                log.warning("%s is interlaced: its fields stay woven; deinterlace it first", shown(path))
             start = last.time if start is None else start
             now = last.time - start
             yield now, last, pixel_aspect

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
 from wan.utils.errors import InputError
+from wan.utils.files import cannot_write, remove, remove_abandoned, temporary_path
 
 # A fragmented file has its index in pieces among the data: what was written so far plays, even if the run dies.
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
@@ -32,9 +35,9 @@ def to_uint8(pixels_TCHW: Tensor) -> Tensor:
 class VideoWriter:
     """An mp4 that grows frame by frame: H.264 in yuv420p, which every browser plays.
 
-    The frames go to a hidden file beside the target, which takes the target's name when the context ends well and
-    is removed when it does not: under its name there is a whole video or none. They are encoded in a thread beside the
-    caller's, who may see to the next frames meanwhile.
+    The frames go to a hidden file of the process's own beside the target, which takes the target's name when the
+    context ends well and is removed when it does not: under its name there is a whole video or none. They are encoded
+    in a thread beside the caller's, who may see to the next frames meanwhile.
 
     Args:
         path: the target.
@@ -42,13 +45,16 @@ class VideoWriter:
         fps: frames a second.
         crf: x264's quality, lower is better.
         preset: x264's speed.
-        keep_partial: whether the hidden file, which plays, stays when the context ends badly.
+        keep_partial: whether the hidden file, which plays, stays when the context ends badly, until the next writer of
+            the same target starts.
 
     Attributes:
+        num_frames: encoded so far.
         seconds: that encoding took, in the thread and, of what the encoder held back, at the end.
 
     Raises:
-        InputError: an odd or empty size, a file that cannot be written, or a context that ends without a frame.
+        InputError: an odd or empty size, no positive rate, a file that cannot be written, or a context that ends
+            without a frame.
     """
 
     def __init__(
@@ -63,32 +69,44 @@ class VideoWriter:
     ) -> None:
         if height % 2 or width % 2 or min(height, width) < 2:
             raise InputError(f"a video of {height}×{width} pixels cannot be encoded: both must be even, and at least 2")
+        if fps <= 0:
+            raise InputError(f"a video of {fps} frames per second cannot be encoded: give a positive rate")
         self._path = Path(path)
-        self._partial = self._path.with_name(f".{self._path.name}.part")
+        self._partial = temporary_path(self._path)
         self._keep_partial = keep_partial
         self._shape = (height, width, 3)
-        self._num_frames = 0
+        self.num_frames = 0
+        self.seconds = 0.0
+        self._closed = False
+        self._encoding: Future[None] | None = None
         try:
             self._partial.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self._path)
             # A file of our own: what PyAV opens by name loses errors of the last write, and a full disk goes unseen.
             self._file = self._partial.open("wb")
             self._container = av.open(self._file, "w", format="mp4", options=FRAGMENTED)
+            self._stream = self._new_stream(height, width, fps, crf, preset)
         except (OSError, FFmpegError) as error:
+            remove(self._partial)
             raise self._cannot_write(error) from error
-        self._stream = self._container.add_stream("libx264", rate=Fraction(fps))
-        self._stream.height, self._stream.width = height, width
-        self._stream.pix_fmt = "yuv420p"
+        except BaseException:
+            remove(self._partial)
+            raise
+        self._encoder = ThreadPoolExecutor(1, "video")
+
+    def _new_stream(self, height: int, width: int, fps: int, crf: int, preset: str) -> VideoStream:
+        stream = self._container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
         # A key frame a second, so that a fragment is finished, and safe, every second. No B-frames: a fragmented file
         # cannot say that their reordering delays the first frame, and would start 2 frames late.
-        self._stream.options = {"crf": str(crf), "preset": preset, "g": str(fps), "bf": "0"}
+        stream.options = {"crf": str(crf), "preset": preset, "g": str(fps), "bf": "0"}
         # Players guess the colours of a video that does not name them, by its height: BT.709 is used, and named.
-        codec = self._stream.codec_context
+        codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = Colorspace.ITU709
         codec.color_range = ColorRange.MPEG
         codec.thread_type, codec.thread_count = "FRAME", ENCODER_THREADS
-        self._encoder = ThreadPoolExecutor(1, "video")
-        self._encoding: Future[None] | None = None
-        self.seconds = 0.0
+        return stream
 
     def write(self, frames_THWC: Tensor | NDArray[np.uint8]) -> None:
         """Append frames of bytes, [T, H, W, 3], as soon as those given before are encoded.
@@ -123,12 +141,53 @@ class VideoWriter:
                     format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
                 )
                 self._container.mux(self._stream.encode(picture))
-                self._num_frames += 1
+                self.num_frames += 1
             self._file.flush()
         except (OSError, FFmpegError) as error:
             raise self._cannot_write(error) from error
         finally:
             self.seconds += time.perf_counter() - begin
+
+    def finish(self) -> Path:
+        """Complete the file before the context ends.
+
+        Returns:
+            the hidden file, whole now; nothing may be written any more.
+
+        Raises:
+            InputError: no frames were written, or the disk was full.
+        """
+        try:
+            self._close(encode_rest=True)
+        except (OSError, FFmpegError) as error:
+            raise self._cannot_write(error) from error
+        if not self.num_frames:
+            raise InputError(f"no frames were written to {self._path}: a video needs at least one")
+        return self._partial
+
+    def _close(self, encode_rest: bool) -> None:
+        """Close the file, once; what the encoder holds back goes into it if `encode_rest`."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._file, self._container:
+            try:
+                if encode_rest:
+                    self.wait()
+            finally:
+                self._stop_encoding()
+            begin = time.perf_counter()
+            if encode_rest or self._keep_partial:
+                self._container.mux(self._stream.encode())
+            self.seconds += time.perf_counter() - begin
+
+    def _stop_encoding(self) -> None:
+        """Let the thread end. Whatever happens meanwhile, nobody may be encoding when the container is closed."""
+        try:
+            self._encoder.shutdown(wait=True)
+        except BaseException:  # a signal
+            self._encoder.shutdown(wait=True)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -137,28 +196,38 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            with self._file, self._container:
-                # Whatever happens while it is waited for, nobody may be encoding when the container is closed.
-                with self._encoder:
-                    if error is None:
-                        self.wait()
-                begin = time.perf_counter()
-                if error is None or self._keep_partial:
-                    self._container.mux(self._stream.encode())
-                self.seconds += time.perf_counter() - begin
-            if error is None and not self._num_frames:
-                raise InputError(f"no frames were written to {self._path}: a video needs at least one")
             if error is None:
-                self._partial.replace(self._path)
-        except (OSError, FFmpegError) as failure:
-            if error is None:
-                raise self._cannot_write(failure) from failure
+                self.finish().replace(self._path)
+            else:
+                with suppress(OSError, FFmpegError):  # the first error counts
+                    self._close(encode_rest=False)
+        except OSError as failure:
+            raise self._cannot_write(failure) from failure
         finally:
             if not self._keep_partial:
-                self._partial.unlink(missing_ok=True)
+                remove(self._partial)
 
     def _cannot_write(self, error: OSError | FFmpegError) -> InputError:
-        return InputError(f"cannot write {self._path} ({error.strerror or error}): free space or choose another folder")
+        return cannot_write(self._path, error.strerror or str(error))
+
+
+def count_frames(path: Path) -> int:
+    """Frames of a video of `VideoWriter`, by its packets; nothing is decoded.
+
+    Raises:
+        InputError: missing, empty, not a video, or damaged so that the container shows it.
+    """
+    try:
+        with av.open(str(path)) as container:
+            packets = [packet for packet in container.demux(container.streams.video[:1]) if packet.size]
+            damaged = sum(packet.is_corrupt for packet in packets)
+    except (OSError, FFmpegError) as error:
+        raise InputError(f"cannot read {path} as a video ({error.strerror or error}): make it again") from error
+    except (UnicodeDecodeError, ValueError, IndexError) as error:
+        raise InputError(f"cannot read {path} as a video ({error}): make it again") from error
+    if damaged:
+        raise InputError(f"{path} is damaged in {damaged} of {len(packets)} frames: make it again")
+    return len(packets)
 
 
 def read_video(path: Path) -> NDArray[np.uint8]:

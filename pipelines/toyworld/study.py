@@ -10,7 +10,6 @@ Rows of another seed than 0 have `.seed<n>` behind their names. Stage 1 is that 
 Several processes may work on one folder, on one GPU or many: each takes the next row that no other has taken.
 """
 
-import fcntl
 import json
 import logging
 import math
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from arl2.checkpoint import build_hybrid, save_hybrid_weights
@@ -43,15 +41,16 @@ from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
     MemoryBenchmarkSettings,
     equal_memory_window,
-    memory_bytes,
 )
 from arl2.toyworld.study.ablations import Variant, install
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
-from arl2.toyworld.world.latents import encode_world, save_latent_videos
+from arl2.toyworld.world.latents import encode_world, models_of, require_same_models, save_latent_videos
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
+from arl2.trained_memory import TrainedMemory
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.provenance import ROOT, device_name, git_commit
+from pipelines.provenance import ROOT, device_name, git_commit, text_encoder_fingerprint, vae_fingerprint
+from pipelines.records import SETTINGS, claimed, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.training.config import (
     GatesConfig,
@@ -63,15 +62,17 @@ from pipelines.training.config import (
 )
 from pipelines.training.run import new_accelerator, new_objective, new_trainer
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import as_state_dict, read_weights
-from wan.text import load_text_encoder
+from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
+from wan.checkpoints.saving import write_safetensors
+from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path, write_json
-from wan.vae.wan_vae import load_vae, spatial_stride
+from wan.utils.files import read_json
+from wan.vae.wan_vae import WanVAE, load_vae, spatial_stride
 
 log = logging.getLogger(__name__)
 
 CONFIGS = ROOT / "configs" / "toyworld"
+WORK = "--work"
 KEPT_IN_FLOAT32 = ("A_log", "dt_bias")
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -137,23 +138,51 @@ class Study:
         seed = self.settings.seed if name != "stage1" else 0
         return self.settings.folder / kind / (name + (f".seed{seed}" if seed else "") + suffix)
 
-    def result(self, name: str) -> Result | None:
-        """What is known of a row, if it is done."""
-        path = self.path("results", name, ".json")
-        page: Result | None = json.loads(path.read_text()) if path.is_file() else None
-        return page
+    def result(self, name: str, made_with: Result) -> Result | None:
+        """What is known of a row, if it is done.
 
-    def keep(self, name: str, result: Result) -> None:
-        """Write a row's result."""
+        Raises:
+            InputError: its file is damaged, or was made with other settings.
+        """
+        return read_record(self.path("results", name, ".json"), made_with, f"move it away, or give another {WORK}")
+
+    def keep(self, name: str, result: Result, made_with: Result) -> None:
+        """Write a row's result, and what it was made with."""
         card = device_name(self.settings.device)
         about = {"name": name, "seed": self.settings.seed, "device": card, "torch": torch.__version__}
-        page = without_infinities(result | about | {"git_commit": git_commit()})
-        write_json(self.path("results", name, ".json"), page)
+        page = result | about | {"git_commit": git_commit()}
+        write_record(self.path("results", name, ".json"), made_with, page)
+
+    @cached_property
+    def models(self) -> Result:
+        """Fingerprints of the bundle's models."""
+        vae, encoder = self._encoders(torch.device("cpu"))
+        return {
+            "transformer": fingerprint_of(read_transformer(self.settings.model).state),
+            "vae": vae_fingerprint(vae),
+            "text_encoder": text_encoder_fingerprint(encoder),
+        }
+
+    def training_settings(self, name: str = "") -> Result:
+        """What a training depends on, but for its row; that of stage 1 for its name."""
+        settings = self.settings
+        steps = settings.stage1_steps if name == "stage1" else settings.steps
+        seed = 0 if name == "stage1" else settings.seed
+        return {"models": self.models, "steps": steps, "seed": seed, "overrides": settings.overrides}
+
+    def row_settings(self, row: Row) -> Result:
+        """What a row's training depends on."""
+        return self.training_settings() | {"row": vars(row) | {"layers": self.layers_of(row)}}
+
+    def exam_settings(self) -> Result:
+        """What an exam depends on."""
+        exam = {name: value for name, value in vars(self.settings.exam).items() if name != "batch"}
+        return {"models": self.models, "exam": exam}
 
     @contextmanager
     def claimed(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Keep other processes off a row; see `locked`."""
-        with locked(self.path("locks", name), wait) as free:
+        """Keep other processes off a row; see `claimed`."""
+        with claimed(self.path("locks", name), name, wait) as free:
             yield free
 
     # What all rows share.
@@ -161,17 +190,25 @@ class Study:
     def make_data(self) -> Path:
         """The file of training videos, made if there is none."""
         settings = self.settings
-        with locked(settings.work / "data.lock", wait=True):
+        with claimed(settings.work / ".data.lock", "training videos", wait=True):
             found = sorted(settings.work.glob("latents_*_from_0.safetensors"))
-            return max(found, key=lambda path: path.stat().st_size) if found else self._encode()
+            if not found:
+                return self._encode()
+            file = max(found, key=lambda path: path.stat().st_size)
+            require_same_models(file, models_of(*self._encoders(torch.device("cpu"))))
+            return file
+
+    def _encoders(self, device: torch.device) -> tuple[WanVAE, TextEncoder]:
+        folder = self.settings.model
+        encoder = load_text_encoder(folder, text_len=self.sizes["text_len"], device=device)
+        return load_vae(folder, device=device), encoder
 
     def _encode(self) -> Path:
         settings = self.settings
         started = time.perf_counter()
-        vae = load_vae(settings.model, device=settings.device)
-        encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
+        vae, encoder = self._encoders(settings.device)
         file = settings.work / f"latents_{settings.training_videos}_from_0.safetensors"
-        save_latent_videos(encode_world(vae, encoder, settings.training_videos), file)
+        save_latent_videos(encode_world(vae, encoder, settings.training_videos), file, models_of(vae, encoder))
         log.info("%d videos encoded in %.0f s", settings.training_videos, time.perf_counter() - started)
         return file
 
@@ -194,8 +231,7 @@ class Study:
     def exam(self) -> MemoryBenchmark:
         """The exam, with what the teacher makes of it."""
         settings = self.settings
-        encoder = load_text_encoder(settings.model, text_len=self.sizes["text_len"], device=settings.device)
-        vae = load_vae(settings.model, device=settings.device)
+        vae, encoder = self._encoders(settings.device)
         teacher = EvalSetup(self.build(HybridSettings(), torch.float32), self.config(Stage2Config, "teacher").sampler())
         return MemoryBenchmark(vae, encoder, teacher, settings.exam)
 
@@ -203,7 +239,15 @@ class Study:
         """The generator with some hybrid layers, frozen; what is new is untrained."""
         settings = self.settings
         weights = read_transformer(settings.model)
-        return build_hybrid(weights, self.sizes, hybrid, dtype=dtype, device=settings.device, seed=settings.seed)[0]
+        return build_hybrid(
+            weights,
+            self.sizes,
+            hybrid,
+            dtype=dtype,
+            device=settings.device,
+            seed=settings.seed,
+            to_be_trained=True,
+        )[0]
 
     def config(self, kind: type[Config], name: str, changes: tuple[str, ...] = ()) -> Config:
         """A training's config: that of configs/toyworld, and what the study changes."""
@@ -247,16 +291,15 @@ class Study:
     def keep_weights(self, name: str, values: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
         """Write what was trained."""
         kept = {
-            key: value.detach().to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else dtype).cpu().contiguous()
+            key: value.detach().to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else dtype).cpu()
             for key, value in values.items()
         }
-        with atomic_path(self.path("weights", name, ".safetensors")) as temporary:
-            save_file(kept, temporary)
+        write_safetensors(self.path("weights", name, ".safetensors"), kept, {})
 
     def stage1(self) -> None:
         """Train all layers by stage 1, or wait until another process has."""
         with self.claimed("stage1", wait=True):
-            if self.result("stage1") is None:
+            if self.result("stage1", self.training_settings("stage1")) is None:
                 self._stage1()
 
     def _stage1(self) -> None:
@@ -267,7 +310,8 @@ class Study:
         trainer, training = self.train("stage1", config, new_objective(config, model))
         self.keep_weights("stage1", trainer.state.trainables, torch.float32)
         report = sorted((self.path("runs", "stage1") / "reports").glob("step-*.json"))[-1]
-        self.keep("stage1", {"training": training, "layers": json.loads(report.read_text())["layers"]})
+        result = {"training": training, "layers": read_json(report)["layers"]}
+        self.keep("stage1", result, self.training_settings("stage1"))
         shutil.rmtree(self.path("runs", "stage1") / CHECKPOINTS)
 
     @property
@@ -320,10 +364,10 @@ class Study:
 
     def train_row(self, row: Row) -> Result:
         """Train a row if its weights are not there; returns figures of the training."""
-        page = self.path("weights", row.name, ".json")
-        if page.is_file():
-            training: Result = json.loads(page.read_text())
-            return training
+        page, made_with = self.path("weights", row.name, ".json"), self.row_settings(row)
+        training = read_record(page, made_with, f"move it away, or give another {WORK}")
+        if training is not None:
+            return {name: value for name, value in training.items() if name != SETTINGS}
         config = self.row_config(row)
         config.data = [str(self.data_file)]
         check_training(config, self.data)
@@ -331,7 +375,7 @@ class Study:
         self.keep_weights(row.name, trainer.state.ema or trainer.state.trainables)
         if any(other.kind is Kind.RAW and other.of == row.name for rows in PARTS.values() for other in rows):
             self.keep_weights(f"{row.name}.raw", trainer.state.trainables)
-        write_json(page, training)
+        write_record(page, made_with, training)
         shutil.rmtree(self.path("runs", row.name) / CHECKPOINTS)
         return training
 
@@ -376,12 +420,15 @@ class Study:
         model = self.model_of(row)
         setup, real = self.setup(row, model), self.exam.probe.latents_BFCHW
         result: Result = {"row": vars(row) | {"layers": self.layers_of(row)}, "training": training}
-        result |= {f"memory_bytes_{times}x": memory_bytes(model, real, setup, times) for times in (1, 4)}
+        for times in (1, 4):  # keys and values as inference keeps them
+            frames, height, width = real.shape[1] * times, real.shape[3], real.shape[4]
+            memory = model.memory_bytes(frames, height, width, torch.bfloat16, setup.window_frames, setup.sink_frames)
+            result[f"memory_bytes_{times}x"] = memory
         result |= {"window_frames": setup.window_frames, "sink_frames": setup.sink_frames}
         result |= {"exam": self.exam.take(setup, row.noise_seed), "exam_settings": vars(self.settings.exam)}
         seconds = time.perf_counter() - started
         self._exam_seconds = seconds
-        self.keep(row.name, result | {"exam_seconds": seconds})
+        self.keep(row.name, result | {"exam_seconds": seconds}, self.row_settings(row) | self.exam_settings())
         log.info("%s: examined in %.0f s", row.name, seconds)
         return result
 
@@ -390,14 +437,14 @@ class Study:
         with self.claimed(row.name) as free:
             if not free:
                 log.info("%s: another process is at it", row.name)
-            elif self.result(row.name) is None:
+            elif self.result(row.name, self.row_settings(row) | self.exam_settings()) is None:
                 self.examine(row, self.train_row(row) if row.trains else None)
 
     def run_ceilings(self) -> None:
         """The probe on the videos themselves."""
         with self.claimed("ceilings") as free:
-            if free and self.result("ceilings") is None:
-                self.keep("ceilings", {"ceilings": self.exam.ceilings()})
+            if free and self.result("ceilings", self.exam_settings()) is None:
+                self.keep("ceilings", {"ceilings": self.exam.ceilings()}, self.exam_settings())
 
     # Choosing layers.
 
@@ -437,35 +484,7 @@ class Study:
         if row.variant is not Variant.PLAIN or row.window is not Window.FULL:
             raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
         file = self.path("export", row.name, ".safetensors")
-        save_hybrid_weights(self.model_of(row), file, torch.float16)
+        model = self.model_of(row)
+        model.set_trained_memory(TrainedMemory(num_frames=self.data[0][0].shape[0]))
+        save_hybrid_weights(model, file, torch.float16)
         return file
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold a file's lock, which ends with the process however that ends.
-
-    Args:
-        path: of an empty file that stays.
-        wait: until it is free.
-
-    Yields:
-        whether it is held; always, after waiting.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def without_infinities(value: Any) -> Any:
-    """What JSON can say: None in the place of numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: without_infinities(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_infinities(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

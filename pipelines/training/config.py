@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-from arl2.distillation.checkpointing import complete_checkpoints
+from arl2.distillation.checkpointing import TRAINABLES, complete_checkpoints, newest_checkpoint
 from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
 from arl2.distillation.objective import ForwardMode, ObjectiveSettings
 from arl2.distillation.sampling import NoiseLevels
@@ -18,12 +18,13 @@ from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Tempe
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
-from pipelines.config import Frames, FramesPerSecond, MemoryConfig, Rank, SamplingConfig, check_size
+from pipelines.config import Frames, FramesPerSecond, MemoryConfig, MemoryKind, Rank, SamplingConfig
 from pipelines.feasibility import TransformerSizes
-from pipelines.generation.arguments import check_writable
+from pipelines.training.checks import check_data
 from pipelines.yaml_files import read_mapping
 from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.utils.ranges import (
     Bounds,
     Choices,
@@ -183,7 +184,7 @@ class Stage2Config(TrainingConfig):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -198,7 +199,13 @@ class Stage2Config(TrainingConfig):
         return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
 
     def objective_settings(self) -> Stage2Settings:
-        """As `Stage2` takes them."""
+        """As `Stage2` takes them.
+
+        Raises:
+            InputError: the memory is to be the trained one, which training itself decides.
+        """
+        if self.memory.kind is MemoryKind.trained:
+            raise InputError("memory.kind trained is what training decides: give full or window")
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,
@@ -282,7 +289,7 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
             raise InputError(f"sample_every {config.sample_every} must be a multiple of report_every")
     init_from(config)
     data = data or open_data(config)
-    _check_data(config, data, sizes)
+    check_data(data, sizes, config.frames_per_block)
     check_writable(Path(config.run_folder))
     if not config.resume and complete_checkpoints(Path(config.run_folder) / CHECKPOINTS):
         raise InputError(f"{config.run_folder} holds a run: set resume=true, or choose another run_folder")
@@ -326,21 +333,8 @@ def _check_together(config: TrainingConfig) -> None:
         num_blocks(config.sample_frames, config.frames_per_block)
 
 
-def _check_data(config: TrainingConfig, data: Samples, sizes: dict[str, Any]) -> None:
-    """Make sure that the first sample fits the model; all have one shape."""
-    latents, text = data[0]
-    frames, channels, height, width = latents.shape
-    num_blocks(frames, config.frames_per_block)
-    check_size(height, width, 1, sizes["patch_size"])
-    if channels != sizes["in_dim"] or text.shape[1] != sizes["text_dim"] or text.shape[0] > sizes["text_len"]:
-        raise InputError(
-            f"data of {channels} channels and text {tuple(text.shape)} does not fit a model of {sizes['in_dim']} "
-            f"channels and at most {sizes['text_len']} tokens of {sizes['text_dim']}: check data and model_folder"
-        )
-
-
 def init_from(config: TrainingConfig) -> Path | None:
-    """The file that stage 2 or layer gates start from.
+    """The file that stage 2 or layer gates start from; None for nothing.
 
     Raises:
         InputError: there is none where the config says.
@@ -348,8 +342,8 @@ def init_from(config: TrainingConfig) -> Path | None:
     if not isinstance(config, Stage2Config | GatesConfig) or config.init_from is None:
         return None
     path = Path(config.init_from)
-    found = complete_checkpoints(path / CHECKPOINTS)
-    file = found[-1] / "trainables.safetensors" if found else path
+    newest = newest_checkpoint(path / CHECKPOINTS)
+    file = path if newest is None else newest / TRAINABLES
     if not file.is_file():
         raise InputError(f"init_from {path} is neither a stage-1 run nor its trainables: run train_stage1.py first")
     return file

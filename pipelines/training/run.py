@@ -1,39 +1,34 @@
 """From a checked config to a finished run: model, processes, samples, plots, export."""
 
 import gc
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.checkpointing import copy_tensors_, require_same_run
+from arl2.distillation.checkpointing import copy_tensors_, require_same_run, stored_fingerprint
 from arl2.distillation.data import Samples
-from arl2.distillation.objective import LayerReports, Objective
+from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
-from arl2.distillation.sharding import gathered_state, shard_backbone
+from arl2.distillation.sharding import shard_backbone
 from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
-from arl2.distillation.trainer import CHECKPOINTS, LOSSES, Trainer
+from arl2.distillation.trainer import CHECKPOINTS, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridWanModel
 from arl2.ops.compiling import compile_blocks
-from arl2.rollout import num_blocks, rollout
+from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device
-from pipelines.config import MemoryConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
-from pipelines.generation.pipeline import SeededNoise
-from pipelines.media.plots import plot_layers, plot_losses
-from pipelines.media.video import VideoWriter, to_uint8
 from pipelines.provenance import device_name, git_commit, versions
 from pipelines.settings import load_config
 from pipelines.training.config import (
@@ -44,17 +39,21 @@ from pipelines.training.config import (
     init_from,
     resume_fingerprint,
 )
+from pipelines.training.export import export
+from pipelines.training.monitor import TrainingMonitor
 from pipelines.training.room import check_room
-from wan.checkpoints.formats import WEIGHT_FILES, read_transformer, transformer_config
-from wan.checkpoints.loading import StateDict, as_state_dict, fingerprint_of, read_weights, summarize_names
-from wan.utils.errors import CheckpointError
-from wan.utils.files import atomic_folder, write_json
-from wan.vae.wan_vae import WanVAE, load_vae
+from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights, summarize_names
+from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import write_json, writing
+from wan.utils.locks import exclusive
+from wan.utils.ranks import raise_together
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainingConfig)
 PACKAGES = ("diffusers", "accelerate", "safetensors")
+LOCK = ".lock"
 
 
 def parse_config(kind: type[Config], description: str | None) -> Config:
@@ -83,10 +82,41 @@ def train(config: TrainingConfig) -> None:
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
-    _train(config, data, accelerator)
-    accelerator.wait_for_everyone()
+    with exclusive_run(Path(config.run_folder), accelerator):
+        _train(config, data, accelerator)
     gc.collect()  # what sharding leaves behind refers to the process group, which ends now
-    accelerator.end_training()
+    with writing(Path(config.run_folder)):
+        accelerator.end_training()
+
+
+@contextmanager
+def exclusive_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other trainings off a run's folder. All ranks must enter; one of them holds the lock.
+
+    Raises:
+        LockedError: another training is there, and who it is.
+        InputError: the folder cannot be written.
+    """
+    with ExitStack() as held:
+        with ending_together(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(exclusive(folder / LOCK, f"the run {folder}"))
+        yield
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
+    """Let an error that one rank meets inside end all of them. All ranks must enter, and must meet nowhere inside.
+
+    Raises:
+        InputError: this rank's, or another's.
+    """
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as failure:
+        error = failure
+    raise_together(error, accelerator.device)
 
 
 def new_accelerator(config: TrainingConfig) -> Accelerator:
@@ -104,8 +134,15 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
     model = build_model(config, accelerator.device)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model))
     trainer.run()
+    model.set_trained_memory(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+
+
+def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
+    """The memory that the softmax layers have in a training; stage 1 learns from a teacher that sees everything."""
+    window_frames, sink_frames = config.memory.window if isinstance(config, Stage2Config) else (None, 0)
+    return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
 def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator, objective: Objective) -> Trainer:
@@ -120,9 +157,9 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     enable_grad(trainables, accelerator.device)
     start_from(config, model)
     global_batch = config.batch * config.accumulation * accelerator.num_processes
-    fingerprint = resume_fingerprint(config, global_batch)
-    frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
-    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
+    fingerprint: dict[str, Any] = {}
+    with ending_together(accelerator):
+        fingerprint = run_fingerprint(config, data, objective, global_batch)
     if config.shard:
         shard_backbone(model, trainables.values())
     if config.compile:
@@ -138,13 +175,40 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
         own_rollout=isinstance(objective, Stage2) and objective.settings.context is Context.SELF_ROLLOUT,
         text_dtype=model.patch_embedding.weight.dtype,
     )
-    require_same_run(folder / CHECKPOINTS, fingerprint)
-    if accelerator.is_main_process:
-        write_run_page(config, folder, fingerprint, accelerator)
-    if config.tracker != "none":
-        accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
-    monitor = TrainingMonitor(config, data, accelerator)
+    with ending_together(accelerator):
+        require_same_run(folder / CHECKPOINTS, fingerprint)
+        if accelerator.is_main_process:
+            write_run_page(config, folder, fingerprint, accelerator)
+        if config.tracker != "none":
+            with writing(folder):
+                accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
+        monitor = TrainingMonitor(config, data, accelerator)
     return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor)
+
+
+def run_fingerprint(config: TrainingConfig, data: Samples, objective: Objective, global_batch: int) -> dict[str, Any]:
+    """Everything that makes a run what it is: settings, and what they name by content.
+
+    What stage 2 started from counts until the first checkpoint: afterwards the run no longer depends on it.
+
+    Raises:
+        InputError: the data cannot be read, or the newest checkpoint is damaged.
+    """
+    trainables, model = objective.parameters_to_train(), objective.model
+    frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
+    fingerprint = resume_fingerprint(config, global_batch)
+    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
+    details: dict[str, Any] = {"data_values": data.values_fingerprint(), "trained_layers": list(model.hybrid.layers)}
+    before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
+    if isinstance(config, Stage2Config):
+        start = None if config.init_from is None else fingerprint_of(stage1_parameters(model))
+        if before is not None and before.get("start", start) != start:
+            log.warning("init_from is not what this run started from: it goes on from its own checkpoint")
+            start = before["start"]
+        details["start"] = start
+    # Runs of earlier versions did not note these.
+    fingerprint |= {name: value for name, value in details.items() if before is None or name in before}
+    return fingerprint
 
 
 def weights_dtype(config: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -164,7 +228,7 @@ def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
     dtype = weights_dtype(config, device)
     where = torch.device("cpu") if config.shard else device
     hybrid = config.hybrid(sizes["num_layers"])
-    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed)[0]
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed, to_be_trained=True)[0]
 
 
 def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
@@ -217,79 +281,3 @@ def write_run_page(
         "device": device_name(device),
     }
     write_json(folder / "run.json", page)
-
-
-def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerator: Accelerator) -> None:
-    """Write the model whole, as `checkpoint_path` takes it: `export`, and `export_ema` with the average's weights."""
-    state = gathered_state(model, accelerator.is_main_process)
-    if not accelerator.is_main_process:
-        return
-    averaged = None if ema is None else state | {name: value.cpu() for name, value in ema.items()}
-    for name, weights in (("export", state), ("export_ema", averaged)):
-        if weights is not None:
-            write_model_folder(model, weights, folder / name)
-    log.info("the trained model is in %s: give it to inference.py as --checkpoint_path", folder / "export")
-
-
-def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) -> None:
-    """Write a model's config beside some weights of it, as `checkpoint_path` takes them; atomic.
-
-    Raises:
-        InputError: the disk is full.
-    """
-    # Not `save_config`: a sharded model's class has another name.
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    with atomic_folder(folder) as temporary:
-        page = json.dumps({"_class_name": HybridWanModel.__name__} | config, indent=2)
-        (temporary / "config.json").write_text(page + "\n")
-        save_file(weights, temporary / WEIGHT_FILES[0], metadata={"format": "pt"})
-
-
-class TrainingMonitor:
-    """What people look at while a run trains: plots, and videos of teacher and student from the same noise."""
-
-    def __init__(self, config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
-        self._config, self._data = config, data
-        self._device, self._main = accelerator.device, accelerator.is_main_process
-        self._vae: WanVAE | None = None
-        if config.sample_every and self._main:
-            dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-            self._vae = load_vae(Path(config.model_folder), dtype=dtype, device=self._device)
-
-    def __call__(self, step: int, model: HybridWanModel, reports: LayerReports) -> None:
-        """Called by the trainer on every rank."""
-        folder, every = Path(self._config.run_folder), self._config.sample_every
-        if self._main:
-            plot_losses(folder / LOSSES, folder / "losses.png")
-            plot_layers(reports, folder / "reports" / f"step-{step:08d}.png")
-        # Ranks that share the weights must all run the model.
-        if every and step % every == 0 and (self._main or self._config.shard):
-            self._sample(model, folder / "samples" / f"step-{step:08d}.mp4")
-
-    @torch.no_grad()
-    def _sample(self, model: HybridWanModel, path: Path) -> None:
-        with model.as_teacher():
-            teacher = self._rollout(model)
-        memory = self._config.memory if isinstance(self._config, Stage2Config) else MemoryConfig()
-        videos = [teacher, self._rollout(model, *memory.window)]
-        if self._vae is None:
-            return
-        pixels = [self._vae.decode(latents.to(self._vae.dtype)).float() for latents in videos]
-        frames = to_uint8(torch.cat(pixels, dim=-1)[0])
-        height, width = frames.shape[1:3]
-        with VideoWriter(path, height, width, fps=self._config.sample_fps) as video:
-            video.write(frames)
-
-    def _rollout(self, model: HybridWanModel, window_frames: int | None = None, sink_frames: int = 0) -> Tensor:
-        """Latents of a video for the first prompt of the data, [1, F, C, h, w]."""
-        config = self._config
-        latents, text_TD = self._data[0]
-        frames = config.sample_frames or latents.shape[0]
-        text = model.embed_text(text_TD[None].to(self._device, model.patch_embedding.weight.dtype))
-        memory = model.memory_for(latents[None, :1].to(self._device), window_frames, sink_frames)
-        noise = SeededNoise([config.seed], (config.frames_per_block, *latents.shape[1:]), self._device)
-        blocks = num_blocks(frames, config.frames_per_block)
-        parts = rollout(model, config.sampler(), noise, text, memory, blocks)
-        half = model.patch_embedding.weight.dtype is torch.bfloat16
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            return torch.cat([block.latents_BFCHW for block in parts], dim=1)

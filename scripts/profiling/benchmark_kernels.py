@@ -22,14 +22,14 @@ from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead, requ
 from arl2.inference.linear import RowScaledFP8
 from arl2.inference.model import new_fused_ops
 from arl2.ops.gated_delta import WriteBackend, gated_delta_write
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.provenance import device_name
 from wan.config import wan_size
 from wan.model import Block
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.rope import rotary_angles
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 Function = Callable[..., Any]
 HALF = torch.bfloat16
@@ -134,11 +134,18 @@ def bench_norms(bench: Bench, sweep: bool) -> None:
     """Norms with what is summed before and modulated after."""
     from arl2.inference import row_triton as kernels
 
-    block, before = (bench.drawn(Block(bench.dim, 64, bench.heads, True, True, 1e-6)) for _ in range(2))
+    block, before = (
+        bench.drawn(Block(bench.dim, 64, bench.heads, qk_norm=True, cross_attn_norm=True, eps=1e-6)) for _ in range(2)
+    )
     x, added = bench.random(1, bench.tokens, bench.dim), bench.random(1, bench.tokens, bench.dim)
     time, stream = bench.random(1, FRAMES, 6, bench.dim) / 2, DeferredResidual(x, added, before.modulation)
     for fp8 in (False, True):
-        fast, plain, true, tag = new_fused_ops(fp8, True), FusedOps(fp8), FusedOps(False), ", e4m3" if fp8 else ""
+        fast, plain, true, tag = (
+            new_fused_ops(fp8, kernels=True),
+            FusedOps(fp8),
+            FusedOps(fp8=False),
+            ", e4m3" if fp8 else "",
+        )
         for name, inputs in (
             ("before_self_attention", (block, stream, time)),
             ("before_cross_attention", (block, x, added, time)),
@@ -149,7 +156,9 @@ def bench_norms(bench: Bench, sweep: bool) -> None:
     for rows, warps in NORM_SHAPES if sweep else ():
         with launched(kernels, NORM_ROWS=rows, NORM_WARPS=warps):
             us, fp8_us = (
-                microseconds(lambda fast=new_fused_ops(fp8, True): fast.before_self_attention(block, stream, time))
+                microseconds(
+                    lambda fast=new_fused_ops(fp8, kernels=True): fast.before_self_attention(block, stream, time)
+                )
                 for fp8 in (False, True)
             )
         bench.note(name=f"norm, {rows} rows, {warps} warps", us=us, e4m3_us=fp8_us)
@@ -159,8 +168,8 @@ def bench_heads(bench: Bench, sweep: bool) -> None:
     """Queries and keys of attention and of the state, and its read."""
     from arl2.inference import head_triton as head_kernels
 
-    fast, plain, dim, heads = new_fused_ops(False, True), FusedOps(False), bench.dim, bench.heads
-    layer = bench.drawn(HybridAttention(dim, heads, True, 1e-6, None, 1.0))
+    fast, plain, dim, heads = new_fused_ops(fp8=False, kernels=True), FusedOps(fp8=False), bench.dim, bench.heads
+    layer = bench.drawn(HybridAttention(dim, heads, qk_norm=True, eps=1e-6, lora_rank=None, lora_alpha=1.0))
     whole = bench.random(1, bench.tokens, 4 * dim + heads)
     q, k, _, query = (whole[..., i * dim : (i + 1) * dim] for i in range(4))
     rotary = rotary_angles(torch.arange(9, 9 + FRAMES, device=bench.device), HEIGHT, WIDTH, dim // heads)
@@ -193,13 +202,13 @@ def bench_products(bench: Bench) -> None:
     """What surrounds products: GELU and quantisation."""
     from arl2.inference.row_triton import linear_gelu, quantize
 
-    gelu, plain = nn.GELU(approximate="tanh"), FusedOps(True)
+    gelu, plain = nn.GELU(approximate="tanh"), FusedOps(fp8=True)
     x, hidden = bench.random(1, bench.tokens, bench.dim), bench.random(1, bench.tokens, bench.ffn)
     weight, bias = bench.random(bench.ffn, bench.dim) / bench.dim**0.5, bench.random(bench.ffn)
-    bench.compare("quantize", new_fused_ops(True, True).operand, plain.operand, x, truth=lambda x: x)
+    bench.compare("quantize", new_fused_ops(fp8=True, kernels=True).operand, plain.operand, x, truth=lambda x: x)
     bench.compare(
         "gelu and quantize",
-        lambda h: RowScaledFP8(*quantize(h, True)),
+        lambda h: RowScaledFP8(*quantize(h, gelu=True)),
         lambda h: plain.operand(gelu(h)),
         hidden,
         truth=gelu,
@@ -230,7 +239,7 @@ def bench_writes(bench: Bench, layers: int = 8) -> None:
         bench.note(name=f"writes of {layers} layers, {backend}", us=us)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, write."""
     parser = Parser(__doc__)
@@ -240,6 +249,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     require_kernels(device, HALF)
+    check_target(arguments.json)
     torch.manual_seed(0)
     bench = Bench(device)
     with torch.no_grad(), torch.cuda.device(device):

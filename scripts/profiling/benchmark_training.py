@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 
@@ -49,7 +49,7 @@ def table(results: dict[str, Any]) -> Table:
     return page
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, measure, report."""
     parser = Parser(__doc__, TrainingBenchmark, aliases={"--hybrid_layers": "--num_hybrid_layers"})

@@ -21,7 +21,7 @@ from rich.table import Table
 from pipelines.benchmark.cases import BenchmarkConfig, PixelFrames, plan_cases, select
 from pipelines.benchmark.measure import Trace, build_stage, warm_up, whole_run
 from pipelines.benchmark.profile import profiled, summary
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import check_speed
 from pipelines.flags import Parser, as_path
@@ -29,7 +29,7 @@ from pipelines.generation.arguments import add_speed_flags
 from pipelines.provenance import environment
 from pipelines.settings import load_config
 from wan.config import wan_size
-from wan.utils.files import write_json
+from wan.utils.files import check_target, write_json
 
 SHOWN = 25
 """Kernels in the table; the JSON has all."""
@@ -86,7 +86,7 @@ def pages(result: dict[str, Any]) -> list[Table]:
     return [by_kind, by_kernel]
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, profile, report."""
     arguments = parse()
@@ -94,6 +94,8 @@ def main() -> int:
     config = replace(select(config, [arguments.row], [arguments.frames]), blocks_sampled=None)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    if arguments.json is not None:
+        check_target(arguments.json)
     size = wan_size(config.size)
     check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     with tempfile.TemporaryDirectory() as folder:

@@ -12,9 +12,11 @@
 7. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
 A killed step goes on from where it was at most 500 steps before. Each leaves its weights and a JSON with its quality,
-settings, seconds, card and versions in the work folder.
+settings, seconds, card and versions in the work folder. A step that was made with other settings, or from models that
+were made again since, is not skipped but refused: --step makes it again. One process at a time works on a folder.
 """
 
+import hashlib
 import logging
 import platform
 import time
@@ -47,18 +49,21 @@ from arl2.toyworld.world.latents import (
     LatentVideos,
     encode_world,
     load_latent_videos,
+    models_of,
     save_latent_videos,
     toy_text_encoder,
     world_tokenizer,
 )
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
+from pipelines.records import read_record, write_record
 from wan.config import wan_size
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_folder, write_json
+from wan.utils.files import atomic_folder, check_writable, content_hash
+from wan.utils.locks import exclusive
 from wan.utils.ranges import Bounds, Count
 from wan.vae.wan_vae import load_vae
 
@@ -69,7 +74,7 @@ TIMESTEP_SHIFT = 5.0
 TRAINING_VIDEOS, VALIDATION_VIDEOS = 24576, 512
 VALIDATION_SEED = -5_000_000
 Result = dict[str, Any]
-Settings = TypeVar("Settings", VAETraining, TextTraining, TransformerTraining)
+Settings = TypeVar("Settings", bound=VAETraining | TextTraining | TransformerTraining)
 TEXT = TextTraining()
 SIZES = ("batch", "openings", "captions")
 
@@ -136,7 +141,7 @@ def train_and_measure_vae(build: Build, name: str, settings: VAETraining, start:
     kept.finish()
     drop_latents(build)
     videos = build.videos(256)
-    return {"settings": asdict(settings), "quality": vae_quality(vae, build.device, videos, min(videos, 16))}
+    return {"quality": vae_quality(vae, build.device, videos, min(videos, 16))}
 
 
 def build_first_vae(build: Build) -> Result:
@@ -177,10 +182,11 @@ def world_data(build: Build, videos: int, first_seed: int = 0) -> LatentVideos:
     """Videos through the trained VAE, with embedded captions; kept, for the steps that follow."""
     videos = build.videos(videos)
     file = build.work / f"latents_{videos}_from_{first_seed}.safetensors"
+    vae, encoder = load_vae(vae_folder(build), device=build.device), trained_text_encoder(build)
+    made_by = models_of(vae, encoder)
     if not file.is_file():
-        vae, encoder = load_vae(vae_folder(build), device=build.device), trained_text_encoder(build)
-        save_latent_videos(encode_world(vae, encoder, videos, first_seed), file)
-    return load_latent_videos(file, build.device)
+        save_latent_videos(encode_world(vae, encoder, videos, first_seed), file, made_by)
+    return load_latent_videos(file, build.device, made_by)
 
 
 def load_transformer(build: Build, name: str) -> HybridWanModel:
@@ -200,7 +206,7 @@ def build_text(build: Build) -> Result:
         encoder.model.save_pretrained(temporary / "text_encoder")
         world_tokenizer().save_pretrained(temporary / "tokenizer")
     drop_latents(build)
-    return {"settings": asdict(settings), "quality": quality}
+    return {"quality": quality}
 
 
 def trained_text_encoder(build: Build) -> TextEncoder:
@@ -219,7 +225,7 @@ def train_and_measure_teacher(build: Build, name: str, settings: TransformerTrai
     kept.finish()
     held_out = world_data(build, VALIDATION_VIDEOS, VALIDATION_SEED)
     quality = {"validation_loss": validation_loss(model, held_out, settings.shift)}
-    return {"settings": asdict(settings), "encoding_seconds": encoding, "quality": quality}
+    return {"encoding_seconds": encoding, "quality": quality}
 
 
 def build_first_teacher(build: Build) -> Result:
@@ -250,7 +256,7 @@ def build_few_step(build: Build) -> Result:
     student = distil_few_step(settings, teacher, data, few_step_sampler(), keep, kept)
     save_model(student, build.work / "few_step")
     kept.finish()
-    return {"settings": asdict(settings), "quality": {"trajectory_loss": losses[-1], "losses": losses}}
+    return {"quality": {"trajectory_loss": losses[-1], "losses": losses}}
 
 
 def build_bundle(build: Build) -> Result:
@@ -281,9 +287,66 @@ STEPS: dict[str, Callable[[Build], Result]] = {
     "few_step": build_few_step,
     "bundle": build_bundle,
 }
+TRAININGS: dict[str, VAETraining | TextTraining | TransformerTraining] = {
+    "first_vae": FIRST,
+    "vae": SHARPENING,
+    "text": TEXT,
+    "first_teacher": FIRST_TEACHER,
+    "teacher": PROMPTED,
+    "few_step": FEW_STEP,
+}
+MADE_FROM = {
+    "vae": ("first_vae",),
+    "first_teacher": ("vae", "text"),
+    "teacher": ("vae", "text", "first_teacher"),
+    "few_step": ("vae", "text", "teacher"),
+    "bundle": ("vae", "text", "few_step"),
+}
 
 
-@exit_on_input_error
+def made_with(build: Build, name: str) -> Result:
+    """What a step's result depends on: its settings, and the models that it begins with.
+
+    Raises:
+        InputError: a step before it is not done.
+    """
+    settings = asdict(build.settings(TRAININGS[name])) if name in TRAININGS else {}
+    inputs = {one: vae_folder(build) if one == "vae" else built(build, one) for one in MADE_FROM.get(name, ())}
+    return settings | {"made_from": {one: weights_hash(folder) for one, folder in inputs.items()}}
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of all weights in a folder."""
+    hashes = [f"{file.relative_to(folder)} {content_hash(file)}" for file in sorted(folder.rglob("*.safetensors"))]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16]
+
+
+def run_steps(build: Build, only: str | None) -> None:
+    """Run the steps that are not done, or one.
+
+    Raises:
+        InputError: a step that is done was made with other settings or from other models, or its page is damaged.
+    """
+    for name, step in STEPS.items():
+        page = build.work / f"{name}.json"
+        if only not in (None, name) or (build.vae is not None and name in VAE_STEPS):
+            continue
+        settings = made_with(build, name)
+        if only is None and read_record(page, settings, f"make it again with --step {name}") is not None:
+            continue
+        started = time.perf_counter()
+        result = step(build)
+        result |= {
+            "seconds": time.perf_counter() - started,
+            "device": device_name(build.device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        write_record(page, settings, result)
+        log.info("%s: %s", name, result["quality"])
+
+
+@entry_point()
 def main() -> int:
     """Parse, and run the steps that are not done."""
     parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
@@ -299,25 +362,10 @@ def main() -> int:
     if arguments.steps is not None and arguments.step is None and arguments.num_videos == TRAINING_VIDEOS:
         raise InputError("--steps needs --step, but for a rehearsal with --num_videos")
     device = choose_device(arguments.device)
-    build = Build(arguments.work, device, arguments.steps, arguments.num_videos, arguments.vae)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    for name, step in STEPS.items():
-        page = arguments.work / f"{name}.json"
-        if arguments.step not in (None, name) or (arguments.step is None and page.is_file()):
-            continue
-        if arguments.vae is not None and name in VAE_STEPS:
-            continue
-        started = time.perf_counter()
-        result = step(build)
-        card = device_name(device)
-        result |= {
-            "seconds": time.perf_counter() - started,
-            "device": card,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        write_json(page, result)
-        log.info("%s: %s", name, result["quality"])
+    check_writable(arguments.work)
+    with exclusive(arguments.work / ".lock", str(arguments.work)):
+        build = Build(arguments.work, device, arguments.steps, arguments.num_videos, arguments.vae)
+        run_steps(build, arguments.step)
     return 0
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from arl2.toyworld.world.captions import caption_scenes
 from arl2.toyworld.world.render import render
 from arl2.toyworld.world.scenes import BACKGROUNDS, NUM_FRAMES, STANDARD_HIDDEN_FRAMES, sample_scenes
-from pipelines.cli import exit_on_input_error
+from pipelines.cli import entry_point
 from pipelines.config import FramesPerSecond
 from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.media.contact_sheet import GAP, PAGE, contact_sheet, enlarge
 from pipelines.media.video import VideoWriter
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.files import atomic_path, check_target
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def video_wall(videos: list[Tensor]) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, GAP, 0, GAP), value=PAGE[0])
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Draw and write."""
     parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
@@ -68,8 +68,10 @@ def main() -> int:
     parser.add_value("--seed", SceneSeed, "the default shows all colours and shapes", default=6816)
     parser.add_value("--fps", FramesPerSecond, "of the video", default=16)
     arguments = parser.parse_args()
-    samples = [first_video(*row, arguments.seed + index) for index, row in enumerate(ROWS)]
     sheet_path, video_path = (arguments.output_folder / f"toyworld_samples.{ending}" for ending in ("png", "mp4"))
+    for path in (sheet_path, video_path):
+        check_target(path)
+    samples = [first_video(*row, arguments.seed + index) for index, row in enumerate(ROWS)]
     with atomic_path(sheet_path) as temporary:
         contact_sheet(samples).save(temporary, format="png", optimize=True)
     longest = max(len(video) for video, _ in samples)

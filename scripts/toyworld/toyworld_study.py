@@ -24,11 +24,12 @@ from typing import Annotated
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
 from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
-from pipelines.cli import choose_device, exit_on_input_error
+from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
 from pipelines.toyworld.table import write_report
 from wan.utils.errors import InputError
+from wan.utils.files import check_writable
 from wan.utils.ranges import Bounds, Count, NotNegative
 
 log = logging.getLogger(__name__)
@@ -103,11 +104,12 @@ def run_rows(study: Study, rows: list[Row], only: list[str]) -> None:
 
 def kept_scores(study: Study, name: str, score: Callable[[], tuple[dict[int, float], Result | None]]) -> Selection:
     """The scores of a method of selection, computed once, and written as scripts/select_layers.py does."""
+    made_with = study.training_settings() | study.exam_settings()
     with study.claimed(f"scores_{name}", wait=True):
-        page = study.result(f"scores_{name}")
+        page = study.result(f"scores_{name}", made_with)
         if page is None:
             scores, training = score()
-            study.keep(f"scores_{name}", {"scores": scores, "training": training})
+            study.keep(f"scores_{name}", {"scores": scores, "training": training}, made_with)
         else:
             # JSON has no infinity: a score that is none was not finite.
             scores = {int(layer): math.inf if value is None else value for layer, value in page["scores"].items()}
@@ -135,7 +137,8 @@ def run_selection(study: Study, only: list[str]) -> None:
     rows = {name: ratio if layers == study.layers_of(ratio) else row_for(layers) for name, layers in sets.items()}
     names = {name: row.name for name, row in rows.items()}
     with study.claimed("selection", wait=True):
-        study.keep("selection", {"share": SELECTION_SHARE, "sets": sets, "rows": names})
+        result = {"share": SELECTION_SHARE, "sets": sets, "rows": names}
+        study.keep("selection", result, study.training_settings() | study.exam_settings())
     run_rows(study, list({row.name: row for row in rows.values()}.values()), only)
 
 
@@ -161,11 +164,12 @@ def run_part(study: Study, part: str, only: list[str]) -> None:
         run_rows(study, list(PARTS[part]), only)
 
 
-@exit_on_input_error
+@entry_point()
 def main() -> int:
     """Parse, and run the parts that are asked for."""
     arguments = parse()
     study = Study(settings_from(arguments))
+    check_writable(study.settings.folder)
     try:
         for part in arguments.part:
             started = time.perf_counter()

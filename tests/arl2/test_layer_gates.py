@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from training_world import CONFIG, build_world
 import train_stage1
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.objective import ForwardMode
+from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.distillation.stage2 import Context
 from arl2.layer_selection.gates import GateSettings, LayerGates, mix_among
 from arl2.layer_selection.scores import Selection, read_gates
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import predict_flow, remember_block
+from arl2.rollout import FewStepSampler, predict_flow, remember_block
 from wan.teacher_forcing import teacher_forced_flow
 from wan.utils.errors import InputError
 
@@ -30,7 +32,9 @@ ALL = HybridSettings((0, 1, 2))
 def fixed_noise(seed: int = 5, batch: int = 2) -> BatchNoise:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, 3, 1, 3, TINY["in_dim"], HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
-    return BatchNoise(torch.rand(batch, 3, 1, generator=generator), noise)
+    return BatchNoise(
+        torch.rand(batch, 3, 1, generator=generator), noise, tuple(range(seed * 10_000, seed * 10_000 + batch))
+    )
 
 
 def looped(model: HybridWanModel) -> Tensor:
@@ -81,6 +85,35 @@ def test_switches_are_hard_and_follow_the_probabilities() -> None:
     assert all(torch.equal(a, layer.mix_B11) for a, layer in zip(first, objective._mixed.values(), strict=True))
 
 
+def test_switches_follow_the_seed_and_not_the_noise_of_the_blocks() -> None:
+    objective, noise = LayerGates(tiny_model(ALL), GateSettings(3)), fixed_noise(batch=64)
+
+    def drawn(noise: BatchNoise) -> Tensor:
+        objective._draw(noise)
+        return torch.cat([layer.mix_B11.detach().flatten() for layer in objective._mixed.values()])
+
+    expected = drawn(noise)
+    assert torch.equal(drawn(replace(noise, noise_BNPFCHW=-noise.noise_BNPFCHW)), expected)
+    assert not torch.equal(drawn(replace(noise, seeds=tuple(seed + 64 for seed in noise.seeds))), expected)
+    assert torch.equal(drawn(replace(noise, seeds=noise.seeds[::-1])).view(3, -1), expected.view(3, -1).flip(1))
+    with pytest.raises(ValueError, match="a seed per video"):
+        objective._draw(replace(noise, seeds=()))
+
+
+def test_a_step_of_training_has_a_seed_per_video() -> None:
+    class Data:
+        def __len__(self) -> int:
+            return 4
+
+        def gather(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+            return torch.zeros(len(indices), 6, 4, 2, 2), torch.zeros(len(indices), 5, 12)
+
+    batches = Batches(Data(), 7, 4, 3, NoiseLevels(), FewStepSampler.from_steps([1000, 500], 5.0), 5.0)  # type: ignore[arg-type]
+    whole = batches(3, range(4))[1].seeds
+    assert len(set(whole)) == 4 and whole == batches(3, [0, 1])[1].seeds + batches(3, [2, 3])[1].seeds
+    assert not set(whole) & set(batches(4, range(4))[1].seeds)
+
+
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("broken", [0, 2])
 def test_a_layer_whose_hybrid_is_broken_is_not_chosen(mode: ForwardMode, broken: int) -> None:
@@ -95,7 +128,7 @@ def test_a_layer_whose_hybrid_is_broken_is_not_chosen(mode: ForwardMode, broken:
     optimizer = torch.optim.Adam(logits.values(), lr=0.2)
     for step in range(15 if mode is ForwardMode.PARALLEL else 10):
         noise = fixed_noise(step)
-        noise = BatchNoise(noise.levels_BNP, noise.noise_BNPFCHW.float())
+        noise = replace(noise, noise_BNPFCHW=noise.noise_BNPFCHW.float())
         (loss,) = objective.losses(VideoBatch(video.clean, video.text), noise)
         optimizer.zero_grad()
         loss.backward()

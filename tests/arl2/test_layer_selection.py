@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import HEIGHT, HYBRID, TINY, WIDTH, tiny_model
 from torch import Tensor
 
@@ -89,7 +91,14 @@ def test_scores_from_files(tmp_path: Path) -> None:
         read_scores(page, 3)
     with pytest.raises(InputError, match="names layers 1"):
         read_scores(page, 1)
-    for text, message in (("[1]", "no object"), ('{"0": "x", "1": 0}', "no numbers"), ("{", "cannot read")):
+    for text, message in (
+        ("[1]", "not an object"),
+        ('{"0": "x", "1": 0}', "no numbers"),
+        ('{"0": true, "1": 0}', "no numbers"),
+        ('{"0": 1' + "0" * 400 + ', "1": 0}', "no numbers"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
         page.write_text(text)
         with pytest.raises(InputError, match=message):
             read_scores(page, 2)
@@ -167,6 +176,38 @@ def test_replacement_is_kept_and_resumed(
     assert whole["method"] == "replacement" and [len(whole[share]) for share in ("25", "50", "75")] == [2, 4, 6]
     assert min(whole["scores"].values()) > 0
     assert whole["scores"] == pytest.approx(resumed["scores"], rel=1e-3)
+
+
+def test_kept_scores_are_those_of_the_same_weights_and_the_same_request(
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    models: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(models / "all", tmp_path / "copy")
+    flags = ("--data_path", "prompts.txt", "--json", "scores.json", "--videos", 2, "--checkpoint_path")
+    scores = {layer: [0.5, math.inf] if layer else [1.0, 2.0] for layer in range(8)}
+    monkeypatch.setattr(select_layers, "replacement_scores", lambda *args: scores)
+    assert run("replacement", *flags, models / "all" / "transformer", "--batch", 2) == 0
+    assert yaml.safe_load((tmp_path / "layers.yaml").read_text())["scores"][0] == 1.5
+    monkeypatch.setattr(select_layers, "replacement_scores", lambda *args: pytest.fail("they are there"))
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace(str(models / "all"), str(tmp_path / "copy")))
+    assert run("replacement", *flags, tmp_path / "copy" / "transformer") == 0, "the same weights at another path"
+    again = yaml.safe_load((tmp_path / "layers.yaml").read_text())
+    assert again["scores"][0] == 1.5 and again["scores"][3] == math.inf, "which JSON cannot say"
+    before = (tmp_path / "scores.json").read_bytes()
+    for folder, name in (("text_encoder", "text_encoder"), ("transformer", "weights")):
+        file = next((tmp_path / "copy" / folder).glob("*.safetensors"))
+        content = file.read_bytes()
+        save_file({key: value * 1.5 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        assert run("replacement", *flags, tmp_path / "copy" / "transformer") == 2
+        assert f"({name} was" in " ".join(capsys.readouterr().err.split())
+        file.write_bytes(content)
+    assert run("replacement", *flags, tmp_path / "copy" / "transformer", "--seed", 1) == 2
+    assert "seed was 0, is 1" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "scores.json").read_bytes() == before
 
 
 def test_other_methods(run: Callable[..., int], tmp_path: Path) -> None:

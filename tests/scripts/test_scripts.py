@@ -1,5 +1,7 @@
 """Scripts that move weights: converting between formats, and drawing random models."""
 
+import os
+import resource
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -56,9 +58,40 @@ def test_conversions_that_cannot_be(
     assert not (tmp_path / "b.pt").exists()
 
 
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "b"])
+def test_a_conversion_gets_the_umask_s_mode_and_is_whole_or_absent(
+    target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(HYBRID, torch.float32).save_pretrained(tmp_path / "a")
+    umask, limits = os.umask(0o027), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+        assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / target) == 2
+        message = capsys.readouterr().err
+        assert "cannot write" in message and len(message.splitlines()) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / target) == 0
+    finally:
+        os.umask(umask)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    written = [tmp_path / target, *(tmp_path / target).rglob("*")]
+    assert {path.stat().st_mode & 0o777 for path in written} <= {0o640, 0o750}
+
+
+def test_sizes_that_contradict_the_source_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "a")
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / "b", "--size", "toy") == 2
+    assert "says dim 24, --size says dim 192" in capsys.readouterr().err
+
+
 def test_random_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flags = ("--size", "toy", "--folder", tmp_path / "m", "--layout", "diffusers", "--device", "cpu")
     assert call(monkeypatch, make_random_model, *flags, "--hybrid_layers", 1, 2) == 0
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "m").rglob("*.safetensors")}
+    assert modes == {(tmp_path / "m" / "model_index.json").stat().st_mode & 0o777}
     assert CausalVideoPipeline.from_pretrained(tmp_path / "m").transformer.hybrid.layers == (1, 2)
     assert call(monkeypatch, make_random_model, "--size", "toy", "--folder", tmp_path / "n") == 2
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from arl2.checkpoint import build_hybrid
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from arl2.ops.gated_delta import WriteBackend
 from arl2.rollout import predict_flow, remember_block
 from wan.checkpoints.formats import TransformerWeights
 from wan.flow import FlowSchedule
@@ -132,7 +133,7 @@ def test_the_updates_of_a_clean_pass_do_not_depend_on_what_it_skips() -> None:
         seen = []
         last.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
         model(clean, time, text, views, frames)
-        _, full = last(*seen[0][:-2], True, True)
+        _, full = last(*seen[0], attend=True, remember=True)
     assert torch.equal(skipping, full)
 
 
@@ -150,11 +151,39 @@ def test_merging_feed_forward_adapters_keeps_the_output() -> None:
     model, video = tiny_model(HYBRID), tiny_video()
     with torch.no_grad():
         before = block_by_block(model, video, video.clean, None)
-        model.merge_ffn_lora()
+        state, adapters = model.state_dict(), model.adapters()
+        merged = model.merge_ffn_lora()
         after = block_by_block(model, video, video.clean, None)
-    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-11)
-    assert not model.adapters() and model.config.ffn_lora == "none"
-    assert "blocks.0.ffn.0.weight" in model.state_dict()
+        torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-11)
+        assert not model.adapters() and model.config.ffn_lora == "none"
+        assert "blocks.0.ffn.0.weight" in model.state_dict()
+        model.blocks[0].ffn[0].bias.add_(1.0)  # shared with nothing
+        model.unmerge_ffn_lora(merged)
+        assert model.adapters() == adapters and model.config.ffn_lora == HYBRID.ffn_lora.value
+        assert model.state_dict().keys() == state.keys()
+        assert torch.equal(block_by_block(model, video, video.clean, None), before)
+
+
+def test_layers_of_another_class_share_the_parameters_and_leave_the_old_ones_alone() -> None:
+    class Silent(HybridAttention):
+        def output_gate(self, x_BLD: Tensor) -> Tensor:
+            return torch.zeros_like(x_BLD[..., : self.num_heads])
+
+    model, video = tiny_model(HYBRID), tiny_video()
+    model.use_write_backend(WriteBackend.RECURRENT)
+    model.train()
+    before, old = list(model.named_parameters()), model.hybrid_attentions()
+    with torch.no_grad():
+        expected = block_by_block(model, video, video.clean, None)
+        new = model.replace_hybrid_attentions(Silent)
+        assert not torch.allclose(block_by_block(model, video, video.clean, None), expected)
+        assert [type(layer) for layer in model.hybrid_attentions().values()] == [Silent, Silent]
+        assert new == model.hybrid_attentions() and {type(layer) for layer in old.values()} == {HybridAttention}
+        for (name, one), (other_name, other) in zip(before, model.named_parameters(), strict=True):
+            assert name == other_name and one is other
+        assert new[0].write_backend is WriteBackend.RECURRENT and new[0].training and new[0].lora_scale == 2.0
+        model.replace_hybrid_attentions(HybridAttention)
+        assert torch.equal(block_by_block(model, video, video.clean, None), expected)
 
 
 def test_without_adapters_the_model_is_the_one_that_never_had_any() -> None:

@@ -1,6 +1,7 @@
 """Prompts to embeddings: cleaning, padding, layouts and bad folders. Golden values are in test_golden.py."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from wan.text import (
     TOY_TEXT,
     TextEncoder,
     clean_prompt,
+    has_text,
     load_text_encoder,
     native_umt5_names,
     save_native_umt5,
@@ -68,6 +70,36 @@ def test_padding_is_zero_and_does_not_change_the_rest(encoder: TextEncoder) -> N
 )
 def test_prompts_are_cleaned(prompt: str, clean: str) -> None:
     assert clean_prompt(prompt) == clean
+
+
+@pytest.mark.parametrize("prompt", ["a", "é", "...", "🙂", "视频", "&amp;", "\u200bx", "¿", "ﷺ"])
+def test_what_can_be_seen_is_text(prompt: str) -> None:
+    assert has_text(prompt)
+
+
+UNSEEN = [
+    *("", " \t\n", "&nbsp;", "&amp;nbsp;", "&#8203;", "\u200b\u200d\u2060", "\x00\x01\x1b", "\ufeff", "\ufe0f"),
+    *("\u0301", "\u3164", "\u2800", "\u202e", "\u00ad", "\U000e0041"),
+]
+
+
+@pytest.mark.parametrize("prompt", UNSEEN)
+def test_what_cannot_be_seen_is_no_text(prompt: str) -> None:
+    assert not has_text(prompt)
+
+
+def test_what_is_cut_from_a_prompt_is_reported_once(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = TextEncoder(encoder.model, word_tokenizer(WORDS), 8)
+    with caplog.at_level(logging.WARNING):
+        fresh.tokens(["a red disc rolls a blue disc"])  # 7 words and the end mark
+        assert not caplog.records
+        fresh.tokens(["a red disc rolls a blue disc rolls  a disc"] * 2)
+        fresh.tokens(["a red disc rolls a blue disc rolls a disc"])  # the same once it is cleaned
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the prompt 'a red disc rolls a blue disc rolls a disc' is too long: of its 10 tokens the text encoder "
+        "takes 7, the last 3 are dropped: 'rolls a disc'"
+    )
 
 
 def test_both_layouts_load_the_same(encoder: TextEncoder, tmp_path: Path) -> None:

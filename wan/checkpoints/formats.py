@@ -6,14 +6,28 @@ Causal Forcing .pt  {"generator": …, "generator_ema": …}, names behind the w
 .safetensors, .pt   names to tensors
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights, summarize_names
+from wan.checkpoints.configs import check_settings, read_config
+from wan.checkpoints.fields import (
+    DIFFUSERS,
+    DIFFUSERS_OPTIONAL,
+    HYBRID,
+    NATIVE_NEUTRAL,
+    NATIVE_TEXT_DIM,
+    OPTIONAL_HYBRID,
+    RELEASED,
+    SIZES,
+)
+from wan.checkpoints.identify import IMAGE_BRANCH, OPTIMIZER, SHARD, family
+from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
+from wan.checkpoints.pickles import Opaque
+from wan.checkpoints.record import RECORD, read_record
+from wan.checkpoints.tensors import printable, require_floating, require_one_type_per_role
 from wan.utils.errors import CheckpointError
 
 OUR_CLASSES = ("CausalWanModel", "HybridWanModel")
@@ -21,8 +35,8 @@ GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 # Wrappers of training frameworks, anywhere in a name, and the module that held the network, at its start.
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_HOLDERS = re.compile(r"^((module|model)\.)+")
-
+_HOLDERS = re.compile(r"^((module|model|diffusion_model|transformer)\.)+")
+_BLOCK_NUMBER = re.compile(r"^blocks\.(\d+)\.")
 # diffusers' name of a part, and Wan's.
 _DIFFUSERS_PARTS = (
     ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
@@ -41,27 +55,6 @@ _DIFFUSERS_PARTS = (
     (".ffn.net.2.", ".ffn.2."),
     ("proj_out.", "head.head."),
 )
-_NATIVE_DEFAULTS: dict[str, Any] = {"patch_size": (1, 2, 2), "text_dim": 4096, "qk_norm": True, "cross_attn_norm": True}
-_NATIVE_KEYS = (
-    "text_len",
-    "in_dim",
-    "dim",
-    "ffn_dim",
-    "freq_dim",
-    "out_dim",
-    "num_heads",
-    "num_layers",
-    "eps",
-    "model_type",
-)
-
-_IMAGE_BRANCH = re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)")
-_FAMILIES = (
-    (re.compile(r"^(encoder|decoder)\.(conv1|downsamples|upsamples|middle|conv_in|mid_block)"), "a VAE"),
-    (re.compile(r"^(token_embedding|shared|encoder\.block)\."), "a text encoder"),
-    (_IMAGE_BRANCH, "an image-to-video transformer with an image branch"),
-    (re.compile(r"(lora_down|lora_up|\.lora\.|lora_A\.(default|weight))"), "a LoRA of another tool"),
-)
 
 
 @dataclass(frozen=True)
@@ -73,12 +66,14 @@ class TransformerWeights:
         config: constructor arguments of the model, as far as the source states them; empty for bare files.
         source: where they came from, for messages.
         causal: whether the source says that it was trained for causal generation; None if it does not say.
+        record: what the weight file itself says of how it was made, which must agree with all else that is said.
     """
 
     state: StateDict
     source: str
     config: dict[str, Any] = field(default_factory=dict)
     causal: bool | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def unwrapped_name(name: str) -> str:
@@ -106,15 +101,21 @@ def diffusers_name(name: str) -> str:
     return name
 
 
-def native_config(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor arguments from the config of diffusers' WanTransformer3DModel."""
+def native_config(diffusers_config: Mapping[str, Any], source: str | Path = "config.json") -> dict[str, Any]:
+    """Our constructor arguments from the config of diffusers' WanTransformer3DModel.
+
+    Raises:
+        CheckpointError: a setting is missing, unknown or out of range, or belongs to an image branch.
+    """
     c = diffusers_config
     if c.get("image_dim") is not None or c.get("added_kv_proj_dim") is not None:
         raise CheckpointError(
             "this is an image-to-video transformer with an image branch: only text-to-video is supported"
         )
+    c = check_settings(c, DIFFUSERS, source, needed=DIFFUSERS.keys() - set(DIFFUSERS_OPTIONAL))
     return {
         "patch_size": tuple(c["patch_size"]),
+        "text_len": 512,  # diffusers leaves it to the pipeline, whose default it is
         "in_dim": c["in_channels"],
         "out_dim": c["out_channels"],
         "dim": c["num_attention_heads"] * c["attention_head_dim"],
@@ -126,42 +127,63 @@ def native_config(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
         "cross_attn_norm": c["cross_attn_norm"],
         "qk_norm": c["qk_norm"] is not None,
         "eps": c["eps"],
+        "model_type": "t2v",
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json.
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """Constructor arguments of the transformer in a native, diffusers or our own folder, all of them.
 
     Raises:
-        CheckpointError: missing or malformed.
+        CheckpointError: no transformer there that we can build, or a setting that is missing, unknown or out of range.
     """
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no config.json in {path.parent}: give the folder of a model") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no settings: download it again")
+    config = stated_config(folder)
+    require_sizes(config, transformer_folder(folder) / "config.json")
     return config
 
 
-def transformer_config(folder: Path) -> dict[str, Any]:
-    """Constructor arguments of the transformer in a native, diffusers or our own folder.
+def require_sizes(config: Mapping[str, Any], source: str | Path) -> None:
+    """Make sure that a config has all sizes, and that they fit one another.
 
     Raises:
-        CheckpointError: no transformer there that we can build.
+        CheckpointError: one is missing, or dim does not divide into heads.
     """
-    folder = transformer_folder(folder)
-    config = read_config(folder / "config.json")
+    check_settings(config, SIZES, source, needed=SIZES.keys(), others=True)
+    dim, heads = config["dim"], config["num_heads"]
+    if dim % heads or dim // heads % 2:
+        raise CheckpointError(
+            f"{source}: dim {dim} does not divide into num_heads {heads} of an even number of channels"
+        )
+    if config["patch_size"][0] != 1:
+        raise CheckpointError(f"{source}: patch_size {config['patch_size']} has several frames, only 1 is built")
+
+
+def stated_config(folder: Path) -> dict[str, Any]:
+    """As `transformer_config`, but only what a native config.json says, with the values that all released models have.
+
+    Raises:
+        CheckpointError: no transformer there, or a setting that is unknown or out of range.
+    """
+    path = transformer_folder(folder) / "config.json"
+    config = read_config(path)
     kind = config.get("_class_name")
     if kind == "WanTransformer3DModel":
-        return native_config(config)
-    if kind in OUR_CLASSES:
-        return {name: value for name, value in config.items() if not name.startswith("_")}
-    if kind in ("WanModel", None) and "dim" in config:
-        return _NATIVE_DEFAULTS | {name: config[name] for name in _NATIVE_KEYS if name in config}
-    raise CheckpointError(f"{folder}/config.json describes a {kind}, not a Wan text-to-video transformer")
+        return native_config(config, path)
+    if kind == "HybridWanModel":
+        fields = SIZES | HYBRID | OPTIONAL_HYBRID
+        return _with_patches(check_settings(config, fields, path, needed=SIZES.keys() | HYBRID.keys()))
+    if kind == "CausalWanModel" and not config.keys() & NATIVE_NEUTRAL.keys():
+        return _with_patches(check_settings(config, SIZES, path, needed=SIZES.keys())) | {"hybrid_layers": []}
+    if kind in ("WanModel", "CausalWanModel") or (kind is None and "dim" in config):
+        found = check_settings(config, SIZES | NATIVE_NEUTRAL, path, needed=("dim", "num_layers"))
+        sizes = {name: value for name, value in found.items() if name in SIZES}
+        return _with_patches(RELEASED | {"text_dim": NATIVE_TEXT_DIM} | sizes)
+    raise CheckpointError(f"{path} describes a {printable(kind)}, not a Wan text-to-video transformer")
+
+
+def _with_patches(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its patch size as a tuple, which JSON does not have."""
+    return config | {"patch_size": tuple(config["patch_size"])} if "patch_size" in config else config
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -190,6 +212,8 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
     if path.is_dir():
         return _read_folder(path, use_ema)
     weights = read_weights(path)
+    record = read_record(path, weights)
+    weights.pop(RECORD, None)
     if GENERATOR in weights or GENERATOR_EMA in weights:
         key = GENERATOR_EMA if use_ema else GENERATOR
         if key not in weights:
@@ -198,39 +222,56 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
         inner = weights[key]
         if not isinstance(inner, Mapping):
             raise CheckpointError(f"{path}: {key!r} is a {type(inner).__name__}, not a dictionary of tensors")
-        return TransformerWeights(_named(as_state_dict(inner, path), path), str(path), causal=True)
+        return TransformerWeights(_named(inner, path), str(path), causal=True, record=record)
     if use_ema:
         raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop --use_ema")
-    return TransformerWeights(_named(as_state_dict(weights, path), path), str(path))
+    # Arguments of a training script beside the weights; no weight lacks a dot.
+    kept = {name: value for name, value in weights.items() if not (isinstance(value, Opaque) and "." not in str(name))}
+    return TransformerWeights(_named(kept, path), str(path), record=record)
 
 
 def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:
     if use_ema:
         raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop --use_ema")
     folder = transformer_folder(path)
-    config = transformer_config(path)
+    config = stated_config(path)
     state, file = read_folder(folder, WEIGHT_FILES)
     ours = read_config(folder / "config.json").get("_class_name") in OUR_CLASSES
-    return TransformerWeights(_named(state, file), str(folder), config, causal=ours)
+    return TransformerWeights(_named(state, file), str(folder), config, causal=ours, record=read_record(file, state))
 
 
-def _named(state: StateDict, path: Path) -> StateDict:
-    """Names in Wan's style, wrappers and diffusers' names undone; raises on other families and on collisions."""
+def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
+    """Names in Wan's style, wrappers and diffusers' names undone.
+
+    Raises:
+        CheckpointError: another family, names that collide, or tensors that are no weights.
+    """
+    names = [name for name in weights if isinstance(name, str)]
+    what = family(names)
+    if what == OPTIMIZER:
+        raise _not_a_transformer(path, what)
+    state = as_state_dict(weights, path)
     named = {unwrapped_name(name): value for name, value in state.items()}
     if any(name.startswith("condition_embedder.") for name in named):
         named = {native_name(name): value for name, value in named.items()}
     if len(named) != len(state):
         raise CheckpointError(f"{path}: several entries have one name once wrappers are removed")
-    if "patch_embedding.weight" not in named or any(_IMAGE_BRANCH.search(name) for name in named):
+    shard = SHARD.search(path.name)
+    if shard and int(shard[2]) > 1 and path.suffix == ".safetensors":
         raise CheckpointError(
-            f"{path} holds {family(named)}, not a Wan text-to-video transformer: check --checkpoint_path"
+            f"{path} is one shard of {int(shard[2])}: give its folder, or the .safetensors.index.json beside it"
         )
+    if "patch_embedding.weight" not in named or any(IMAGE_BRANCH.search(name) for name in named):
+        raise _not_a_transformer(path, what)
+    require_floating(named, path)
+    require_one_type_per_role(named, path)
     return named
 
 
-def family(names: Mapping[str, Any]) -> str:
-    """What a weight file seems to hold, for an error message."""
-    for pattern, what in _FAMILIES:
-        if any(pattern.search(name) for name in names):
-            return what
-    return f"unknown weights ({summarize_names(names)})" if names else "nothing"
+def _not_a_transformer(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: check --checkpoint_path")
+
+
+def num_blocks_in(state: Collection[str]) -> int:
+    """How many blocks the names of a transformer's parameters speak of."""
+    return len({match[1] for name in state if (match := _BLOCK_NUMBER.match(name))})

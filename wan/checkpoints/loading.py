@@ -5,70 +5,111 @@ strict: every name in the file and every parameter of the model is accounted for
 """
 
 import hashlib
-import json
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import is_zipfile
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from wan.checkpoints.configs import read_config
+from wan.checkpoints.identify import impostor
+from wan.checkpoints.pickles import SUFFIXES, damaged, read_pickle
+from wan.checkpoints.tensors import printable, require_finite, require_floating
+from wan.checkpoints.tensors import summarize_names as summarize_names
 from wan.utils.errors import CheckpointError
 
 StateDict = dict[str, Tensor]
 
 WORDS_AT_A_TIME = 1 << 22
 CHECKSUM_FACTOR = 0x1E3779B97F4A7C16  # even, so that every weight is odd
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
-def read_weights(path: str | Path) -> dict[str, object]:
+def read_weights(path: str | Path) -> dict[Any, Any]:
     """Read one weight file, or a folder's sharded safetensors, onto the CPU without running code.
 
     Args:
         path: a ``.safetensors`` file, a ``*.safetensors.index.json``, or a ``.pt``/``.pth`` file.
 
     Returns:
-        What the file holds: names to tensors, or (``.pt`` only) nested dictionaries of these.
+        What the file holds: names to tensors, or (``.pt`` only) whatever else a dictionary may hold.
 
     Raises:
-        CheckpointError: missing, truncated, or holding more than tensors and plain containers.
+        CheckpointError: missing, truncated, or holding more than tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: check the path, or download it (see README, Weights)")
     try:
-        if path.name.endswith(".index.json"):
+        if path.name.endswith(INDEX_SUFFIX):
             return _read_shards(path)
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        if path.suffix in PICKLE_SUFFIXES:
-            # Only the current (zip) format can be mapped instead of read; released files of the older one exist.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            if not isinstance(loaded, dict):
-                raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
-            return loaded
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"cannot read {path} as a weight file ({reason}): it is damaged, incomplete or holds more than tensors; "
-            "download it again or convert it with scripts/convert_checkpoint.py"
-        ) from error
+        if path.suffix == ".safetensors" or path.suffix in SUFFIXES:
+            require_weight_file(path)
+            return read_pickle(path) if path.suffix in SUFFIXES else dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError, OverflowError, KeyError, AttributeError, TypeError) as error:
+        raise damaged(path, str(error)) from error
     raise CheckpointError(f"{path} is no weight file: expected .safetensors, .pt or .pth")
 
 
+def require_weight_file(path: Path) -> None:
+    """Make sure that a file can be read and is not something else under a weight file's name.
+
+    Raises:
+        CheckpointError: it is; the message says what.
+    """
+    try:
+        what = impostor(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+    if what is not None:
+        raise CheckpointError(f"{path} is {what}")
+
+
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Names and metadata of a safetensors file; the values are not read.
+
+    Raises:
+        CheckpointError: it is damaged or no such file.
+    """
+    require_weight_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys()), dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def weight_map(index_path: Path) -> dict[str, str]:
+    """An index's names and the shard that each is in.
+
+    Raises:
+        CheckpointError: malformed, without names, or naming files elsewhere.
+    """
+    shards = read_config(index_path).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{index_path} has no weight_map of names to files: download it again")
+    for shard in shards.values():
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index_path} names a shard outside its folder: {printable(shard)}")
+    return shards
+
+
 def _read_shards(index_path: Path) -> dict[str, object]:
-    weight_map: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+    shard_of = weight_map(index_path)
     state: dict[str, object] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index_path} names a shard outside its folder: {shard!r}")
-        state.update(read_weights(index_path.parent / shard))
+    for shard in sorted(set(shard_of.values())):
+        path = index_path.parent / shard
+        if not path.is_file():
+            raise CheckpointError(f"{index_path.parent} lacks the shard {printable(shard)}: download it again, whole")
+        part = read_weights(path)
+        listed = {name for name, of in shard_of.items() if of == shard}
+        for names, fault in ((listed - part.keys(), "lacks"), (part.keys() - listed, "holds, against the index,")):
+            if names:
+                raise CheckpointError(f"{path} {fault} {summarize_names(names)}: download the folder again, whole")
+        state |= part
     return state
 
 
@@ -76,30 +117,34 @@ def read_folder(folder: Path, names: Sequence[str]) -> tuple[StateDict, Path]:
     """The weights of a folder, and the file that they are in (or their index).
 
     Args:
-        names: what the file may be called, best first.
+        names: what the file may be called.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: there is none, there are several, or it cannot be read.
     """
-    for file in (folder / name for name in names):
-        if file.is_file():
-            return as_state_dict(read_weights(file), file), file
-    raise CheckpointError(f"no weights in {folder}: expected {names[0]}, or its shards with an index")
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        raise CheckpointError(f"no weights in {folder}: expected {names[0]}, or its shards with an index")
+    if len(files) > 1:
+        raise CheckpointError(f"{folder} holds both {files[0].name} and {files[1].name}: remove the one that is old")
+    return as_state_dict(read_weights(files[0]), files[0]), files[0]
 
 
-def as_state_dict(weights: Mapping[str, object], source: str | Path) -> StateDict:
-    """Check that `weights` maps names to tensors and nothing else."""
+def as_state_dict(weights: Mapping[Any, Any], source: str | Path) -> StateDict:
+    """Check that `weights` maps names to tensors and nothing else.
+
+    Raises:
+        CheckpointError: a name is no text, or a value no tensor.
+    """
     for name, value in weights.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{source}: entry {printable(name)} has a {type(name).__name__} for a name, not text")
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{source}: entry {name!r} is a {type(value).__name__}, not a tensor")
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-
-
-def summarize_names(names: Iterable[str], most: int = 3) -> str:
-    """A few names for a one-line message, with the count of the rest."""
-    ordered = sorted(names)
-    rest = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
+            kind = type(value).__name__
+            raise CheckpointError(
+                f"{source}: entry '{printable(name)}' is a {kind}, not a tensor: give names to tensors and nothing else"
+            )
+    return dict(weights)
 
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> str:
@@ -138,20 +183,38 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Pat
     values into its own parameters and keeps their dtype.
 
     Raises:
-        CheckpointError: names missing or unexpected, or shapes that differ; the message says which.
+        CheckpointError: names missing or unexpected, shapes that differ, values that are no dense finite floats; the
+            message says which.
     """
     expected = model.state_dict()
+    require_fit(expected, state, type(model).__name__, source)
+    require_finite(state, source)
+    on_meta = any(value.is_meta for value in expected.values())
+    model.load_state_dict(dict(state), strict=True, assign=on_meta)
+
+
+def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, source: str | Path) -> None:
+    """Make sure that weights have the names and shapes expected, and are dense tensors of floats.
+
+    Args:
+        expected: the parameters, whose values do not matter.
+        what: the class of the model, for messages.
+
+    Raises:
+        CheckpointError: they have not; the message says which.
+    """
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unexpected:
         parts = [f"missing {summarize_names(missing)}"] if missing else []
         parts += [f"unexpected {summarize_names(unexpected)}"] if unexpected else []
-        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}")
+        raise CheckpointError(
+            f"{source} does not fit {what}: {'; '.join(parts)}: it is damaged or of another model or size"
+        )
+    require_floating(state, source)
     wrong = {name for name, value in expected.items() if value.shape != state[name].shape}
     if wrong:
         name = min(wrong)
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__}: {len(wrong)} tensors differ in shape, {name} is "
+            f"{source} does not fit {what}: {len(wrong)} tensors differ in shape, {name} is "
             f"{tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}: check the model size"
         )
-    on_meta = any(value.is_meta for value in expected.values())
-    model.load_state_dict(dict(state), strict=True, assign=on_meta)

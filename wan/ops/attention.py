@@ -19,7 +19,7 @@ from wan.utils.errors import InputError
 
 
 class AttentionBackend(StrEnum):
-    """Who computes softmax attention."""
+    """Implementations of softmax attention."""
 
     AUTO = "auto"
     MATH = "math"
@@ -44,7 +44,7 @@ _WITHOUT_MASK = (AttentionBackend.FLASH, *_PACKAGES)
 
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> list[AttentionBackend]:
-    """Backends that can compute unmasked attention on `device` in `dtype`."""
+    """List the backends that can compute unmasked attention on `device` in `dtype`."""
     found = [AttentionBackend.AUTO, AttentionBackend.MATH]
     if device.type != "cuda":
         return found
@@ -56,7 +56,7 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> list[Attenti
 
 
 def require_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend called `name`, checked to work on `device` in `dtype`.
+    """Look up a backend by name and check that it works on `device` in `dtype`.
 
     Raises:
         InputError: no such backend, its package is not installed, or it cannot run there.
@@ -79,13 +79,13 @@ def attention(
     mask_LM: Tensor | None = None,
     backend: AttentionBackend = AttentionBackend.AUTO,
 ) -> Tensor:
-    """softmax(q·kᵀ/√D)·v for every head.
+    """Compute softmax(q·kᵀ/√D)·v for every head.
 
     Args:
         q_BLHD: queries, [batch, L tokens, heads, head dim].
         k_BMHD, v_BMHD: keys and values of M tokens.
-        mask_LM: True where a query may see a key; all may see all without it.
-        backend: who computes it; where there is a mask, FlashAttention, which takes none, leaves it to `AUTO`.
+        mask_LM: True where a query may see a key; None if every query sees every key.
+        backend: implementation. FlashAttention takes no mask; with one, `AUTO` is used instead.
 
     Returns:
         [batch, L, heads, head dim] in the dtype of the queries.

@@ -22,7 +22,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton's own types
     value = tl.load(x + offset, mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1)[:, None] * scale + eps)
     if gradient is None:
-        # Rounded between norm and weight, as the plain form is.
+        # Rounded between norm and weight, as in the plain form.
         result = (value * inverse).to(out.dtype.element_ty).to(tl.float32)
         if weight is not None:
             result *= tl.load(weight + place, place < SIZE, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ def _norm(x: Tensor, weight: Tensor | None, gradient: Tensor | None, scale: floa
 
 
 def _rotate(x_BLHD: Tensor, cos_LP: Tensor, sin_LP: Tensor, sign: float) -> Tensor:
-    # Heads often come in an order of their own, from products by head and from attention.
+    # Products per head and attention often return heads in another memory order.
     x = x_BLHD if x_BLHD.stride(-1) == 1 else x_BLHD.contiguous()
     _, tokens, heads, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -91,7 +91,7 @@ def _rotate(x_BLHD: Tensor, cos_LP: Tensor, sin_LP: Tensor, sign: float) -> Tens
 
 
 class Norm(torch.autograd.Function):
-    """x / √(scale·Σx² + eps) over the last axis, times a weight that does not learn, if there is one."""
+    """Norm x / √(scale·Σx² + eps) over the last axis, times an optional weight that gets no gradient."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, scale: float, eps: float) -> Tensor:
@@ -110,7 +110,7 @@ class Norm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """See `wan.ops.rope.rotate`; the gradient is turned back."""
+    """Rotation as in `wan.ops.rope.rotate`; the gradient is rotated back."""
 
     @staticmethod
     def forward(x_BLHD: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:

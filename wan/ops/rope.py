@@ -1,8 +1,8 @@
 """Rotary position embedding over (frame, row, column), for any frame index.
 
-Source: Wan 2.1. The D/2 rotated pairs of a head are adjacent channels; they are divided between the
+Source: Wan 2.1. The D/2 rotated pairs of a head are adjacent channels. They are divided between the
 three axes as D/2 - 2⌊D/6⌋ for frames and ⌊D/6⌋ each for rows and columns. Angles are computed from
-the positions that are asked for, so there is no table and no longest video.
+the requested positions, so the length of a video is not limited by a table.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _axis_angles(positions: Tensor, pairs: int) -> Tensor:
 
 
 def rotary_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Rotary:
-    """Rotation of the tokens of some latent frames, in (frame, row, column) raster order.
+    """Rotation of the tokens of latent frames, in (frame, row, column) raster order.
 
     Args:
         frames: absolute index of each latent frame, [F] integers; need not be consecutive.

@@ -1,12 +1,34 @@
-"""What kernels on a GPU ask for."""
+"""Types and devices: what kernels on a GPU ask for, and which type has range enough."""
 
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
 HALF = (torch.float16, torch.bfloat16)
 """Half precision: what tensor cores and kernels are made for."""
+
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""GPUs from this one on compute in bfloat16."""
+
+
+def wide_range_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """A type with the range of float32, for parts whose activations exceed 65,504, where float16 ends.
+
+    Returns:
+        `dtype`; in the place of float16 bfloat16, which is as large, where the GPU computes in it, else float32.
+    """
+    if dtype is not torch.float16:
+        return dtype
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def holds_float16(module: nn.Module) -> bool:
+    """Whether a parameter of a module is float16."""
+    return any(parameter.dtype is torch.float16 for parameter in module.parameters())
 
 
 @cache

@@ -4,6 +4,7 @@ Temporary names are unique to the process that writes them, so two processes nev
 process of this host left behind is removed by the next writer of the same target.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +22,13 @@ from safetensors import SafetensorError
 
 from wan.utils.errors import InputError
 
+MAX_TURNS = 20
+"""Attempts to put a folder in the place of another, while others do the same."""
 MAX_STEM_BYTES = 120
 """Longest part of the target's name in a temporary name: file systems take 255 bytes."""
+MIN_FREE_BYTES = 16 * 2**20
+"""Less free disk than this cannot hold a video."""
+PROBE_BYTES = 4096
 _OWNER = re.compile(r"\.(?P<host>[^.]+)-(?P<pid>\d+)-\d+\.part$")
 _numbers = itertools.count()
 
@@ -82,6 +89,40 @@ def writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, str(error)) from error
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder if need be, and make sure that files can be written there.
+
+    Raises:
+        InputError: it cannot be made or written, or its disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file without a name: processes that start together must not trip over one another's. Limits and quotas
+        # strike when something is written, not when a file is made.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}): choose another folder or fix its permissions"
+        ) from error
+    if free < MIN_FREE_BYTES:
+        raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")
+
+
+def check_target(path: Path) -> None:
+    """Make sure that a file can be written or replaced; its folder is made if need be.
+
+    Raises:
+        InputError: its folder cannot be written, or something else than a file has its name.
+    """
+    check_writable(path.parent)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise cannot_write(path, "a folder or a device has this name")
+
+
 def cannot_write(path: Path, reason: str) -> InputError:
     """The error of a target that cannot be written."""
     return InputError(f"cannot write {path} ({reason}): free space, fix permissions or choose another folder")
@@ -98,6 +139,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device such as /dev/null must not become a file
+            raise cannot_write(path, "a folder or a device has this name")
         remove_abandoned(path)
         temporary = temporary_path(path)
         try:
@@ -135,16 +178,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _exchange(temporary: Path, path: Path, former: Path) -> None:
     """Put `temporary` in the place of `path`; what stood there goes to `former`."""
-    try:
-        path.replace(former)
-    except FileNotFoundError:
-        temporary.rename(path)
-        return
-    try:
-        temporary.rename(path)
-    except OSError:
-        former.rename(path)
-        raise
+    for turn in range(MAX_TURNS):
+        with suppress(FileNotFoundError):
+            path.replace(former)
+        try:
+            temporary.rename(path)
+            return
+        except OSError as error:
+            # Another writer of the same folder was quicker: its folder is whole, and ours takes its place in turn.
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST) and turn + 1 < MAX_TURNS
+            if not taken:
+                with suppress(OSError):
+                    former.rename(path)
+                raise
+            remove(former)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -176,10 +223,10 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         error: the class to raise.
 
     Raises:
-        InputError: missing, not a file, not JSON, or another kind of value.
+        InputError: missing, not a file, not JSON, a name that stands twice, or another kind of value.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_names)
     except OSError as failure:
         raise error(f"cannot read {path} ({failure.strerror})") from failure
     except (ValueError, RecursionError) as failure:  # ValueError includes bad JSON and bad UTF-8
@@ -187,6 +234,14 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         raise error(f"{path} is not valid JSON ({reason}): it is damaged or not complete; make it again") from failure
     if not isinstance(record, dict):
         raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values")
+    return record
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
     return record
 
 

@@ -75,9 +75,15 @@ def _acquire(path: Path, what: str, on_wait: Callable[[str], None] | None) -> in
         descriptor = _open(path)
         is_ours = _try(descriptor, path) and not _held_elsewhere(descriptor)
         if is_ours and _is_current(descriptor, path):
-            _write_holder(descriptor)
+            try:
+                _write_holder(descriptor)
+            except OSError as error:  # a full disk
+                with suppress(OSError):
+                    path.unlink()
+                os.close(descriptor)
+                raise cannot_write(path, error.strerror or str(error)) from error
             return descriptor
-        holder = describe(_read_holder(descriptor))
+        holder = describe(_named_holder(descriptor))
         stale = is_ours  # the former holder removed the file between opening and locking it: open the new one
         os.close(descriptor)
         if stale:
@@ -140,8 +146,9 @@ def _write_holder(descriptor: int) -> None:
         "command": " ".join(sys.argv)[:200],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode(errors="replace"), 0)
+    with suppress(OSError):  # of a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(errors="replace"), 0)
 
 
 def _read_holder(descriptor: int) -> dict[str, Any]:
@@ -150,6 +157,16 @@ def _read_holder(descriptor: int) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _named_holder(descriptor: int) -> dict[str, Any]:
+    """The holder, who writes its name just after it has locked the file."""
+    for _ in range(20):
+        holder = _read_holder(descriptor)
+        if holder:
+            return holder
+        time.sleep(0.01)
+    return {}
 
 
 def describe(holder: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_weights
+from wan.checkpoints.tensors import own_storage
 from wan.utils.errors import CheckpointError
 from wan.vae.stream import LatentStream
 
@@ -150,11 +151,11 @@ def load_tiny_decoder(
     # Where each stage's first memory block has its last convolution, and the convolution after the last stage.
     places = [f"decoder.{FIRST_STAGE + LAYERS_PER_STAGE * stage}.conv.4.weight" for stage in range(STAGES)]
     last = f"decoder.{FIRST_STAGE + LAYERS_PER_STAGE * STAGES - 1}.weight"
-    if not {*places, last} <= state.keys():
+    if not {*places, last} <= state.keys() or any(state[name].ndim != 4 for name in (*places, last)):
         raise CheckpointError(f"{path} holds no tiny decoder in TAEHV's format: give taew2_1.pth")
     with torch.device("meta"):
         decoder = TinyDecoder(latent_channels, tuple(len(state[name]) for name in (*places, last)))
-    load_strict(decoder, _narrowed(state, decoder), path)
+    load_strict(decoder, own_storage(_narrowed(state, decoder), path), path)
     return decoder.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -163,6 +164,6 @@ def _narrowed(state: StateDict, decoder: TinyDecoder) -> StateDict:
     narrowed = dict(state)
     for place, layer in enumerate(decoder.decoder):
         name = f"decoder.{place}.conv.weight"
-        if isinstance(layer, _Grow) and name in narrowed:
+        if isinstance(layer, _Grow) and name in narrowed and narrowed[name].ndim:
             narrowed[name] = narrowed[name][-len(layer.conv.weight) :]
     return narrowed

@@ -17,10 +17,25 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from wan.checkpoints.formats import WEIGHT_FILES, family, read_config
+from wan.checkpoints.configs import (
+    Field,
+    check_settings,
+    flag,
+    list_of,
+    one_of,
+    optional,
+    read_config,
+    real,
+    shown,
+    whole,
+)
+from wan.checkpoints.formats import WEIGHT_FILES
+from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
+from wan.checkpoints.saving import write_pickle
+from wan.checkpoints.tensors import own_storage, require_same_type
+from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_path
 from wan.vae.fast import FastDecoder
 from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
@@ -48,6 +63,32 @@ WAN21_VAE: dict[str, Any] = {
 TOY_VAE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "latent_std": [1.0] * 16}
 """Sizes of the toy world's VAE. Its statistics are those of an untrained one; training measures and replaces them."""
 
+_STAGES = 8
+"""A config.json that names more stages is no VAE's."""
+_DIFFUSERS: dict[str, Field] = {
+    "base_dim": whole(1, 4096),
+    "decoder_base_dim": optional(whole(1, 4096)),
+    "z_dim": whole(1, 1024),
+    "dim_mult": list_of(whole(1, 64), longest=_STAGES),
+    "num_res_blocks": whole(1, 64),
+    "attn_scales": list_of(real(0, 1e6), longest=_STAGES),
+    "temperal_downsample": list_of(flag(), longest=_STAGES),
+    "dropout": real(0, 1),
+    "latents_mean": list_of(real(-1e4, 1e4)),
+    "latents_std": list_of(real(1e-6, 1e4)),
+    "is_residual": flag(),
+    "in_channels": one_of(3),
+    "out_channels": one_of(3),
+    "patch_size": optional(whole(1, 64)),
+    "scale_factor_temporal": whole(1, 1 << _STAGES),
+    "scale_factor_spatial": whole(1, 1 << _STAGES),
+}
+# Without these diffusers would take the released VAE's values, which need not be this one's.
+_NEEDED = (
+    *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample"),
+    *("latents_mean", "latents_std"),
+)
+
 # A residual block's parts: diffusers' names and Wan's.
 _RESIDUAL = {
     "norm1": "residual.0",
@@ -72,6 +113,7 @@ class WanVAE:
         self.model = model.eval()
         self.fast = fast
         self.tiny: TinyDecoder | None = None
+        self.leave_float16()
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +141,16 @@ class WanVAE:
         return 2 ** len(self.model.config.temperal_downsample)
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast the module."""
+        """Move or cast the module; in the place of float16 comes what `wide_range_dtype` says."""
+        if dtype is not None:
+            dtype = wide_range_dtype(dtype, device or self.device)
         nn.Module.to(self.model, device=device, dtype=dtype)  # diffusers' own warns about any cast
         return self
+
+    def leave_float16(self) -> None:
+        """Cast the module if it is in float16, whose range the decoder's activations exceed."""
+        if holds_float16(self.model):
+            self.to(dtype=torch.float16)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every latent channel, each [C, 1, 1, 1]."""
@@ -114,12 +163,14 @@ class WanVAE:
 
     def decode_stream(self) -> LatentStream:
         """Begin to decode a video, with the weights as they are now."""
+        self.leave_float16()
         if self.tiny is not None:
             return self.tiny.stream()
         return FastDecoder(self.model).stream() if self.fast else DecodeStream(self)
 
     def encode_stream(self) -> "EncodeStream":
         """Begin to encode a video."""
+        self.leave_float16()
         return EncodeStream(self)
 
     @torch.no_grad()
@@ -257,7 +308,9 @@ def vae_from_native(state: StateDict, config: Mapping[str, Any], source: str | P
         raise CheckpointError(f"{source} holds a VAE under diffusers' names: give its folder, which has a config.json")
     if not names.keys() & state.keys():
         raise CheckpointError(f"{source} holds {family(state)}, not a Wan VAE: check the model folder")
-    load_strict(model, {names.get(name, name): value for name, value in state.items()}, source)
+    state = own_storage({names.get(name, name): value for name, value in state.items()}, source)
+    require_same_type(list(state), state, source)
+    load_strict(model, state, source)
     return WanVAE(model)
 
 
@@ -273,7 +326,7 @@ def load_vae(
     Args:
         path: a native `.pth` file, a native Wan folder, or a diffusers folder (of the VAE or of a pipeline).
         config: sizes of native weights; diffusers folders bring their own.
-        dtype, device: of the module.
+        dtype, device: of the module; in the place of float16 comes what `wide_range_dtype` says.
 
     Raises:
         CheckpointError: missing, damaged, of another family, or not fitting.
@@ -283,9 +336,9 @@ def load_vae(
     if path.is_file() or (path / NATIVE_VAE_FILE).is_file():
         file = path if path.is_file() else path / NATIVE_VAE_FILE
         vae = vae_from_native(as_state_dict(read_weights(file), file), config, file)
-    elif (folder / "config.json").is_file() and read_config(folder / "config.json").get(
-        "_class_name"
-    ) == "AutoencoderKLWan":
+    elif (folder / "config.json").exists() and (
+        folder != path or read_config(folder / "config.json").get("_class_name") == "AutoencoderKLWan"
+    ):
         vae = WanVAE(_load_diffusers(folder))
     else:
         raise CheckpointError(f"no VAE in {path}: expected {NATIVE_VAE_FILE}, or vae/ in diffusers' layout")
@@ -293,25 +346,63 @@ def load_vae(
 
 
 def _load_diffusers(folder: Path) -> AutoencoderKLWan:
-    config = read_config(folder / "config.json")
-    if config.get("is_residual") or config.get("patch_size") is not None:
-        raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
+    config = vae_config(folder)
     with torch.device("meta"):
         model = AutoencoderKLWan.from_config(config)
     state, file = read_folder(folder, WEIGHT_FILES)
+    state = own_storage(state, file)
+    require_same_type(list(state), state, file)
     load_strict(model, state, file)
     return model
 
 
+def vae_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a VAE in diffusers' layout, as diffusers takes it.
+
+    Raises:
+        CheckpointError: it is of another class or of Wan 2.2, or a setting is missing, unknown, out of range or
+            contradicts another.
+    """
+    path = folder / "config.json"
+    config = read_config(path)
+    if config.get("_class_name") != "AutoencoderKLWan":
+        raise CheckpointError(f"{path} describes a {shown(config.get('_class_name'))}, not a Wan VAE")
+    if config.get("is_residual") or config.get("patch_size") is not None:
+        raise CheckpointError(f"{folder} holds a Wan 2.2 VAE: give the folder of Wan 2.1")
+    found = check_settings(config, _DIFFUSERS, path, needed=_NEEDED)
+    stages, downsample = len(found["dim_mult"]), found["temperal_downsample"]
+    sizes: tuple[tuple[str, Any, int], ...] = (
+        ("latents_mean", len(found["latents_mean"]), found["z_dim"]),
+        ("latents_std", len(found["latents_std"]), found["z_dim"]),
+        ("temperal_downsample", len(downsample), stages - 1),
+    )
+    for name, length, wanted in sizes:
+        if length != wanted:
+            raise CheckpointError(f"{path}: {name} has {length} entries, its other sizes say {wanted}")
+    for name, factor in (("temporal", 2 ** sum(downsample)), ("spatial", 2 ** len(downsample))):
+        if found.get(f"scale_factor_{name}", factor) != factor:
+            raise CheckpointError(
+                f"{path}: scale_factor_{name} is {found[f'scale_factor_{name}']}, temperal_downsample says {factor}"
+            )
+    return {"_class_name": "AutoencoderKLWan"} | found
+
+
 def spatial_stride(folder: Path) -> int:
-    """Pixels per latent along each side of the VAE in a native or diffusers folder, without reading its weights."""
-    config = folder / "vae" / "config.json"
-    stages = read_config(config)["temperal_downsample"] if config.is_file() else WAN21_VAE["temperal_downsample"]
-    return 2 ** len(stages)
+    """Pixels per latent along each side of the VAE in a native or diffusers folder, without reading its weights.
+
+    Raises:
+        CheckpointError: its config.json cannot be read, or says something that is no VAE's.
+    """
+    inner = folder / "vae"
+    stages = vae_config(inner) if (inner / "config.json").exists() else WAN21_VAE
+    return 2 ** len(stages["temperal_downsample"])
 
 
 def save_native_vae(vae: WanVAE, path: Path) -> None:
-    """Write the weights under Wan's names as a `.pth`; atomic."""
+    """Write the weights under Wan's names as a `.pth`; atomic.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     state = vae.model.state_dict()
-    with atomic_path(path) as temporary:
-        torch.save({native: state[name] for native, name in _native_names(vae.model).items()}, temporary)
+    write_pickle(path, {native: state[name] for native, name in _native_names(vae.model).items()})

@@ -1,1 +1,1 @@
-"""Replaying golden vectors: is what we compute what the reference computed?"""
+"""Replays of golden vectors: comparison of our results with those of the reference."""

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arl2.checkpoint import found_settings
 from arl2.evaluation.golden.vectors import Golden, Output, Precision
 from arl2.hybrid_attention import StateView
 from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
+from arl2.statement import found_settings
 from wan.checkpoints.loading import load_strict
 from wan.memory import Memory, MemorySpec
 from wan.teacher_forcing import teacher_forced_flow
@@ -34,7 +34,7 @@ MODEL_KEYS = (
 
 
 def new_model(config: dict[str, Any], state: dict[str, Tensor]) -> HybridWanModel:
-    """A model of the sizes in a golden configuration; which layers are hybrid and have adapters, the weights say."""
+    """New model of a golden configuration; the names of the weights decide which layers are hybrid or have adapters."""
     found = found_settings(state)
     return HybridWanModel(
         **{key: config[key] for key in MODEL_KEYS if key in config},
@@ -46,7 +46,7 @@ def new_model(config: dict[str, Any], state: dict[str, Tensor]) -> HybridWanMode
 
 
 def build_model(config: dict[str, Any], state: dict[str, Tensor], source: str, precision: Precision) -> HybridWanModel:
-    """The small model of a golden file with its weights."""
+    """Build the small model of a golden file with its weights."""
     model = new_model(config, state)
     load_strict(model, state, source)
     keep_gates_in_float32(model.to(precision.device), precision.dtype)
@@ -55,7 +55,7 @@ def build_model(config: dict[str, Any], state: dict[str, Tensor], source: str, p
 
 
 def new_memory(model: HybridWanModel, config: dict[str, Any], precision: Precision) -> Memory:
-    """An empty memory with the window and sink of a golden configuration, if it has them."""
+    """Empty memory with the window and sink of a golden configuration."""
     window = config.get("local_attn_size", -1)
     spec = MemorySpec(
         batch_size=config["batch"],
@@ -70,13 +70,13 @@ def new_memory(model: HybridWanModel, config: dict[str, Any], precision: Precisi
 
 
 def states(memory: Memory, layers: list[int]) -> dict[int, Tensor]:
-    """The recurrent states of the hybrid layers; copies, since later commits write in place."""
+    """Copies of the recurrent states of the hybrid layers; later commits write in place."""
     views = memory.read(tokens=0)
     return {layer: views[layer].state_BHKV.clone() for layer in layers if isinstance(views[layer], StateView)}
 
 
 def replay_passes(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G1, G5: noisy passes that only read, clean passes that also write; states after every commit."""
+    """Replay G1 and G5: noisy passes that only read, clean passes that also write, and states after every commit."""
     config = golden.info["config"]
     yield from _replay_passes(golden, config, precision, golden.info.get("output_prefix", ""), "passes")
 
@@ -105,7 +105,7 @@ def _replay_passes(
 
 
 def replay_parallel_forwards(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G3: teacher forcing and diffusion forcing over all blocks at once."""
+    """Replay G3: teacher forcing and diffusion forcing over all blocks at once."""
     config = golden.info["config"]
     model = build_model(config, golden.state(golden.info["state"]), golden.path.name, precision)
     text = golden.get("in.context", precision)
@@ -126,7 +126,7 @@ def replay_parallel_forwards(golden: Golden, precision: Precision) -> Iterator[O
 
 
 def replay_few_step_loops(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G6: the whole loop with all noise given, from nothing or behind given frames."""
+    """Replay G6: the whole loop with all noise given, with or without a prefix of given frames."""
     for name, case in golden.info["cases"].items():
         yield from _replay_few_step_loop(golden, name, case, precision)
 

@@ -1,4 +1,4 @@
-"""Manifests: do our models of real size have exactly the parameter names and shapes of the releases?"""
+"""Manifests: comparison of our full-size models with the parameter names and shapes of the releases."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ Names = dict[str, tuple[int, ...]]
 
 
 def our_names(config: dict[str, Any], listed: Names) -> Names:
-    """Names and shapes of the model that a manifest describes; nothing is allocated.
+    """Names and shapes of the parameters of our model for a manifest; nothing is allocated.
 
     Args:
-        config: the manifest's configuration.
-        listed: its names and shapes, which say where a transformer is hybrid and has adapters.
+        config: configuration of the manifest.
+        listed: names and shapes of the manifest, which decide where a transformer is hybrid and has adapters.
     """
     if "vocab_size" in config:
         return native_umt5_names(config)
@@ -30,7 +30,7 @@ def our_names(config: dict[str, Any], listed: Names) -> Names:
 
 
 def check_manifest(golden: Golden) -> CaseResult:
-    """Compare names and shapes both ways."""
+    """Compare names and shapes in both directions."""
     listed = {name: tuple(shape) for name, shape in golden.info["parameters"].items()}
     ours = our_names(golden.info["config"], listed)
     result = CaseResult(golden.path.stem, "names", compared=len(listed))

@@ -1,4 +1,4 @@
-"""Replays of the parts: the hybrid layer alone, the noise schedule, the text encoder, the VAE."""
+"""Replays of parts: the hybrid layer alone, the noise schedule, the text encoder, the VAE."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +19,13 @@ from wan.vae.wan_vae import vae_from_native
 
 
 def replay_hybrid_attention(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G4: the layer alone, with and without adapters: parallel, block by block, and teacher forcing."""
+    """Replay G4: the layer alone, with and without adapters, in parallel, block by block, and with teacher forcing."""
     for name, case in golden.info["cases"].items():
         yield from _replay_hybrid_case(golden, name, case, precision)
 
 
 def build_hybrid_attention(golden: Golden, lora: dict[str, Any] | None, precision: Precision) -> HybridAttention:
-    """The layer of a G4 file with its weights."""
+    """Build the layer of a G4 file with its weights."""
     config = golden.info["config"]
     rank, alpha = (lora["rank"], lora["alpha"]) if lora else (None, 1.0)
     layer = HybridAttention(config["dim"], config["num_heads"], config["qk_norm"], config["eps"], rank, alpha)
@@ -95,7 +95,7 @@ def _replay_block_by_block(
 
 
 def replay_schedule(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G7: noise tables, lookups and conversions. Always in float32."""
+    """Replay G7: noise tables, lookups and conversions; always in float32."""
     timesteps = golden.tensors["in.timestep"]
     x0, noise, flow = (golden.tensors[f"in.{name}"] for name in ("x0", "noise", "flow"))
     for name, case in golden.info["cases"].items():
@@ -122,7 +122,7 @@ def replay_schedule(golden: Golden, precision: Precision) -> Iterator[Output]:
 
 
 def replay_text_encoder(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G8: the encoder on given token ids."""
+    """Replay G8: the text encoder on given token ids."""
     config = golden.info["config"]
     model = umt5_from_native(golden.state(golden.info["state"]), config).to(precision.device, precision.dtype).eval()
     ids, mask = golden.get("in.ids", precision), golden.get("in.mask", precision)
@@ -131,7 +131,7 @@ def replay_text_encoder(golden: Golden, precision: Precision) -> Iterator[Output
 
 
 def replay_vae(golden: Golden, precision: Precision) -> Iterator[Output]:
-    """G9: encode, whole decode and streamed decode. The file's layout is channels first."""
+    """Replay G9: encoding, whole decoding and streamed decoding of the VAE; the file has channels first."""
     info = golden.info
     config = info["config"] | {
         "latent_mean": golden.tensors["latent_mean"].tolist(),

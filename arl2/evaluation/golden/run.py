@@ -1,4 +1,4 @@
-"""Replaying whole golden files and folders."""
+"""Replays of whole golden files and folders."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ REPLAYS: dict[str, Replay] = {
 
 
 def known_fault(name: str) -> bool:
-    """Tensors that record a fault of the published code: its teacher forcing leaves the noisy half unrotated."""
+    """Returns whether a tensor records a published fault: teacher forcing that leaves the noisy half unrotated."""
     return name.endswith("teacher_forcing_published")
 
 
@@ -44,7 +44,7 @@ def verify_file(path: Path, precision: Precision) -> list[CaseResult]:
         with torch.no_grad():
             return compare(golden, REPLAYS[kind](golden, precision), precision, known_fault)
     except (InputError, OSError, KeyError, ValueError, RuntimeError) as error:
-        # One file that cannot be replayed must not keep the others from it.
+        # A file that cannot be replayed must not stop the others.
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return [CaseResult(golden.path.stem, "replay", failure=reason)]
 
@@ -53,7 +53,7 @@ def verify_folder(folder: Path, precision: Precision) -> Iterator[CaseResult]:
     """Replay every golden file of a folder, in the order of their names.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder has no golden file.
     """
     files = sorted(folder.glob("*.json"))
     if not files:

@@ -1,4 +1,4 @@
-"""Golden files, the outputs that a replay yields, and the comparison of the two."""
+"""Golden files, outputs of replays, and their comparison."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +17,11 @@ from wan.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and how a replay computes.
+    """Device, dtype and attention backend of a replay.
 
     Attributes:
-        device, dtype: of weights and inputs. In float32 and float64 the tolerances of the files apply.
-        backend: who computes softmax attention.
+        device, dtype: those of weights and inputs. In float32 and float64 the tolerances of the files apply.
+        backend: backend of softmax attention.
     """
 
     device: torch.device
@@ -38,22 +38,25 @@ class Tolerance:
 
 
 BF16_TOLERANCE = Tolerance(max_abs=float("inf"), rms_rel=0.02)
-"""bfloat16 keeps 8 bits, a relative rounding of 2⁻⁹ = 0.002 an operation; over the few layers of the golden models
-rounding adds up to 0.004 to 0.014 (H100, every backend). A wrong formula is off by far more."""
+"""Tolerance in bfloat16, which keeps 8 bits: a relative rounding of 2⁻⁹ = 0.002 per operation.
+
+Over the few layers of the golden models rounding adds up to 0.004 to 0.014 (H100, every backend). A wrong formula is
+off by far more.
+"""
 BF16_VAE_TOLERANCE = Tolerance(max_abs=float("inf"), rms_rel=0.05)
-"""Thirty convolutions in a row, eight channels wide: 0.021 encoding and 0.029 decoding on an H100."""
+"""Tolerance of the VAE in bfloat16: its thirty convolutions give 0.021 encoding and 0.029 decoding (H100)."""
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden file: the JSON, and the tensors it describes."""
+    """Golden file: the JSON and the tensors that it describes."""
 
     path: Path
     info: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> "Golden":
-        """Read the JSON; tensors are read when they are needed.
+        """Read the JSON of a golden file; tensors are read when they are needed.
 
         Raises:
             InputError: the file is not a golden file.
@@ -68,32 +71,32 @@ class Golden:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the file."""
+        """Tensors of the file by name."""
         return load_file(self.path.with_name(self.info["file"]))
 
     def state(self, source: dict[str, str]) -> dict[str, Tensor]:
-        """Weights under their native names, from the file and prefix that `source` names."""
+        """Read weights under their native names, from the file and prefix given by `source`."""
         tensors = load_file(self.path.with_name(source["file"]))
         prefix = source["prefix"]
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     def get(self, name: str, precision: Precision) -> Tensor:
-        """An input; floating tensors in the replay's precision."""
+        """Get an input; floating tensors are cast to the replay's precision."""
         value = self.tensors[name].to(precision.device)
         return value.to(precision.dtype) if value.is_floating_point() else value
 
 
 @dataclass(frozen=True)
 class Output:
-    """One computed tensor.
+    """Computed tensor, to be compared with a reference.
 
     Attributes:
-        name: of the reference tensor in the file.
-        value: what we computed.
-        group: whose tolerance applies.
-        case: the line of the report that it belongs to.
-        exact: integers that must be equal.
-        fixed_precision: computed in float32 whatever the precision of the replay.
+        name: name of the reference tensor in the file.
+        value: computed value.
+        group: tensor group whose tolerance applies.
+        case: line of the report that it belongs to.
+        exact: whether integers must be equal.
+        fixed_precision: whether it is computed in float32 in every replay.
     """
 
     name: str
@@ -109,15 +112,15 @@ Replay = Callable[[Golden, Precision], Iterator[Output]]
 
 @dataclass
 class CaseResult:
-    """The verdict on one case.
+    """Result of one case.
 
     Attributes:
-        compared: tensors compared.
+        compared: number of tensors compared.
         rms_rel, max_abs: largest errors among them.
         used: largest error as a fraction of its tolerance; the case passes up to 1.
-        worst: the tensor with that error.
-        tolerance: of that tensor.
-        failure: why nothing could be compared, or was not.
+        worst: name of the tensor with that error.
+        tolerance: tolerance of that tensor.
+        failure: reason why a comparison was not possible.
     """
 
     file: str
@@ -132,14 +135,14 @@ class CaseResult:
 
     @property
     def passed(self) -> bool:
-        """Whether every tensor was compared and lies within its tolerance."""
+        """True if every tensor was compared and lies within its tolerance."""
         return self.failure is None and self.used <= 1
 
     def add(self, name: str, error: tuple[float, float], tolerance: Tolerance) -> None:
-        """Count one comparison in."""
+        """Add one comparison."""
         max_abs, rms_rel = error
         used = max(max_abs / tolerance.max_abs, rms_rel / tolerance.rms_rel)
-        # A NaN compares false with everything: it must fail.
+        # NaN compares false with everything, and must fail.
         if used > self.used or used != used or not self.worst:
             self.used, self.worst, self.tolerance = (used if used == used else float("inf")), name, tolerance
         self.compared += 1
@@ -155,7 +158,7 @@ def difference(value: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def tolerance_of(golden: Golden, output: Output, precision: Precision) -> Tolerance:
-    """The tolerance of an output: the file's in float32 and above, ours below."""
+    """Tolerance of an output: from the file in float32 and float64, else one of ours."""
     if output.exact:
         return Tolerance(max_abs=0.5)
     if precision.dtype not in (torch.float32, torch.float64) and not output.fixed_precision:
@@ -172,10 +175,10 @@ def tolerance_of(golden: Golden, output: Output, precision: Precision) -> Tolera
 def compare(
     golden: Golden, outputs: Iterable[Output], precision: Precision, skipped: Callable[[str], bool]
 ) -> list[CaseResult]:
-    """Compare what a replay yields with the file, and make sure that no reference tensor was left out.
+    """Compare the outputs of a replay with the file, and check that no reference tensor is left out.
 
     Args:
-        skipped: names of reference tensors that are not ours to reproduce.
+        skipped: returns whether a reference tensor, by name, need not be reproduced.
     """
     results: dict[str, CaseResult] = {}
     seen = set()

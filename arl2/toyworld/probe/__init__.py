@@ -1,1 +1,1 @@
-"""The memory probe and the benchmark made of it."""
+"""Memory probe, leakage probe and memory benchmark."""

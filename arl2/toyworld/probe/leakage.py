@@ -1,6 +1,7 @@
-"""How much of a hidden object the latents still show: the VAE is causal, and its features carry the past a while.
+"""Leakage probe: accuracy of a classifier that reads a hidden object from latents.
 
-A model that sees only some earlier blocks can be judged on memory only where these blocks are at chance.
+The VAE is causal, and its features carry the past for a while. The memory of a model that sees only some earlier blocks
+can be measured only where the classifier is at chance on these blocks.
 """
 
 import torch
@@ -15,7 +16,7 @@ STRIDE = 4
 
 
 def hidden_blocks(scenes: Scenes) -> Tensor:
-    """Which blocks of latents show no pixel of the first object, [B, N], bool."""
+    """Mask of the latent blocks that show no pixel of the first object, [B, N], bool."""
     visible = visible_fraction(scenes)[:, 0] > 0
     latents = torch.cat([visible[:, :1], visible[:, 1:].unflatten(1, (-1, STRIDE)).any(-1)], dim=1)
     return ~latents.unflatten(1, (-1, FRAMES_PER_BLOCK)).any(-1)
@@ -24,15 +25,15 @@ def hidden_blocks(scenes: Scenes) -> Tensor:
 def leakage_by_block(
     latents_BFCHW: Tensor, scenes: Scenes, steps: int = 400, seed: int = 0
 ) -> list[dict[str, float | int]]:
-    """How well a small classifier reads the first object's colour and shape from each of its hidden blocks.
+    """Accuracy of a small classifier for the first object's colour and shape on each of its hidden blocks.
 
     Args:
-        latents_BFCHW: of whole videos of the scenes.
-        scenes: half of them train the classifier, the other half judge it.
-        steps: of training.
+        latents_BFCHW: latents of whole videos of the scenes.
+        scenes: the first half trains the classifier, the second half tests it.
+        steps: training steps.
 
     Returns:
-        for every block that is hidden in some videos: its index, the videos judged, and the shares read right.
+        for each block that is hidden in some videos: index, number of test videos, and accuracies.
     """
     hidden = hidden_blocks(scenes)
     blocks = latents_BFCHW.unflatten(1, (-1, FRAMES_PER_BLOCK)).flatten(2).float()
@@ -56,7 +57,7 @@ def leakage_by_block(
 
 
 def _classify(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int, steps: int, seed: int) -> float:
-    """Share of the test rows that a small network, trained on the others, gets right."""
+    """Train a small network; returns its accuracy on the test rows."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
         torch.manual_seed(seed)
         mean, std = x.mean(0), x.std(0) + 1e-6

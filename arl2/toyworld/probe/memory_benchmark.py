@@ -1,10 +1,10 @@
-"""What the study of distillation measures of a model: how far its videos are from the teacher's, and what it remembers.
+"""Memory benchmark of the distillation study: deviation from the teacher's videos, and accuracy of the memory probe.
 
-Every model makes the same videos from the same noise:
+Every model generates the same videos from the same noise:
 
-- `continued`: from two given real blocks on, with a caption that names nothing; the memory probe;
+- `continued`: continues two given real blocks, with a caption that names nothing; the memory probe;
 - `generated`: from such a caption alone;
-- `obeyed`: from a caption that names colour and shape;
+- `obeyed`: from a caption that names colour and shape; measures prompt adherence;
 - `long`: as `continued`, four times as long.
 """
 
@@ -20,34 +20,30 @@ from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridWanModel
 from arl2.toyworld.probe.memory_probe import (
     BATCH,
+    CONTINUED,
+    FORMS,
     ProbeSet,
     ceilings,
-    judge_continued,
-    judge_every_pass,
-    judge_generated,
-    judge_obeyed,
+    judge_form,
     make_probe_set,
-    make_videos,
+    videos_of_form,
 )
-from arl2.toyworld.world.reader import read_generated, read_video
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
-from wan.memory import MemorySpec
 from wan.text import TextEncoder
 from wan.vae.wan_vae import WanVAE
 
-FORMS = ("continued", "generated", "obeyed", "long")
 LONG_TIMES = 4
 
 
 @dataclass(frozen=True)
 class MemoryBenchmarkSettings:
-    """How large an exam is.
+    """Size of a memory benchmark.
 
     Attributes:
-        videos: of every form but the long one.
-        long_videos: of that; 0 for none.
-        batch: videos at a time; changes nothing but speed.
-        seed: of scenes and noise.
+        videos: number of videos of each form except the long one.
+        long_videos: number of long videos; 0 for none.
+        batch: videos per batch; affects only speed.
+        seed: seed of scenes and noise.
     """
 
     videos: int = 256
@@ -57,12 +53,12 @@ class MemoryBenchmarkSettings:
 
 
 class MemoryBenchmark:
-    """Scenes, and what the teacher makes of them.
+    """Scenes of a benchmark, with the teacher's videos of them.
 
     Args:
-        vae, encoder: of the toy world.
-        teacher: the softmax model with full memory that others are compared with.
-        settings: see there.
+        vae, encoder: VAE and text encoder of the toy world.
+        teacher: softmax model with full memory, to compare with.
+        settings: see `MemoryBenchmarkSettings`.
     """
 
     def __init__(
@@ -73,7 +69,7 @@ class MemoryBenchmark:
 
     @cached_property
     def probe(self) -> ProbeSet:
-        """The scenes of all forms but the long one."""
+        """Scenes of all forms except the long one."""
         settings = self.settings
         return make_probe_set(self._vae, self._encoder, settings.videos, settings.seed, STANDARD_HIDDEN_FRAMES)
 
@@ -84,47 +80,39 @@ class MemoryBenchmark:
         return replace(probe, times=LONG_TIMES)
 
     def ceilings(self) -> dict[str, dict[str, object]]:
-        """The probe on the videos themselves, and through the VAE."""
+        """Accuracies of the probe on real videos, and on real videos through the VAE."""
         return ceilings(self._vae, self.probe)
 
     @torch.no_grad()
     def take(self, setup: EvalSetup, noise_seed: int = 0) -> dict[str, Any]:
-        """All figures of a model.
+        """Run the benchmark on a model; returns verdicts and deviations by form.
 
         Args:
-            setup: the model, whose softmax layers may have a window.
-            noise_seed: other noise than the teacher's shows how far videos are apart that are merely of one kind.
+            setup: model to measure; its softmax layers may have a window.
+            noise_seed: seed of the noise. With another than the teacher's 0, deviations are those between independent
+                videos of the same scenes.
         """
         result: dict[str, Any] = {}
         for form in FORMS if self.settings.long_videos else FORMS[:-1]:
             latents, pixels = self._videos(setup, form, noise_seed)
-            result[form] = self._judged(form, pixels)
+            result[form] = judge_form(form, pixels, self._probe_of(form).scenes)
             if form != "obeyed":
                 if form not in self._teachers:
                     self._teachers[form] = self._videos(self._teacher, form, 0)
-                continued = form in ("continued", "long")
-                given = self.probe.given_frames if continued else 0
+                given = self.probe.given_frames if form in CONTINUED else 0
                 result[form]["deviation"] = _deviation((latents, pixels), self._teachers[form], given)
         return result
 
     def _videos(self, setup: EvalSetup, form: str, noise_seed: int) -> tuple[Tensor, Tensor]:
-        probe = replace(self._long if form == "long" else self.probe, noise_seed=noise_seed)
-        text = probe.telling_text_BTD if form == "obeyed" else probe.text_BTD
-        continued = form in ("continued", "long")
-        return make_videos(setup, self._vae, probe, text, continued, self.settings.batch)
+        probe = replace(self._probe_of(form), noise_seed=noise_seed)
+        return videos_of_form(setup, self._vae, probe, form, self.settings.batch)
 
-    def _judged(self, form: str, pixels: Tensor) -> dict[str, Any]:
-        scenes = (self._long if form == "long" else self.probe).scenes
-        if form == "continued":
-            return judge_continued(read_video(pixels, scenes), scenes)
-        if form == "long":
-            return judge_every_pass(read_video(pixels, scenes), scenes)
-        reading = read_generated(pixels, scenes.exists[:, 1])
-        return judge_generated(reading, scenes) if form == "generated" else dict(judge_obeyed(reading, scenes))
+    def _probe_of(self, form: str) -> ProbeSet:
+        return self._long if form == "long" else self.probe
 
 
 def _deviation(videos: tuple[Tensor, Tensor], teachers: tuple[Tensor, Tensor], given_frames: int) -> dict[str, Any]:
-    """Differences in the blocks that were made; frames and flicker of whole videos."""
+    """Deviation over the generated blocks, and flicker of whole videos."""
     first = given_frames // FRAMES_PER_BLOCK
     latents = latent_deviation(videos[0].float(), teachers[0].float(), FRAMES_PER_BLOCK)
     pixels = pixel_deviation(videos[1], teachers[1], FRAMES_PER_BLOCK)
@@ -139,29 +127,17 @@ def _deviation(videos: tuple[Tensor, Tensor], teachers: tuple[Tensor, Tensor], g
     }
 
 
-def memory_bytes(model: HybridWanModel, latents_BFCHW: Tensor, setup: EvalSetup, times: int = 1) -> int:
-    """Bytes that a model remembers of one video: keys and values in half precision, states in float32."""
-    _, frames, _, height, width = latents_BFCHW.shape
-    spec = MemorySpec(
-        batch_size=1,
-        tokens_per_frame=model.tokens_per_frame(height, width),
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        frames=frames * times,
-        window_frames=setup.window_frames,
-        sink_frames=setup.sink_frames,
-    )
-    return model.new_memory(spec).num_bytes
-
-
 def equal_memory_window(model: HybridWanModel, hybrid_layers: int, frames: int, tokens_per_frame: int) -> int:
-    """The smallest window in whole blocks that remembers no less, in all layers, than a hybrid of full softmax layers.
+    """Smallest window, in whole blocks, with at least the memory of a hybrid whose softmax layers have full memory.
 
     Args:
-        model: for its sizes.
-        hybrid_layers: of the hybrid; each has a state in float32.
-        frames: latent frames of the video whose keys and values the others keep, in half precision.
-        tokens_per_frame: of a latent frame.
+        model: model whose sizes are used; the window applies to all of its layers.
+        hybrid_layers: number of hybrid layers, each with a state in float32.
+        frames: latent frames of the video, whose keys and values the other layers keep in half precision.
+        tokens_per_frame: tokens per latent frame.
+
+    Returns:
+        latent frames of the window.
     """
     layers, config = len(model.blocks), model.config
     frame = 2 * 2 * tokens_per_frame * config.dim

@@ -1,13 +1,14 @@
-"""The memory probe: does a model still know, once an object comes out again, what it was?
+"""Memory probe: accuracy of colour and shape of objects after they were hidden.
 
-Videos go on from given real frames, or are generated from captions that name nothing; then what comes out from behind
-the wall is read from the pixels and compared with what went in.
+Videos continue given real frames, or are generated from captions that name nothing. Objects that come out from behind
+the wall are read from the pixels and compared with those that went in.
 """
 
 import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +26,24 @@ from wan.vae.wan_vae import WanVAE
 
 PROBE_MIX = {"occlusion": 0.5, "binding": 0.5}
 FIRST_SEED = -10_000_000
-"""Seeds of the probe rise from here; training uses seeds from 0."""
+"""First seed of the probe; training uses seeds from 0."""
 MEASURES = ("colour", "shape", "both")
+FORMS = ("continued", "generated", "obeyed", "long")
+"""Kinds of videos that a model is judged on; see `arl2.toyworld.probe.memory_benchmark`."""
+CONTINUED = ("continued", "long")
+"""Forms that go on from given blocks."""
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Scenes to be judged on, with real latents.
+    """Scenes of a probe, with real latents.
 
     Attributes:
         text_BTD: embeddings of captions that name nothing.
-        telling_text_BTD: of captions that name colour and shape of every object.
-        context_blocks: blocks that a continued video is given.
-        times: length of the videos to make, in lengths of the real ones.
-        noise_seed: of the models' noise.
+        telling_text_BTD: embeddings of captions that name colour and shape of every object.
+        context_blocks: given blocks of a continued video.
+        times: length of the generated videos, as a multiple of the real ones.
+        noise_seed: seed of the models' noise.
     """
 
     scenes: Scenes
@@ -51,26 +56,26 @@ class ProbeSet:
 
     @property
     def frames(self) -> int:
-        """Latent frames of the videos to make."""
+        """Latent frames of the generated videos, given ones included."""
         return self.latents_BFCHW.shape[1] * self.times
 
     @property
     def given_frames(self) -> int:
-        """Latent frames that a continued video is given."""
+        """Given latent frames of a continued video."""
         return self.context_blocks * FRAMES_PER_BLOCK
 
     def noise(self, continued: bool, block: int, step: int) -> Tensor:
-        """Noise of all videos, whatever part of them is made at a time, [B, F, C, h, w]."""
+        """Noise of all videos before a step of a block, [B, F, C, h, w]; it does not depend on the batch size."""
         seed = zlib.crc32(f"{int(self.scenes.seed[0])}/{self.noise_seed}/{continued}/{block}/{step}".encode())
         shape = (len(self.scenes), FRAMES_PER_BLOCK, *self.latents_BFCHW.shape[2:])
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.latents_BFCHW.device)
 
 
 def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hidden_frames: int) -> ProbeSet:
-    """Scenes that hide one or two objects behind a wall.
+    """Sample scenes that hide one or two objects behind a wall.
 
     Raises:
-        InputError: a caption names an answer: the probe would be void.
+        InputError: a caption names an answer, which would make the probe void.
     """
     first = FIRST_SEED + seed * videos
     scenes = sample_scenes(
@@ -89,7 +94,7 @@ def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hi
 
 
 BATCH = 32
-"""Videos at a time; large ones fill a GPU better, and change nothing else."""
+"""Default videos per batch; a larger batch uses a GPU better and changes nothing else."""
 
 
 def _batches(videos: int, size: int = BATCH) -> Iterator[slice]:
@@ -101,7 +106,7 @@ def _batches(videos: int, size: int = BATCH) -> Iterator[slice]:
 def generate_latents(
     setup: EvalSetup, probe: ProbeSet, rows: slice, text_BTD: Tensor, continued: bool = False
 ) -> Tensor:
-    """Latents of whole videos, [B, F, C, h, w]: continued from the given blocks, or made from the caption alone."""
+    """Generate latents of whole videos, [B, F, C, h, w], after the given blocks or from the caption alone."""
     model, real = setup.transformer, probe.latents_BFCHW[rows]
     given = probe.given_frames if continued else 0
     like = real[:, :1].expand(-1, probe.frames, -1, -1, -1)
@@ -122,7 +127,7 @@ def generate_latents(
 def make_videos(
     setup: EvalSetup, vae: WanVAE, probe: ProbeSet, text_BTD: Tensor, continued: bool = False, batch: int = BATCH
 ) -> tuple[Tensor, Tensor]:
-    """Latents of all videos of a probe as in `generate_latents`, and their pixels [B, T, 3, H, W]."""
+    """Generate all videos of a probe as `generate_latents` does; returns latents and pixels [B, T, 3, H, W]."""
     parts = []
     for rows in _batches(len(probe.scenes), batch):
         latents = generate_latents(setup, probe, rows, text_BTD, continued)
@@ -131,8 +136,16 @@ def make_videos(
     return latents, pixels
 
 
+def videos_of_form(
+    setup: EvalSetup, vae: WanVAE, probe: ProbeSet, form: str, batch: int = BATCH
+) -> tuple[Tensor, Tensor]:
+    """Generate the videos of one of `FORMS`; see `make_videos`."""
+    text = probe.telling_text_BTD if form == "obeyed" else probe.text_BTD
+    return make_videos(setup, vae, probe, text, form in CONTINUED, batch)
+
+
 def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 % by default; of nothing, from 0 to 1."""
+    """Wilson interval of a fraction, 95 % by default; (0, 1) for an empty sample."""
     if not total:
         return 0.0, 1.0
     share, z2 = right / total, z * z
@@ -142,7 +155,7 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int | list[float]]:
-    """Accuracy among what counts, with its interval and chance."""
+    """Accuracy among the entries that count, with its interval and chance level."""
     hits, total = int((right & counts).sum()), int(counts.sum())
     return {
         "accuracy": hits / total if total else math.nan,
@@ -153,12 +166,12 @@ def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int
 
 
 def table(verdict: dict[str, Tensor], counts: Tensor) -> dict[str, dict[str, float | int | list[float]]]:
-    """Every measure among what counts."""
+    """Accuracies of all measures among the entries that count."""
     return {name: share(verdict[name], counts, CHANCE[name]) for name in MEASURES}
 
 
 def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
-    """What is right after the first re-emergence: in all, by how long it was hidden, and by the number of objects."""
+    """Accuracies after the first re-emergence: overall, by hidden duration, and by number of objects."""
     verdict = judge(reading, scenes)
     if verdict["count"].shape[-1] < 2:
         raise InputError("no object comes out again within these videos: make them longer")
@@ -178,7 +191,7 @@ def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
 
 
 def judge_every_pass(reading: Reading, scenes: Scenes) -> dict[str, object]:
-    """What is right after every re-emergence of long videos: pass by pass, and after the last of every object."""
+    """Accuracies after every re-emergence in long videos: pass by pass, and after each object's last one."""
     verdict = {name: values.cpu() for name, values in judge(reading, scenes).items()}
     counts = verdict["count"][..., 1:]
     if not counts.any():
@@ -194,36 +207,48 @@ def judge_every_pass(reading: Reading, scenes: Scenes) -> dict[str, object]:
 
 
 def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
-    """Whether the object that comes out is the one that went in, in videos of which only the caption is given."""
+    """Fraction of objects that come out as they went in, in videos generated from the caption alone."""
     same = {name: values.cpu() for name, values in reading.same_object().items()}
     return {"same_object": table(same, scenes.exists.cpu())}
 
 
 def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float | int | list[float]]]:
-    """Whether every object, when first seen, is the one that the caption names; of two, at the place it names."""
+    """Prompt adherence: fraction of objects that, when first seen, have the colour and shape that the caption names.
+
+    Of two objects each must be in the half that the caption names.
+    """
     colour, shape = reading.colour[..., 0] == scenes.colour, reading.shape[..., 0] == scenes.shape
     return table({"colour": colour.cpu(), "shape": shape.cpu(), "both": (colour & shape).cpu()}, scenes.exists.cpu())
 
 
+def judge_form(form: str, pixels: Tensor, scenes: Scenes) -> dict[str, Any]:
+    """Accuracies on the videos of one of `FORMS`.
+
+    Args:
+        pixels: [B, T, 3, H, W] in [-1, 1].
+        scenes: scenes that the videos should show.
+    """
+    if form == "continued":
+        return judge_continued(read_video(pixels, scenes), scenes)
+    if form == "long":
+        return judge_every_pass(read_video(pixels, scenes), scenes)
+    reading = read_generated(pixels, scenes.exists[:, 1])
+    return judge_generated(reading, scenes) if form == "generated" else dict(judge_obeyed(reading, scenes))
+
+
 @torch.no_grad()
-def probe_model(setup: EvalSetup, vae: WanVAE, probe: ProbeSet) -> dict[str, object]:
-    """All three forms for one model: continued, generated without being told, generated as told."""
-    scenes, two = probe.scenes, probe.scenes.exists[:, 1]
-
-    def shown(text_BTD: Tensor, continued: bool = False) -> Tensor:
-        return make_videos(setup, vae, probe, text_BTD, continued)[1]
-
-    continued = judge_continued(read_video(shown(probe.text_BTD, continued=True), scenes), scenes)
-    generated = judge_generated(read_generated(shown(probe.text_BTD), two), scenes)
-    obeyed = judge_obeyed(read_generated(shown(probe.telling_text_BTD), two), scenes)
-    both = continued["after"]
-    assert isinstance(both, dict)
-    return both["both"] | {"continued": continued, "generated": generated, "obeyed": obeyed}
+def probe_model(setup: EvalSetup, vae: WanVAE, probe: ProbeSet) -> dict[str, Any]:
+    """Accuracies of all forms except the long one, and of both measures after the first re-emergence."""
+    verdicts: dict[str, Any] = {}
+    for form in FORMS[:-1]:
+        _, pixels = videos_of_form(setup, vae, probe, form)
+        verdicts[form] = judge_form(form, pixels, probe.scenes)
+    return verdicts["continued"]["after"]["both"] | verdicts
 
 
 @torch.no_grad()
 def ceilings(vae: WanVAE, probe: ProbeSet) -> dict[str, dict[str, object]]:
-    """The probe on the videos themselves, and on the videos through the VAE."""
+    """Accuracies of the probe on real videos, and on real videos through the VAE: its upper bounds."""
     pixels = torch.cat([as_pixels(render(probe.scenes[rows])).cpu() for rows in _batches(len(probe.scenes))])
     decoded = [
         vae.decode(probe.latents_BFCHW[rows].to(vae.dtype)).float().cpu() for rows in _batches(len(probe.scenes))

@@ -1,1 +1,1 @@
-"""The study of distillation: rows, ablations, objectives."""
+"""Distillation study: rows, ablations, objectives."""

@@ -1,55 +1,35 @@
-"""The gated delta rule over many short segments at once, with reads between and within them.
+"""Gated delta rule over many short segments at once, with reads between and within them.
 
-`arl2.ops.gated_delta` writes one block; a study of variants also reads while it writes, and trains on all blocks of a
-video together. A segment is one chunk here (a block of the toy world has 72 tokens), so that what does not depend
-on the state is computed for all segments in one go. Symbols as in `arl2.ops.gated_delta.solve_chunks`.
+`arl2.ops.gated_delta` writes one block. The study's variants also read while they write, and train on all blocks of a
+video together. A segment is one chunk here: a block of the toy world has 72 tokens. So the part that does not depend
+on the state is computed for all segments at once. Symbols are those of `arl2.ops.gated_delta.solve_chunks`.
 """
-
-from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from arl2.ops.gated_delta import solve_chunks, states_between
+from arl2.ops.gated_delta import DeltaInputs, solve_chunks, states_between
 
 
-class Written(NamedTuple):
-    """What writing needs of every token, in the precision of the state.
-
-    Attributes:
-        k, v: L2-normalised keys and values, [B, L, H, ·]; with segments [B, N, C, H, ·].
-        log_decay, beta: ≤ 0, and write strength, [B, L, H]; with segments [B, N, C, H].
-    """
-
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    beta: Tensor
-
-    def segments(self, number: int) -> Self:
-        """Divided into segments of one length."""
-        return type(self)(*(x.unflatten(1, (number, -1)) for x in self))
-
-
-def states_before(state_BHKV: Tensor, segments: Written, ends: bool = False) -> Tensor:
-    """The state before each of N segments that are written one after the other, [B, N, H, K, V].
+def states_before(state_BHKV: Tensor, segments: DeltaInputs, ends: bool = False) -> Tensor:
+    """States before each of N segments that are written one after the other, [B, N, H, K, V].
 
     Args:
-        state_BHKV: before the first.
-        segments: what is written, with segments.
-        ends: also the state after the last, as an (N + 1)th.
+        state_BHKV: state before the first segment.
+        segments: inputs of the writes, divided into segments.
+        ends: whether to append the state after the last segment, as an (N + 1)th.
     """
     with torch.autocast(state_BHKV.device.type, enabled=False):
         return states_between(state_BHKV, *(segments if ends else (x[:, :-1] for x in segments)))
 
 
-def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: Written) -> Tensor:
-    """qᵀS of every token, S being its segment's state with the tokens up to and including its own written to it.
+def read_while_written(states_BNHKV: Tensor, queries_BNCHK: Tensor, segments: DeltaInputs) -> Tensor:
+    """Read qᵀS for every token, where S includes the writes of its segment up to and including the token.
 
     Args:
-        states_BNHKV: before each segment.
-        queries_BNCHK: of every token.
-        segments: what is written, with segments.
+        states_BNHKV: states before each segment.
+        queries_BNCHK: queries of every token.
+        segments: inputs of the writes, divided into segments.
 
     Returns:
         [B, N, C, H, V], in the precision of the states.

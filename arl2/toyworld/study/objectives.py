@@ -1,6 +1,7 @@
-"""Objectives of the study that are not the product's: noisy writes, and softmax models that see a window."""
+"""Objectives used only in the study: noisy writes, and softmax models with a window."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,14 @@ from wan.teacher_forcing import teacher_forced_flow
 
 
 class WindowStudent(Stage2):
-    """A softmax model learns to predict from a window what the original predicts from everything.
+    """Objective of a softmax model that learns, with a window, the predictions of the original with full memory.
 
-    All of its parameters train: it gets no less freedom than a hybrid.
+    All of its parameters train, so that it has no less freedom than a hybrid.
 
     Args:
         model: the student, with the original's weights.
-        teacher: the original.
-        settings: of stage 2; path parallel.
+        teacher: the original model.
+        settings: settings of stage 2, with path parallel.
         window_frames, sink_frames: see `wan.memory.MemorySpec`.
     """
 
@@ -37,15 +38,15 @@ class WindowStudent(Stage2):
         self._teacher, self._window, self._sink = teacher, window_frames, sink_frames
 
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """All."""
+        """All parameters by name."""
         return dict(self.model.named_parameters())
 
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """Nothing: no layer is hybrid."""
+        """Empty reports: no layer is hybrid."""
         return {}
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """The squared difference of student and teacher, a mean over comparisons."""
+        """Squared error of the student with respect to the teacher, averaged over comparisons; a single part."""
         self._error, self._power = [], []
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)
@@ -57,15 +58,15 @@ class WindowStudent(Stage2):
 
 
 class NoisyWriteStage2(Stage2):
-    """Stage 2 of `arl2.toyworld.study.ablations.NoisyWrites`, all blocks at once.
+    """Stage 2 of `arl2.toyworld.study.ablations.NoisyWrites` over all blocks at once.
 
-    The sequence holds the clean video and one noisy video a step of the generator, from most to least noise, since all
-    of them write. One of a block's levels, drawn at random, is compared with the teacher, as in every other run.
-    Batches must have all of the generator's levels.
+    The sequence holds the clean video and one noisy video per denoising step, from most to least noise, since all of
+    them write. One random level per block is compared with the teacher, as in every other run. Batches must have all
+    noise levels of the sampler.
     """
 
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """Nothing: the loop would make passes in another order."""
+        """Empty reports: the block loop would run the passes in another order."""
         return {}
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
@@ -74,14 +75,14 @@ class NoisyWriteStage2(Stage2):
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         frames, _, height, width = clean.shape[1:]
         order_BNP = noise.levels_BNP.argsort(dim=2, descending=True)
-        falling = BatchNoise(noise.levels_BNP.gather(2, order_BNP), noise.noise_BNPFCHW)
+        falling = replace(noise, levels_BNP=noise.levels_BNP.gather(2, order_BNP))
         passes = [_noisy_at(batch, falling, place, size) for place in range(noise.num_noise_levels)]
         layout = ParallelLayout(
             frames, size, self.model.tokens_per_frame(height, width), 1 + noise.num_noise_levels, clean.device
         )
         latents = torch.cat([clean, *(noisy for noisy, _ in passes)], dim=1)
         times = torch.cat([torch.zeros_like(passes[0][1]), *(timesteps for _, timesteps in passes)], dim=1)
-        # Where the level that was drawn first stands among the falling ones.
+        # Index of the level that was drawn first, among the decreasing ones.
         place_BN = order_BNP.argsort(dim=2)[..., 0]
         with frozen_teacher(self.model):
             text = self.model.embed_text(batch.text_BTD)
@@ -95,13 +96,14 @@ class NoisyWriteStage2(Stage2):
 
 
 def _noisy_at(batch: VideoBatch, noise: BatchNoise, place: int, frames_per_block: int) -> tuple[Tensor, Tensor]:
-    """All blocks at one of their levels, [B, F, C, h, w], and the timesteps of all frames, [B, F]."""
-    one = BatchNoise(noise.levels_BNP[:, :, place, None], noise.noise_BNPFCHW[:, :, place, None])
+    """Noisy latents of all blocks at one of their levels, [B, F, C, h, w], and timesteps of all frames, [B, F]."""
+    levels, drawn = noise.levels_BNP[:, :, place, None], noise.noise_BNPFCHW[:, :, place, None]
+    one = replace(noise, levels_BNP=levels, noise_BNPFCHW=drawn)
     return noisy_video(batch, one, frames_per_block)
 
 
 def _picked(videos_BPF: Tensor, place_BN: Tensor, frames_per_block: int) -> Tensor:
-    """One of P versions of every block, [B, F, …] of [B, P, F, …]."""
+    """Select one of P versions of each block: [B, P, F, …] to [B, F, …]."""
     place = place_BN.repeat_interleave(frames_per_block, dim=1)[:, None]
     index = place.reshape(*place.shape, *(1,) * (videos_BPF.ndim - 3)).expand(-1, 1, *videos_BPF.shape[2:])
     return videos_BPF.gather(1, index)[:, 0]

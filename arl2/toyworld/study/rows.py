@@ -1,4 +1,4 @@
-"""The rows of the study of distillation: which models are made, and how they differ from the 75 % hybrid."""
+"""Rows of the distillation study: its models, and their differences from the 75 % hybrid."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +8,7 @@ from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK
 
 
 class Kind(StrEnum):
-    """Where a row's weights come from."""
+    """Source of a row's weights."""
 
     SOFTMAX = "softmax"
     STAGE1 = "stage1"
@@ -19,8 +19,11 @@ class Kind(StrEnum):
 
 
 class Window(StrEnum):
-    """What softmax layers see: everything; their own block; as many frames as remember what the 75 % hybrid does; or as
-    many as a training video has, so that no longer video shows them a distance that they have not met."""
+    """Window of the softmax layers.
+
+    It is everything, or the own block, or as many frames as take the memory of the 75 % hybrid. The last choice is the
+    length of a training video: then longer videos show no distance that is new.
+    """
 
     FULL = "full"
     OWN_BLOCK = "own block"
@@ -29,31 +32,36 @@ class Window(StrEnum):
     TRAINED = "length of training"
 
     def frames(self, equal: int, trained: int) -> int | None:
-        """Of the window, given that of equal memory and the latent frames of a training video."""
+        """Latent frames of the window; None for everything.
+
+        Args:
+            equal: frames of the window with the memory of the 75 % hybrid.
+            trained: latent frames of a training video.
+        """
         known = {Window.FULL: None, Window.OWN_BLOCK: FRAMES_PER_BLOCK, Window.TRAINED: trained}
         return known.get(self, equal)
 
     @property
     def sink_frames(self) -> int:
-        """Of the window, never dropped."""
+        """First latent frames that the window never drops."""
         return FRAMES_PER_BLOCK if self is Window.EQUAL_WITH_SINK else 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the study.
+    """Model of the study.
 
     Attributes:
-        name: of its files, and in the table.
-        kind: `SOFTMAX` the generator itself; `STAGE1` hybrid layers as stage 1 left them; `STAGE2` trained by stage 2;
+        name: name of its files, and in the table.
+        kind: `SOFTMAX` the generator itself; `STAGE1` hybrid layers after stage 1; `STAGE2` trained by stage 2;
             `WINDOW` the generator, fine-tuned to a window; `AGAIN` another row's weights; `RAW` those before averaging.
-        share: of hybrid layers, in percent; those that stage 1 fits best.
-        layers: in the place of a share.
-        variant: of the hybrid layer.
-        window: of the softmax layers.
-        settings: of stage 2, `key=value`.
-        of: the row whose weights an `AGAIN` or `RAW` row takes.
-        noise_seed: of the exam; the teacher's is 0.
+        share: percentage of hybrid layers; those that stage 1 fits best are chosen.
+        layers: hybrid layers, instead of a percentage.
+        variant: variant of the hybrid layer.
+        window: window of the softmax layers.
+        settings: settings of stage 2, `key=value`.
+        of: row whose weights an `AGAIN` or `RAW` row uses.
+        noise_seed: seed of the benchmark's noise; the teacher's is 0.
     """
 
     name: str
@@ -68,13 +76,13 @@ class Row:
 
     @property
     def trains(self) -> bool:
-        """Whether it is trained beyond stage 1."""
+        """True if the row is trained beyond stage 1."""
         return self.kind in (Kind.STAGE2, Kind.WINDOW)
 
 
 MAIN = "hybrid_75"
 WINDOW_SETTINGS = ("optimizer.lr=3.0e-4", "init_from=null")
-"""All parameters train, not adapters: a lower rate."""
+"""Settings of rows in which all parameters train and not adapters: a lower learning rate."""
 
 PARTS: dict[str, tuple[Row, ...]] = {
     "ratios": (
@@ -118,10 +126,10 @@ PARTS: dict[str, tuple[Row, ...]] = {
 }
 
 SELECTION_SHARE = 50
-"""In percent: where there is most to choose from."""
+"""Percentage of hybrid layers at which selection methods are compared: it has the most combinations."""
 RANDOM_SETS = 3
 
 
 def row_for(layers: list[int]) -> Row:
-    """A row for a set of layers; methods that choose the same share it."""
+    """Row for a set of layers; methods that choose the same set use the same row."""
     return Row("layers_" + "-".join(map(str, layers)), layers=tuple(layers))

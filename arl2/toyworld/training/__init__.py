@@ -1,1 +1,1 @@
-"""Training the toy world's VAE, text encoder and transformer."""
+"""Training of the toy world's VAE, text encoder and transformer."""

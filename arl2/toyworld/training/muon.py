@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrices are orthogonalised before each step.
+"""Muon: momentum with orthogonalised matrices.
 
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. A convolution's weight is
-taken as the matrix from its inputs to its outputs. Everything that is no matrix belongs to another optimiser.
+treated as the matrix from its inputs to its outputs. Parameters that are not matrices need another optimizer.
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Quintic iteration whose singular values end near 1; the constants are those of the source.
+# Quintic iteration that drives singular values towards 1; the constants are those of the source.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 WARM_UP = 100
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:
-    """Matrices with the singular vectors of the given ones and singular values near 1."""
+    """Orthogonalise matrices: keep their singular vectors, and move their singular values close to 1."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if tall else matrices_NRC
@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: weights with at least two axes, the first of which is the output.
-        lr: step size of a square matrix; tall ones step further by the root of their aspect ratio.
-        momentum: of Nesterov's kind.
+        lr: learning rate of a square matrix; that of tall ones is larger by the root of their aspect ratio.
+        momentum: Nesterov momentum.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 0.02, momentum: float = 0.95) -> None:
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
         """Take one step along the orthogonalised momentum."""
         assert closure is None
         for group in self.param_groups:
-            # Matrices of one shape go together: a step is many small products otherwise.
+            # Matrices of one shape are batched: otherwise a step is many small products.
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                     weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
 
     def _momentum(self, weight: Tensor, decay: float) -> Tensor:
-        """Nesterov's momentum with the present gradient taken in."""
+        """Update the Nesterov momentum with the current gradient, and return it."""
         assert weight.grad is not None
         state = self.state[weight]
         if not state:
@@ -69,14 +69,14 @@ class Muon(torch.optim.Optimizer):
 
 
 class MuonWithAdam:
-    """Muon for a module's matrices, Adam for everything else; both rise over 100 steps and fall along a cosine.
+    """Muon for a module's matrices and Adam for its other parameters, with warm-up and cosine decay.
 
     Args:
         module: its parameters that require gradients are trained.
-        steps: after which the step sizes are zero.
-        muon_lr, adam_lr: step sizes.
-        adam_names: what names of matrices begin with that go to Adam: those at the ends of a network.
-        clip_norm: largest norm of all gradients together.
+        steps: step at which the learning rates reach zero.
+        muon_lr, adam_lr: peak learning rates.
+        adam_names: name prefixes of matrices for Adam: those at the ends of a network.
+        clip_norm: upper bound on the norm of all gradients together.
     """
 
     def __init__(
@@ -101,16 +101,16 @@ class MuonWithAdam:
         self._peaks = [(self.muon, muon_lr), (self.adam, adam_lr)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Of both."""
+        """State of both optimizers."""
         return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore the state of both optimizers."""
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
 
     def step(self, number: int) -> None:
-        """Take step `number`, counted from 0, along the gradients, and clear them."""
+        """Take step `number`, counted from 0, and clear the gradients."""
         factor = 0.5 * (1 + math.cos(math.pi * number / self._steps)) * min(1, (number + 1) / WARM_UP)
         torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         for optimizer, peak in self._peaks:

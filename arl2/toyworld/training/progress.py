@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
 from arl2.toyworld.training.muon import MuonWithAdam
+from wan.checkpoints.saving import write_pickle
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.settings import plain, require_same_settings
 
 _SEED_STRIDE = 1_000_003
 
@@ -44,26 +46,29 @@ class Progress:
         """Load what is there; the number of steps that are done.
 
         Raises:
-            InputError: it is of another training.
+            InputError: it is of another training, or damaged.
         """
-        if self.file is None or not self.file.is_file():
+        if self.file is None or not self.file.exists():
             return 0
-        saved = torch.load(self.file, weights_only=True, map_location=next(module.parameters()).device)
-        if saved.get("of") != json.dumps(self.of):
-            raise InputError(
-                f"{self.file} is of a training with other settings, which was killed: go on with those, or delete it"
-            )
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return int(saved["steps"])
+        cure = "go on with those, or delete it"
+        try:
+            saved = torch.load(self.file, weights_only=True, map_location=next(module.parameters()).device)
+            made_with, done = json.loads(saved["of"]), int(saved["steps"])
+            require_same_settings(made_with, self.of, f"{self.file} is of a killed training", cure)
+            module.load_state_dict(saved["module"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except InputError:
+            raise
+        except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"cannot read {self.file} ({reason}): it is damaged; delete it to begin again") from error
+        return done
 
     def save(self, done: int, steps: int, module: nn.Module, optimizer: MuonWithAdam) -> None:
         """Write, if it is time; not after the last step, so that a resumed run has one to take and to report."""
         if self.file is not None and done % self.every == 0 and done < steps:
-            with atomic_path(self.file) as temporary:
-                content = {"steps": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
-                content["of"] = json.dumps(self.of)
-                torch.save(content, temporary)
+            content = {"steps": done, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            write_pickle(self.file, content | {"of": json.dumps(plain(self.of))})
 
     def finish(self) -> None:
         """Drop the file: the result is kept elsewhere."""

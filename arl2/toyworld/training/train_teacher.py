@@ -1,7 +1,8 @@
-"""Training the toy world's transformer: a multi-step teacher, then the few-step generator.
+"""Training of the toy world's transformer: a multi-step teacher, then the few-step generator.
 
-The teacher: teacher-forced flow matching over all blocks at once, each block at its own noise level. The generator:
-regression on the teacher's trajectories, from the teacher's weights (as CausVid and Causal Forcing initialise theirs).
+The teacher is trained by teacher-forced flow matching over all blocks at once, each block at its own noise level. The
+generator is trained by regression on the teacher's trajectories, starting from the teacher's weights (as CausVid and
+Causal Forcing initialise theirs).
 """
 
 import copy
@@ -25,21 +26,21 @@ from wan.teacher_forcing import teacher_forced_flow
 
 Report = Callable[[int, float], None]
 OUTER_LAYERS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head")
-"""Layers between the backbone and the outside: left to Adam."""
+"""Name prefixes of the input and output layers, which Adam trains."""
 
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """How a transformer is trained.
+    """Settings of transformer training.
 
     Attributes:
-        steps, batch: of videos.
-        openings: further videos of each batch, of which only the first block is trained on. There alone a prompt is
-            obeyed; what comes later is known from the blocks before.
-        muon_lr, adam_lr: at the start; both fall to zero along a cosine after a short rise.
-        shift: of the noise levels that the teacher sees.
-        guidance: of the teacher in openings, for the few-step generator.
-        seed: of weights, batches and noise.
+        steps, batch: training steps, and videos per step.
+        openings: additional videos per step of which only the first block is trained on. The prompt matters only there;
+            later blocks follow from earlier ones.
+        muon_lr, adam_lr: peak learning rates; both decay to zero along a cosine after a warm-up.
+        shift: timestep shift of the teacher's noise levels.
+        guidance: guidance of the teacher in openings, for the few-step generator.
+        seed: seed of weights, batches and noise.
     """
 
     steps: int = 4500
@@ -58,19 +59,19 @@ FEW_STEP = TransformerTraining(steps=500, batch=48, muon_lr=0.005, adam_lr=5e-4,
 
 
 def per_frame(values_BN: Tensor) -> Tensor:
-    """A value of every block as a value of every latent frame."""
+    """Repeat a value per block to a value per latent frame."""
     return values_BN.repeat_interleave(FRAMES_PER_BLOCK, dim=1)
 
 
 def flow_after_clean(model: HybridWanModel, x_t: Tensor, sigma_BF: Tensor, text: Tensor, clean: Tensor) -> Tensor:
-    """The flow of every block after the clean blocks before it, in float32; a single block has none before it."""
+    """Flow of every block after the clean blocks before it, in float32; a single block has no context."""
     remembered = clean if clean.shape[1] > FRAMES_PER_BLOCK else None
     times = sigma_BF * NUM_TRAIN_TIMESTEPS
     return teacher_forced_flow(model, x_t, times, text, FRAMES_PER_BLOCK, remembered).float()
 
 
 def teacher_loss(model: HybridWanModel, clean: Tensor, text: Tensor, noise: Tensor, sigma_BN: Tensor) -> Tensor:
-    """Mean squared error of the flow; block n of every video at noise level `sigma_BN[:, n]`, after clean blocks."""
+    """Mean squared error of the flow, with block n of every video at noise level `sigma_BN[:, n]`."""
     sigma = per_frame(sigma_BN)
     flow = flow_after_clean(model, add_noise(clean, noise, sigma), sigma, text, clean)
     return (flow - (noise - clean)).square().mean()
@@ -84,12 +85,12 @@ def train(
     report: Report,
     progress: Progress = Progress(),
 ) -> HybridWanModel:
-    """Take `settings.steps` steps on batches of the data; on a GPU in bfloat16, with compiled blocks.
+    """Train for `settings.steps` steps; on a GPU in bfloat16 with compiled blocks.
 
     Args:
-        loss_of: a batch and a CPU generator for noise to the loss.
-        report: told the step and the loss, every hundredth step.
-        progress: where a killed run goes on.
+        loss_of: function from a batch and a CPU generator for noise to the loss.
+        report: called with step and loss, every hundredth step.
+        progress: storage from which a killed run resumes.
     """
     device = data.latents_NFCHW.device
     if device.type == "cuda":
@@ -114,7 +115,7 @@ def train(
 def batches(
     settings: TransformerTraining, data: LatentVideos, generator: torch.Generator
 ) -> Iterator[tuple[LatentVideos, float]]:
-    """A step's whole videos, then its openings, each weighted by its number of blocks."""
+    """Iterate over a step's whole videos and its openings, each weighted by its number of blocks."""
     videos = data.batch(generator, settings.batch)
     whole, openings = settings.batch * _blocks(videos)[1], settings.openings
     yield videos, whole / (whole + openings)
@@ -123,12 +124,12 @@ def batches(
 
 
 def _blocks(batch: LatentVideos) -> tuple[int, int]:
-    """Videos and blocks of a batch."""
+    """Number of videos and of blocks of a batch."""
     return len(batch), batch.latents_NFCHW.shape[1] // FRAMES_PER_BLOCK
 
 
 def new_transformer(seed: int) -> HybridWanModel:
-    """A softmax transformer with random weights."""
+    """New softmax transformer with random weights."""
     torch.manual_seed(seed)
     model = HybridWanModel(**wan_size("toy"))
     model.init_weights()
@@ -158,7 +159,7 @@ def train_teacher(
 def validation_loss(
     model: HybridWanModel, data: LatentVideos, shift: float, batches: int = 8, batch: int = 64
 ) -> float:
-    """Teacher-forced loss on some batches, with noise and levels that are the same for every model."""
+    """Teacher-forced loss on a few batches, with the same noise and levels for every model."""
     device, losses = data.latents_NFCHW.device, []
     generator = torch.Generator().manual_seed(0)
     for _ in range(batches):
@@ -173,15 +174,15 @@ def validation_loss(
 def trajectories(
     teacher: HybridWanModel, batch: LatentVideos, noise: Tensor, sigmas: list[float], guidance: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Follow the teacher's flow from noise to data in every block at once, each after clean blocks.
+    """Integrate the teacher's flow from noise to data in all blocks at once, each after clean blocks.
 
     Args:
-        sigmas: noise levels from 1 downwards; 0 follows.
-        guidance: how far to go from the flow of the untold caption to that of the caption, and beyond it
-            (Ho and Salimans, 2022); 1 is the caption's.
+        sigmas: decreasing noise levels from 1; the last step goes to 0.
+        guidance: scale of classifier-free guidance (Ho and Salimans, 2022), against the caption that names nothing;
+            1 for none.
 
     Returns:
-        where the flow was at each level, [S, B, F, C, h, w], and where it ended.
+        the latents at each level, [S, B, F, C, h, w], and the final latents.
     """
     visited, x_t, clean = [], noise, batch.latents_NFCHW
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
@@ -196,7 +197,7 @@ def trajectories(
 
 
 def taught(error_BFCHW: Tensor, settings: TransformerTraining) -> Tensor:
-    """What a batch teaches the few-step generator; first blocks are left to openings where there are any."""
+    """Part of the error that trains the few-step generator; first blocks are left to openings if there are any."""
     whole = error_BFCHW.shape[1] > FRAMES_PER_BLOCK
     return error_BFCHW[:, FRAMES_PER_BLOCK:] if whole and settings.openings else error_BFCHW
 
@@ -210,16 +211,16 @@ def distil_few_step(
     progress: Progress = Progress(),
     solver_steps: int = 8,
 ) -> HybridWanModel:
-    """Train a generator that goes from each of the sampler's noise levels to the end of the teacher's flow at once.
+    """Train a generator to predict the end of the teacher's flow from each of the sampler's noise levels.
 
-    With openings, they alone teach first blocks, with guidance; whole videos teach the others.
+    Openings, if any, train first blocks, with guidance; whole videos train the other blocks.
 
     Args:
         settings: see `TransformerTraining`; its shift is not used.
-        teacher: the multi-step model; not changed.
-        sampler: the steps of the generator.
+        teacher: the multi-step model; its weights are not changed.
+        sampler: denoising steps of the generator.
         report, progress: as in `train`.
-        solver_steps: Euler steps of the teacher, at the sampler's levels and between them; a multiple of theirs.
+        solver_steps: Euler steps of the teacher, a multiple of the sampler's steps, whose levels it visits.
     """
     device = data.latents_NFCHW.device
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -245,7 +246,7 @@ def distil_few_step(
 
 
 def solver_levels(sampler: FewStepSampler, solver_steps: int) -> tuple[list[float], list[int]]:
-    """Noise levels of a finer solver that visits the sampler's, and where among them these are."""
+    """Noise levels of a finer solver that visits those of the sampler, and the indices of the latter."""
     parts = solver_steps // len(sampler.sigmas)
     ends = [*sampler.sigmas, 0.0]
     sigmas = [start + (stop - start) * part / parts for start, stop in pairwise(ends) for part in range(parts)]

@@ -1,7 +1,7 @@
-"""Training the toy world's text encoder: each word's embedding comes to tell what the whole caption says.
+"""Training of the toy world's text encoder: each word's embedding learns to represent the facts of the whole caption.
 
-Random weights do not do: their attention hardly knows the order of words, so that "a red ring above and a blue cross
-below" and its exchange of colours come out nearly alike, and a transformer that reads them binds wrongly.
+Random weights are not enough, because their attention hardly depends on word order. "A red ring above and a blue cross
+below" and the same with exchanged colours have nearly equal embeddings. A transformer that reads them binds wrongly.
 """
 
 from collections.abc import Callable
@@ -24,19 +24,19 @@ FACTS = {
     "wall": len(WALLS) + 1,
     "kind": len(KINDS),
 }
-"""What a caption can say, and of how many things each is one; the last of colours, shapes and walls: not said."""
+"""Facts of a caption and their numbers of classes; the last class of colours, shapes and walls is "not named"."""
 FIRST_VALIDATION_SEED = -6_000_000
 
 
 @dataclass(frozen=True)
 class TextTraining:
-    """How the text encoder is trained.
+    """Settings of text encoder training.
 
     Attributes:
-        steps, batch: of captions.
-        captions: scenes to draw from, half of which are told.
-        lr: of Adam at the start; falls to zero along a line.
-        seed: of the weights and batches.
+        steps, batch: training steps, and captions per step.
+        captions: number of scenes to draw from; captions of half of them name colours and shapes.
+        lr: initial learning rate of Adam; decays linearly to zero.
+        seed: seed of weights and batches.
     """
 
     steps: int = 600
@@ -48,7 +48,7 @@ class TextTraining:
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions as the tokenizer gives them, [N, T] each, and the facts that they tell, [N, facts]."""
+    """Token ids and masks of captions, [N, T] each, and their facts, [N, facts]."""
 
     ids_NT: Tensor
     mask_NT: Tensor
@@ -59,7 +59,7 @@ class Captions:
 
 
 def facts_of(scenes: Scenes, captions: list[str]) -> Tensor:
-    """What captions tell of their scenes, [B, len(FACTS)]: indices among those of each fact."""
+    """Facts that captions state about their scenes, [B, len(FACTS)]: class indices."""
     named = torch.tensor([names_answer(caption) for caption in captions])[:, None] & scenes.exists
     colour = torch.where(named, scenes.colour, len(COLOURS))
     shape = torch.where(named, scenes.shape, len(SHAPES))
@@ -70,7 +70,7 @@ def facts_of(scenes: Scenes, captions: list[str]) -> Tensor:
 
 
 def make_captions(encoder: TextEncoder, number: int, first_seed: int) -> Captions:
-    """Captions of scenes with seeds from `first_seed` on, half of which name nothing."""
+    """Make captions of scenes with seeds from `first_seed` on; half of them name nothing."""
     scenes = sample_scenes(torch.arange(first_seed, first_seed + number))
     captions = caption_scenes(scenes)
     tokens, device = encoder.tokens(captions), encoder.model.device
@@ -79,33 +79,33 @@ def make_captions(encoder: TextEncoder, number: int, first_seed: int) -> Caption
 
 
 class FactReader(nn.Module):
-    """Reads every fact from one word's embedding, linearly; needed in training alone."""
+    """Linear classifier of every fact from one word's embedding; used only in training."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.heads = nn.Linear(dim, sum(FACTS.values()))
 
     def forward(self, hidden_MD: Tensor) -> tuple[Tensor, ...]:
-        """Scores of every fact's possibilities."""
+        """Compute the logits of each fact."""
         return self.heads(hidden_MD).split(list(FACTS.values()), dim=-1)
 
 
 def read_words(encoder: TextEncoder, reader: FactReader, captions: Captions) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What is read from each word of all captions, and what the captions tell, [words, facts]."""
+    """Logits of each fact for each word of all captions, and the true facts, [words, facts]."""
     words = captions.mask_NT.bool()
     hidden = encoder.model(input_ids=captions.ids_NT, attention_mask=captions.mask_NT).last_hidden_state
     return reader(hidden[words]), captions.facts_NK.repeat_interleave(words.sum(1), 0)
 
 
 def train_text(encoder: TextEncoder, settings: TextTraining, report: Callable[[int, float], None]) -> FactReader:
-    """Train an encoder in place so that each word's embedding tells every fact; a minute or two on a CPU.
+    """Train an encoder in place so that each word's embedding represents every fact; a minute or two on a CPU.
 
     Args:
-        encoder: with any weights.
-        report: told the step and the loss, every hundredth step.
+        encoder: encoder with any weights.
+        report: called with step and loss, every hundredth step.
 
     Returns:
-        the reader that was trained with it, for `text_quality`.
+        the classifier trained with it, for `text_quality`.
     """
     torch.manual_seed(settings.seed)
     device = encoder.model.device
@@ -131,7 +131,7 @@ def train_text(encoder: TextEncoder, settings: TextTraining, report: Callable[[i
 
 @torch.no_grad()
 def text_quality(encoder: TextEncoder, reader: FactReader, captions: int = 2048) -> dict[str, float]:
-    """Share of words of captions never trained on from which each fact is read right, and the least of these."""
+    """Accuracy of each fact over the words of new captions, and the smallest of these as `least`."""
     scores, facts = read_words(encoder, reader, make_captions(encoder, captions, FIRST_VALIDATION_SEED))
     right = {
         name: float((score.argmax(-1) == fact).float().mean())

@@ -1,6 +1,5 @@
-"""Training the toy world's VAE: a small AutoencoderKLWan on clips drawn as they are needed."""
+"""Training of the toy world's VAE: a small AutoencoderKLWan on clips rendered during training."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -10,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from torch.nn import functional as F
 
+from arl2.evaluation.deviation import psnr
 from arl2.toyworld.training.muon import MuonWithAdam
 from arl2.toyworld.training.progress import Progress, is_reported, step_seed
 from arl2.toyworld.world.render import as_pixels, coverage, render, wall_columns
@@ -18,27 +18,27 @@ from wan.vae.wan_vae import TOY_VAE, WanVAE, new_vae
 from wan.vae.whole_clip import decode_clip, encode_clip
 
 OUTER_LAYERS = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "encoder.conv_out")
-"""Layers at the ends, whose inputs or outputs are no features: left to Adam."""
+"""Name prefixes of the layers at the ends, whose inputs or outputs are not features; Adam trains them."""
 BATCHES_PER_DRAW = 4
 
 
 @dataclass(frozen=True)
 class VAETraining:
-    """How the VAE is trained.
+    """Settings of VAE training.
 
     Attributes:
-        steps: of the optimisers.
-        clip_frames: lengths of clips, each 1 + 4k, taken in turn. Whole videos must be among them: trained on 17
-            frames alone, what does not move is remembered from the first latent and is lost after 17 frames. Short
-            ones show more scenes.
-        frames_per_step, batch: frames of all clips of a step, about, and most clips.
-        muon_lr, adam_lr: of matrices and of the rest, at the start; both fall to zero along a cosine.
-        object_weight: of an object's pixels in the error; the rest have 1. Objects are 4 % of a frame.
-        near_weight, near: of pixels not further from an object than `near`. Without them the model prefers objects
-            that are too large: an error outside of them would cost a tenth of one inside.
-        squared_weight: of the squared error beside the absolute one.
-        kl_weight: of the divergence from a standard normal, reached half way from a thirtieth of it.
-        seed: of scenes, clips and noise. Training draws seeds from 0 upwards, evaluation negative ones.
+        steps: optimizer steps.
+        clip_frames: lengths of clips, each 1 + 4k, used in turn. Whole videos must be among them. Trained on 17 frames
+            alone, the model keeps still parts from the first latent, and loses them after 17 frames. Short clips show
+            more scenes.
+        frames_per_step, batch: approximate frames of all clips of a step, and upper bound on its clips.
+        muon_lr, adam_lr: peak learning rates of matrices and of other parameters; both decay to zero along a cosine.
+        object_weight: weight of an object's pixels in the error; other pixels have 1. Objects are 4 % of a frame.
+        near_weight, near: weight of pixels within `near` pixels of an object. Without it the model prefers objects
+            that are too large, since an error outside them costs a tenth of one inside.
+        squared_weight: weight of the squared error relative to the absolute one.
+        kl_weight: final weight of the divergence from a standard normal; rises from a thirtieth over half of the steps.
+        seed: seed of scenes, clips and noise. Training draws seeds from 0 upwards, evaluation negative ones.
     """
 
     steps: int = 2800
@@ -57,19 +57,19 @@ class VAETraining:
 
 FIRST = VAETraining()
 SHARPENING = VAETraining(steps=900, muon_lr=0.006, adam_lr=6e-4, object_weight=30.0, seed=1)
-"""After the first: objects are small, and what is left of the error is at their edges."""
+"""Settings of a second training after `FIRST`: the remaining error is at the edges of the small objects."""
 
 
 def object_mask(scenes: Scenes, frames: Tensor) -> Tensor:
-    """How much of every pixel shows an object, [B, T, H, W], 0 to 1."""
+    """Fraction of every pixel that shows an object, [B, T, H, W], 0 to 1."""
     return coverage(scenes, frames).sum(1).clamp(max=1) * ~wall_columns(scenes)[:, None, None]
 
 
 def draw_clips(settings: VAETraining, device: torch.device, first_draw: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of clips [B, 3, T, H, W] in [-1, 1], and the masks of their objects [B, 1, T, H, W], without end.
+    """Iterate without end over batches of clips [B, 3, T, H, W] in [-1, 1] and object masks [B, 1, T, H, W].
 
-    Some batches are drawn together, which costs hardly more than one, of one length and from one random frame on.
-    Draws are independent: `first_draw` says with which to begin.
+    Several batches are drawn together, with one length and one random first frame, which costs hardly more than one.
+    Draws are independent; `first_draw` is the index of the first.
     """
     most = settings.batch * BATCHES_PER_DRAW
     for draw in count(first_draw):
@@ -84,7 +84,7 @@ def draw_clips(settings: VAETraining, device: torch.device, first_draw: int = 0)
 
 
 def error_weight(mask_B1THW: Tensor, settings: VAETraining) -> Tensor:
-    """Weight of every pixel's error, from the masks of the objects."""
+    """Weight of every pixel in the error, from the object masks."""
     reach = settings.near
     near = F.max_pool2d(mask_B1THW.flatten(0, 2)[:, None].float(), 2 * reach + 1, 1, reach)
     near = near.view_as(mask_B1THW)
@@ -94,7 +94,7 @@ def error_weight(mask_B1THW: Tensor, settings: VAETraining) -> Tensor:
 def vae_loss(
     model: AutoencoderKLWan, pixels: Tensor, mask: Tensor, settings: VAETraining, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Weighted error of the reconstruction plus the divergence, and the plain squared error."""
+    """Loss (weighted reconstruction error plus divergence), and the unweighted squared error."""
     mean, log_variance = encode_clip(model, pixels)
     log_variance = log_variance.clamp(-30, 20)
     decoded = decode_clip(model, mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)).float()
@@ -112,15 +112,15 @@ def train_vae(
     progress: Progress = Progress(),
     start: AutoencoderKLWan | None = None,
 ) -> WanVAE:
-    """Train from scratch, or from a trained model.
+    """Train a VAE from scratch or from a trained model.
 
     Args:
         settings: see `VAETraining`.
-        device: bfloat16 arithmetic on a GPU, float32 on a CPU.
-        report: told step, loss and PSNR in dB, every hundredth step.
-        normalising_videos: whole videos over which the latents are measured.
-        progress: where a killed run goes on.
-        start: what to train further; it is changed.
+        device: arithmetic is bfloat16 on a GPU and float32 on a CPU.
+        report: called with step, loss and PSNR in dB, every hundredth step.
+        normalising_videos: number of whole videos for the statistics of the latents.
+        progress: storage from which a killed run resumes.
+        start: model to train further, in place; None for a new one.
 
     Returns:
         the VAE with latents normalised per channel, float32.
@@ -139,14 +139,14 @@ def train_vae(
         loss.backward()
         optimizer.step(step)
         if is_reported(step, settings.steps):
-            report(step + 1, loss.item(), -10 * math.log10(squared.item() / 4))
+            report(step + 1, loss.item(), psnr(squared.item()))
         progress.save(step + 1, settings.steps, model, optimizer)
     return normalise_latents(WanVAE(model), device, normalising_videos)
 
 
 @torch.no_grad()
 def normalise_latents(vae: WanVAE, device: torch.device, videos: int) -> WanVAE:
-    """Measure mean and deviation of every latent channel over some whole videos, and store them in the config."""
+    """Measure mean and standard deviation of every latent channel, and store them in the VAE's config."""
     scenes = sample_scenes(torch.arange(-2 * videos, -videos, device=device))
     pixels = as_pixels(render(scenes)).transpose(1, 2)
     mean = torch.cat([encode_clip(vae.model, part)[0].float() for part in pixels.split(8)])

@@ -1,1 +1,1 @@
-"""The world itself: scenes, captions, pictures, a reader of pictures, latents."""
+"""Toy world: scenes, captions, rendering, a reader of pixels, latents."""

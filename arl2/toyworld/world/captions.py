@@ -1,4 +1,4 @@
-"""What is said of a scene, from a small closed vocabulary: everything, or nothing that the memory probe asks for."""
+"""Captions of scenes from a small closed vocabulary, with or without the answers of the memory probe."""
 
 import re
 from collections.abc import Sequence
@@ -46,22 +46,22 @@ def _words() -> set[str]:
 
 
 VOCABULARY = tuple(sorted(_words()))
-"""Every word that a caption can hold; there is no punctuation."""
+"""All words of captions; there is no punctuation."""
 ANSWERS = frozenset(COLOURS) | frozenset(SHAPES)
 
 
 def names_answer(caption: str) -> bool:
-    """Whether a caption names a colour or shape of an object: what the memory probe must not be told."""
+    """Returns whether a caption names a colour or shape, which captions of the memory probe must not do."""
     return not ANSWERS.isdisjoint(caption.lower().split())
 
 
 def caption_scenes(scenes: Scenes, informative: bool | Tensor | None = None) -> list[str]:
-    """Captions of scenes, each a function of its scene's seed and of `informative`.
+    """Make captions of scenes, each a function of the scene's seed and of `informative`.
 
     Args:
-        scenes: a batch of B.
-        informative: whether to name colours and shapes, one for all or [B], bool; if not given, half of the scenes
-            do, by seed. Of two objects an informative caption also says which is above.
+        scenes: a batch of B scenes.
+        informative: whether to name colours and shapes, one for all or [B], bool; None names them for half of the
+            scenes, by seed. An informative caption of two objects also says which is above.
     """
     seeds = scenes.seed
     if informative is None:
@@ -99,5 +99,5 @@ def _name(colours: Sequence[int], shapes: Sequence[int]) -> str:
 
 
 def _agree(template: str, number: int) -> str:
-    """Choose between the forms for one object and for two."""
+    """Select the singular or plural forms of a template."""
     return re.sub(r"{(\w+)\|(\w+)}", lambda forms: forms[number], template)

@@ -1,20 +1,24 @@
 """Videos of the toy world as the transformer sees them: latents, and embeddings of their captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from arl2.toyworld.world.captions import VOCABULARY, caption_scenes
 from arl2.toyworld.world.render import as_pixels, render
 from arl2.toyworld.world.scenes import sample_scenes
+from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.saving import write_safetensors
 from wan.config import WAN_SIZES
 from wan.text import TOY_TEXT, TextEncoder, umt5_config, word_tokenizer
-from wan.utils.files import atomic_path
+from wan.utils.errors import InputError
+from wan.utils.settings import require_same_settings
 from wan.vae.wan_vae import WanVAE
 from wan.vae.whole_clip import encode_clip
 
@@ -91,13 +95,47 @@ def encode_world(vae: WanVAE, encoder: TextEncoder, videos: int, first_seed: int
     return LatentVideos(torch.cat(latents), text, silent)
 
 
-def save_latent_videos(data: LatentVideos, file: Path) -> None:
-    """Keep a training set."""
-    with atomic_path(file) as temporary:
-        save_file({"latents": data.latents_NFCHW, "text": data.text_NTD, "untold": data.untold_NTD}, temporary)
+def models_of(vae: WanVAE, encoder: TextEncoder) -> dict[str, str]:
+    """Fingerprints of the models that a training set depends on, in half precision, as the bundle ships them."""
+    config = vae.model.config
+    statistics = {"mean": torch.tensor(config.latents_mean), "std": torch.tensor(config.latents_std)}
+    states = {"vae": vae.model.state_dict() | statistics, "text_encoder": encoder.model.state_dict()}
+    return {name: fingerprint_of({key: value.half() for key, value in state.items()}) for name, state in states.items()}
 
 
-def load_latent_videos(file: Path, device: torch.device) -> LatentVideos:
-    """Read a training set that `save_latent_videos` kept."""
+def save_latent_videos(data: LatentVideos, file: Path, made_by: Mapping[str, str]) -> None:
+    """Keep a training set.
+
+    Args:
+        made_by: see `models_of`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    content = {"latents": data.latents_NFCHW, "text": data.text_NTD, "untold": data.untold_NTD}
+    write_safetensors(file, content, made_by)
+
+
+def require_same_models(file: Path, made_by: Mapping[str, str]) -> None:
+    """Make sure that a training set was made by some models.
+
+    Raises:
+        InputError: it was made by others, does not say by which, or is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            before = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"cannot read {file} ({error}): delete it, it is made again") from error
+    require_same_settings(before, made_by, f"{file} was made", "delete it, it is made again")
+
+
+def load_latent_videos(file: Path, device: torch.device, made_by: Mapping[str, str]) -> LatentVideos:
+    """Read a training set that `save_latent_videos` kept.
+
+    Raises:
+        InputError: see `require_same_models`.
+    """
+    require_same_models(file, made_by)
     stored = load_file(file, device=str(device))
     return LatentVideos(stored["latents"], stored["text"], stored["untold"])

@@ -1,13 +1,14 @@
-"""Reading colour, shape and place of objects from pixels by segmentation: what the memory probe judges videos with.
+"""Reader of colour, shape and position of objects from pixels, by segmentation; the measure of the memory probe.
 
-Objects are saturated, background and walls nearly neutral. So a pixel's chroma (its colour with the grey taken out)
-says whether it shows an object and which colour it has, and keeps its hue where a blurred edge mixes it with the
-background. In each frame the reader finds the most saturated spot, counts the pixels around it by hue, and compares
-them with the four shapes; over a stretch of frames it adds up what it saw, most of it from frames that show a whole
-object. It knows the palette and the shapes, never the answer.
+Objects are saturated; background and walls are nearly neutral. Chroma is a pixel's colour without its grey part. It
+tells whether the pixel shows an object, and of which colour. A blurred edge, mixed with the background, keeps its hue.
 
-A video is cut into phases, from one disappearance of an object to the next: phase 0 before the first, phase 1 after
-it. `read_video` takes the times from the scene, `read_generated` from the pixels.
+In each frame the reader finds the most saturated region, counts the pixels around it by hue, and compares them with the
+four shapes. It sums the result over a range of frames, with most weight on frames that show a whole object. It knows
+the palette and the shapes, but not the answer.
+
+A video is divided into phases by the disappearances of an object: phase 0 before the first, phase 1 after it.
+`read_video` takes their times from the scene, `read_generated` from the pixels.
 """
 
 import math
@@ -22,21 +23,21 @@ from arl2.toyworld.world.scenes import AREA, COLOURS, HEIGHT, SHAPES, WIDTH, Sce
 from wan.utils.errors import InputError
 
 CHANCE = {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "both": 1 / len(COLOURS) / len(SHAPES), "side": 1 / 2}
-"""How often a guess is right."""
+"""Chance levels of the measures."""
 PLACE_TOLERANCE = 6.0
-"""Pixels, averaged over a phase, by which an object may be off its place."""
+"""Tolerance of an object's position in pixels, averaged over a phase."""
 WHOLE = 0.99
-"""Visible fraction from which an object counts as wholly seen."""
+"""Visible fraction from which an object counts as whole."""
 PRESENT_AREA, ABSENT_AREA = 0.4, 0.15
-"""Shares of an object's area: with more an object is there to be read, with less there is none."""
+"""Fractions of an object's area: above the first an object is present, below the second it is absent."""
 MIN_GAP = 8
-"""Frames without an object that make a disappearance; a shorter gap is flicker."""
+"""Minimum length in frames of a disappearance; shorter gaps are flicker."""
 
 _WINDOW = 31
 _SHIFTS_X, _SHIFTS_Y = range(-4, 5), range(-6, 7)
 _CHUNK_FRAMES = {"cpu": 128, "cuda": 4096}
-# Chroma below the first share of a colour's own is background, above the second it is all object; the middle
-# between them is one half, so that blur does not change areas.
+# As fractions of a colour's own chroma: below the first is background, above the second is object. Their midpoint
+# counts one half, so that blur does not change areas.
 _CHROMA_BOUNDS = (0.2, 0.8)
 # A rotation of RGB whose third axis is grey.
 _CHROMA_AXES = ((2 / math.sqrt(6), -1 / math.sqrt(6), -1 / math.sqrt(6)), (0.0, 1 / math.sqrt(2), -1 / math.sqrt(2)))
@@ -44,12 +45,12 @@ _CHROMA_AXES = ((2 / math.sqrt(6), -1 / math.sqrt(6), -1 / math.sqrt(6)), (0.0, 
 
 @dataclass(frozen=True)
 class Detections:
-    """What is seen of each object's region in each frame.
+    """Detections in each object's region in each frame.
 
     Attributes:
-        votes [B, O, T, colours]: area by colour, as a share of an object's.
-        scores [B, O, T, shapes]: likeness to each shape, 0 to 1.
-        centre [B, O, T, 2]: (x, y) of the shape that fits best, pixels.
+        votes [B, O, T, colours]: area by colour, as a fraction of an object's area.
+        scores [B, O, T, shapes]: similarity to each shape, 0 to 1.
+        centre [B, O, T, 2]: (x, y) of the best shape in pixels.
     """
 
     votes: Tensor
@@ -58,18 +59,18 @@ class Detections:
 
     @property
     def area(self) -> Tensor:
-        """How much is seen of an object in one colour, as a share of its area, [B, O, T]; noise has all colours."""
+        """Largest area in one colour, as a fraction of an object's area, [B, O, T]; noise spreads over all colours."""
         return self.votes.amax(-1)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows, by object and phase.
+    """Content of a video by object and phase.
 
     Attributes:
-        colour, shape [B, O, S]: indices in COLOURS and SHAPES, -1 where no object is seen.
-        phase [B, O, T]: 0 before the first disappearance, k after the k-th, -1 while out of sight.
-        detections: what was seen in each frame.
+        colour, shape [B, O, S]: indices in COLOURS and SHAPES, -1 where no object is visible.
+        phase [B, O, T]: 0 before the first disappearance, k after the k-th, -1 while hidden.
+        detections: detections in each frame.
     """
 
     colour: Tensor
@@ -78,9 +79,9 @@ class Reading:
     detections: Detections
 
     def same_object(self, phase: int = 1) -> dict[str, Tensor]:
-        """Whether colour, shape and both after a disappearance are those of phase 0, [B, O], bool.
+        """Compare colour, shape and both after a disappearance with those of phase 0, [B, O], bool.
 
-        False where either phase shows no object: one that never comes out again is not remembered.
+        They are False where either phase shows no object, so an object that never comes out again counts as forgotten.
         """
         if phase >= self.colour.shape[-1]:
             missing = torch.zeros_like(self.colour[..., 0], dtype=torch.bool)
@@ -94,15 +95,15 @@ class Reading:
 def read_video(pixels: Tensor, scenes: Scenes) -> Reading:
     """Read videos of known scenes: real, decoded, or continued from their first frames.
 
-    Of the scenes only the times at which objects are out of sight are used, and for two objects that one moves in
+    Only two facts of the scenes are used: the times at which objects are hidden, and that of two objects one moves in
     the upper half and one in the lower.
 
     Args:
         pixels: [B, T, 3, H, W] in [-1, 1], from frame 0 on.
-        scenes: what the videos show or should show.
+        scenes: scenes that the videos show or should show.
 
     Raises:
-        InputError: pixels of another size.
+        InputError: the pixels have another size.
     """
     times = torch.arange(pixels.shape[1], device=scenes.device)
     hidden = (visible_fraction(scenes, times) == 0).to(pixels.device)
@@ -115,14 +116,14 @@ def read_generated(pixels: Tensor, two_objects: Tensor) -> Reading:
 
     Args:
         pixels: [B, T, 3, H, W] in [-1, 1].
-        two_objects: [B], bool, whether two objects were asked for; else there is one.
+        two_objects: [B], bool, whether the prompt has two objects; otherwise it has one.
 
     Raises:
-        InputError: pixels of another size.
+        InputError: the pixels have another size.
     """
     detections = detect(pixels, two_objects)
     absent = (detections.area < ABSENT_AREA).float().flatten(0, 1)[:, None]
-    # Two minima and maxima, one after the other, remove what is shorter than a gap and restore the rest.
+    # Erosion and dilation remove gaps that are too short, and restore the others.
     kept = -F.max_pool1d(F.pad(-absent, (MIN_GAP - 1, 0), value=-1.0), MIN_GAP, 1)
     gaps = F.max_pool1d(F.pad(kept, (0, MIN_GAP - 1)), MIN_GAP, 1)
     return _read(detections, phases(gaps[:, 0].unflatten(0, detections.area.shape[:2]) > 0))
@@ -132,7 +133,7 @@ def _read(detections: Detections, phase: Tensor) -> Reading:
     count = max(int(phase.max()) + 1, 1)
     in_phase = phase[:, :, None] == torch.arange(count, device=phase.device)[:, None]
     area = detections.area[:, :, None] * in_phase
-    # A quarter of an object looks like another shape: its frame counts for little.
+    # A quarter of an object resembles another shape, so its frame has little weight.
     weight = area.clamp(max=1) ** 4
     present = area.amax(-1) >= PRESENT_AREA
     votes, scores = (
@@ -142,9 +143,9 @@ def _read(detections: Detections, phase: Tensor) -> Reading:
 
 
 def phases(hidden: Tensor) -> Tensor:
-    """The phase of each frame, [B, O, T]: disappearances until then, -1 in frames that are hidden.
+    """Phase of each frame, [B, O, T]: number of disappearances so far, -1 in hidden frames.
 
-    Frames hidden from the first one on are no disappearance: phase 0 follows them.
+    Frames hidden from the start are not a disappearance: phase 0 follows them.
     """
     begins = hidden[..., 1:] & ~hidden[..., :-1]
     begins = F.pad(begins.long(), (1, 0))
@@ -152,11 +153,13 @@ def phases(hidden: Tensor) -> Tensor:
 
 
 def judge(reading: Reading, scenes: Scenes) -> dict[str, Tensor]:
-    """Compare with the truth: `colour`, `shape`, `both`, `place`, `side`, and which of them `count`; [B, O, S], bool.
+    """Compare a reading with the true scenes; all results are [B, O, S], bool.
 
-    `place` means within PLACE_TOLERANCE of the true path, averaged over the frames that show the whole object, and
-    `side` that there it is on the true side of the wall, or of the middle. What does not exist, or is never wholly
-    seen in a phase, does not count.
+    Returns:
+        `colour`, `shape`, `both`: whether they are correct. `place`: whether the object is within PLACE_TOLERANCE of
+        its true path, averaged over the frames that show the whole object. `side`: whether it is on the true side of
+        the wall, or of the middle, in most of these frames. `count`: whether the entry counts; it does not if the
+        object does not exist or is never whole in the phase.
     """
     device = reading.colour.device
     scenes = scenes.to(device)
@@ -183,14 +186,14 @@ def judge(reading: Reading, scenes: Scenes) -> dict[str, Tensor]:
 
 
 def detect(pixels: Tensor, two_objects: Tensor) -> Detections:
-    """Look in each frame for one object in the whole of it, or for one in the upper and one in the lower half.
+    """Detect in each frame one object anywhere, or one in the upper and one in the lower half.
 
     Args:
         pixels: [B, T, 3, H, W] in [-1, 1].
         two_objects: [B], bool.
 
     Raises:
-        InputError: pixels of another size.
+        InputError: the pixels have another size.
     """
     if pixels.ndim != 5 or pixels.shape[2:] != (3, HEIGHT, WIDTH) or len(two_objects) != len(pixels):
         raise InputError(f"pixels are {tuple(pixels.shape)}: give [B, T, 3, {HEIGHT}, {WIDTH}], B as in the scenes")
@@ -237,7 +240,7 @@ def _share(chroma: Tensor) -> Tensor:
 
 
 def _locate(found: Tensor) -> tuple[Tensor, Tensor]:
-    """Column and row of the pixel amid most of what was found, [N, O], from [N, O, H, W]."""
+    """Column and row of the centre of the densest window, [N, O], from saturations [N, O, H, W]."""
     x, y = (torch.arange(size, device=found.device, dtype=torch.float32) for size in (WIDTH, HEIGHT))
     reach = _WINDOW // 2
     column_sums = found.sum(-2)
@@ -254,7 +257,7 @@ def _locate(found: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cut(chroma: Tensor, rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows around (x, y): chroma [N, 2, O, P, P], and which of their rows belong to the region, [N, O, P]."""
+    """Crop windows around (x, y): chroma [N, 2, O, P, P], and a mask of the rows in the region, [N, O, P]."""
     reach = _WINDOW // 2
     offsets = torch.arange(_WINDOW, device=chroma.device)
     padded = F.pad(chroma, (reach, reach, reach, reach))

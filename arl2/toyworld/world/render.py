@@ -1,4 +1,4 @@
-"""Drawing scenes: soft-edged shapes over a flat background, and a wall before them; on CPU or GPU, all at once."""
+"""Rendering of scenes: soft-edged shapes over a flat background, behind a wall; batched, on CPU or GPU."""
 
 import math
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from arl2.toyworld.world.scenes import (
 )
 
 RING_HOLE = 0.5
-"""Inner radius over outer radius."""
+"""Inner radius of a ring over its outer radius."""
 TRIANGLE_BASE = 21.6
 CROSS_SIZE = 22.5
 CHUNK_FRAMES = {"cpu": 16, "cuda": 32 * 1024}
-"""How many frames are drawn at once: on a CPU what its cache holds, on a GPU what fills it."""
+"""Frames per batch of rendering: what fits the cache of a CPU, and what fills a GPU."""
 
 
 def _inside(distance: Tensor, limit: float) -> Tensor:
-    """How much of a pixel lies within `limit`: an edge one pixel soft."""
+    """Fraction of a pixel within `limit`, with an edge one pixel wide."""
     return (limit + 0.5 - distance).clamp(0, 1)
 
 
@@ -63,12 +63,12 @@ _DRAW = {"ring": _ring, "square": _square, "triangle": _triangle, "cross": _cros
 
 
 def shape_coverage(shape: str, x: Tensor, y: Tensor) -> Tensor:
-    """How much of the pixel at (x, y) from the shape's centre the shape covers, 0 to 1; x and y broadcast."""
+    """Fraction of the pixel at (x, y) from a shape's centre that it covers, 0 to 1; x and y broadcast."""
     return _DRAW[shape](x, y)
 
 
 def coverage(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
-    """How much of every pixel each object would cover if there were no wall, [B, O, T, H, W], float32, 0 to 1."""
+    """Fraction of every pixel that each object would cover without a wall, [B, O, T, H, W], float32, 0 to 1."""
     centres = scenes.centres(frames)
     x = torch.arange(WIDTH, device=scenes.device) + 0.5
     y = torch.arange(HEIGHT, device=scenes.device) + 0.5
@@ -81,13 +81,13 @@ def coverage(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
 
 
 def wall_columns(scenes: Scenes) -> Tensor:
-    """Which columns the wall covers, [B, W], bool."""
+    """Mask of the columns that the wall covers, [B, W], bool."""
     x = torch.arange(WIDTH, device=scenes.device)
     return (x >= scenes.wall_left[:, None]) & (x < scenes.wall_right[:, None])
 
 
 def _chunks(scenes: Scenes, frames: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Pairs of scenes and frames that together are at most CHUNK_FRAMES frames."""
+    """Iterate over ranges of scenes and frames with at most CHUNK_FRAMES frames in total."""
     limit = CHUNK_FRAMES["cuda" if scenes.device.type == "cuda" else "cpu"]
     frame_step = min(len(frames), limit)
     scene_step = max(1, limit // frame_step)
@@ -97,11 +97,11 @@ def _chunks(scenes: Scenes, frames: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def render(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
-    """Draw videos, uint8 [B, T, 3, H, W], on the scenes' device.
+    """Render videos, uint8 [B, T, 3, H, W], on the scenes' device.
 
     Args:
-        scenes: what to draw.
-        frames: which ones, [T]; all of a video of the default length if not given.
+        scenes: scenes to render.
+        frames: frame indices, [T]; None for all frames of a video of the default length.
     """
     frames = scenes.frames() if frames is None else frames.to(scenes.device)
     video = torch.empty(len(scenes), len(frames), 3, HEIGHT, WIDTH, dtype=torch.uint8, device=scenes.device)
@@ -111,12 +111,12 @@ def render(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
 
 
 def as_pixels(video: Tensor) -> Tensor:
-    """Bytes as the models take them: float32 in [-1, 1]."""
+    """Convert bytes to the models' pixels: float32 in [-1, 1]."""
     return video.float() / 127.5 - 1
 
 
 def visible_fraction(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
-    """How much of each object is seen in front of the background, [B, O, T], 0 to 1; exactly 0 if no pixel of it is."""
+    """Visible fraction of each object, [B, O, T], 0 to 1; exactly 0 if no pixel of it is visible."""
     frames = scenes.frames() if frames is None else frames.to(scenes.device)
     visible = torch.empty(*scenes.exists.shape, len(frames), device=scenes.device)
     for rows, columns in _chunks(scenes, frames):
@@ -126,7 +126,7 @@ def visible_fraction(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
 
 
 def hidden_spans(hidden: Tensor) -> Tensor:
-    """First and last frame of each run of hidden frames, [B, O, P, 2] for up to P runs, -1 where there are fewer.
+    """First and last frame of each run of hidden frames, [B, O, P, 2] for up to P runs; -1 for missing runs.
 
     Args:
         hidden: [B, O, T], bool, for example `visible_fraction(scenes) == 0`.

@@ -1,18 +1,18 @@
-"""Scenes of the toy world: what there is, and where it is at every frame.
+"""Scenes of the toy world: objects, background and wall, and positions at every frame.
 
-A scene is a function of its seed, and the physics one law, so that what is seen tells what will be seen. An object
-keeps its speed and bounces off the sides of its range, a box inside the frame. Three things differ between kinds:
+A scene is a function of its seed. Motion follows one law, so that it can be predicted. An object keeps its speed and
+bounces off the sides of its range, a box inside the frame. Kinds of scenes differ as follows:
 
 - `occlusion`: behind a wall in the middle the object rests, always for the same number of frames, and goes on. No
   pixel of it is visible for `hidden_frames` frames or a few more. A striped wall announces a rest beyond the standard.
-- `binding`: the same with two objects of different colours and shapes, one in the upper half and one in the lower,
-  which cross or go the same way.
+- `binding`: the same with two objects of different colours and shapes. One moves in the upper half and one in the
+  lower; they cross or move in the same direction.
 - `bounce`: no wall, one or two objects.
-- `leave`: no wall, and the range ends outside the frame on the side the object moves to: it leaves the frame for
+- `leave`: no wall. The range ends outside the frame on the side that the object moves to. It leaves the frame for
   `hidden_frames` frames or a few more, and returns.
 
-Time has no end: any number of frames of a scene can be drawn, and a longer video begins as the shorter one does.
-Behind a wall objects then pass again and again. Lengths are in pixels and times in frames throughout.
+Any number of frames of a scene can be rendered, and a longer video begins with the shorter one. Objects then pass
+behind the wall repeatedly. Lengths are in pixels and times in frames throughout.
 """
 
 import math
@@ -42,9 +42,9 @@ COLOURS = {
     "purple": (142, 44, 214),
     "pink": (244, 72, 176),
 }
-# Far apart even in a blur: a disc beside a square or a cross is not.
+# Distinct even when blurred, unlike a disc next to a square or a cross.
 SHAPES = ("ring", "square", "triangle", "cross")
-# Backgrounds and walls are nearly neutral, so that saturation alone tells the objects from them.
+# Backgrounds and walls are nearly neutral, so that saturation alone separates objects from them.
 BACKGROUNDS = {"cream": (245, 240, 228), "mist": (212, 219, 228), "sage": (198, 208, 198), "night": (40, 44, 58)}
 WALLS = {"grey": (134, 136, 140), "dark": (84, 87, 95), "brown": (116, 104, 95), "striped": (134, 136, 140)}
 STRIPE_COLOUR = (84, 87, 95)
@@ -55,28 +55,31 @@ KINDS = ("occlusion", "binding", "bounce", "leave")
 DEFAULT_MIX = {"occlusion": 0.4, "binding": 0.3, "bounce": 0.15, "leave": 0.15}
 
 AREA = math.pi * 9.0**2
-"""Of every shape, in square pixels."""
+"""Area of every shape in square pixels."""
 EXTENT = 11.8
-"""No shape, its soft edge included, reaches further to the left or right of its centre."""
+"""Largest horizontal distance of a shape's pixels, soft edge included, from its centre."""
 HEIGHT_EXTENT = 13.0
-"""No shape reaches further up or down."""
+"""Largest vertical distance of a shape's pixels from its centre."""
 
 STANDARD_HIDDEN_FRAMES = 27
-"""At the least; with the times below, block 3 of a standard video (frames 33 to 44) is hidden in every scene."""
+"""Default lower bound on hidden frames.
+
+With the times below, block 3 of a standard video (frames 33 to 44) is hidden in every scene.
+"""
 SPEEDS = (1.5, 1.9)
 WALL_WIDTHS = (26, 28, 30)
 WALL_CENTRES = (46, 47, 48, 49, 50)
 FIRST_CONTACT = (5.0, 10.0)
-"""The frame at which an object may first touch the wall, or the frame's edge: until then all of it is seen."""
+"""Range of frames at which an object first touches the wall or the frame's edge; before, all of it is visible."""
 SIDES = (12.0, WIDTH - 12.0)
-"""Where an object's centre turns round in the frame."""
+"""Positions at which an object's centre turns around in the frame."""
 LANES = ((HEIGHT_EXTENT, 19.0), (HEIGHT - 19.0, HEIGHT - HEIGHT_EXTENT))
-"""Two objects stay in the upper and the lower half and never meet."""
+"""Vertical ranges of two objects, which stay in the upper and the lower half and never meet."""
 WHOLE_LANE = (HEIGHT_EXTENT, HEIGHT - HEIGHT_EXTENT)
 
 
 def splitmix64(values: Tensor) -> Tensor:
-    """Hash int64 values to int64, the same on every device: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Hash int64 values to int64, equally on every device, by the finalizer of SplitMix64 (Steele et al., 2014)."""
     mixed = values + -7046029254386353131
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         mixed = (mixed ^ _shift_right(mixed, shift)) * factor
@@ -84,42 +87,42 @@ def splitmix64(values: Tensor) -> Tensor:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Shift in zeros, where int64 would shift in its sign."""
+    """Logical right shift; int64 alone shifts arithmetically."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def draw_uniform(seeds: Tensor, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """A number in [low, high) for each seed, float64. Draws of different names are independent."""
+    """Draw a number in [low, high) for each seed, float64; draws of different names are independent."""
     bits = splitmix64(splitmix64(seeds) ^ zlib.crc32(name.encode()))
     return low + (high - low) * _shift_right(bits, 32).double() / 2.0**32
 
 
 def draw_integer(seeds: Tensor, name: str, number: int) -> Tensor:
-    """An integer in [0, number) for each seed, int64."""
+    """Draw an integer in [0, number) for each seed, int64."""
     return draw_uniform(seeds, name, 0, number).long()
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of B scenes with up to O objects each; the tensors of what a scene lacks hold zeros.
+    """Batch of B scenes with up to O objects each; entries of missing parts are zero.
 
     Attributes:
-        num_frames: how many frames a video of them has by default.
-        seed [B]: what the rest follows from.
+        num_frames: default number of frames of a video.
+        seed [B]: seed that determines all other fields.
         kind [B]: index in KINDS.
-        exists [B, O]: whether the object is there.
+        exists [B, O]: whether the object exists.
         colour, shape [B, O]: indices in COLOURS and SHAPES.
         background [B]: index in BACKGROUNDS.
         wall [B]: index in WALLS, -1 for none.
-        wall_left, wall_right [B]: the wall's columns, the right one excluded.
+        wall_left, wall_right [B]: columns of the wall, the right one excluded.
         rest [B]: frames for which an object rests behind the wall.
-        start [B, O]: where the object is at frame 0, beyond its range if it has yet to bounce off that side.
+        start [B, O]: horizontal position at frame 0, outside the range if the object still has to bounce off that side.
         heading [B, O]: 1 to the right, -1 to the left.
-        speed [B, O]: to the side, pixels a frame.
-        slope [B, O]: pixels down for each pixel to the side.
-        x_range, y_range [B, O, 2]: between which the centre moves.
-        y_start [B, O]: the height at frame 0.
-        contact [B, O]: the frame at which the object first touches the wall, or the edge that it leaves through.
+        speed [B, O]: horizontal speed in pixels per frame.
+        slope [B, O]: vertical pixels (downwards) per horizontal pixel.
+        x_range, y_range [B, O, 2]: ranges of the centre.
+        y_start [B, O]: vertical position at frame 0.
+        contact [B, O]: frame at which the object first touches the wall, or the edge through which it leaves.
     """
 
     num_frames: int
@@ -146,27 +149,27 @@ class Scenes:
         return self.seed.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
-        """Some of the scenes: a slice, a mask or indices."""
+        """Select scenes by a slice, a mask or indices."""
         return replace(self, **{name: tensor[rows] for name, tensor in self._tensors().items()})
 
     def to(self, device: torch.device | str) -> Self:
-        """The same scenes on a device."""
+        """Copy the scenes to a device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.seed.device
 
     def frames(self) -> Tensor:
-        """The frames of a video of the default length, [T]."""
+        """Frame indices of a video of the default length, [T]."""
         return torch.arange(self.num_frames, device=self.device)
 
     def centres(self, frames: Tensor | None = None) -> Tensor:
         """Centres (x, y) of the objects' bounding boxes, [B, O, T, 2], float32; pixel i spans i to i + 1.
 
         Args:
-            frames: which ones, [T]; all of a video of the default length if not given.
+            frames: frame indices, [T]; None for all frames of a video of the default length.
         """
         times = (self.frames() if frames is None else frames).to(self.seed.device, torch.float64)
         moved = self._moved(times)
@@ -175,7 +178,7 @@ class Scenes:
         return torch.stack((x, y), -1).float()
 
     def _moved(self, times: Tensor) -> Tensor:
-        """How far each object has come to the side, [B, O, T]; a round, to both sides and back, holds two rests."""
+        """Horizontal distance that each object has travelled, [B, O, T]; a round trip holds two rests."""
         wall = ((self.wall_left + self.wall_right) / 2)[:, None]
         rest = self.rest[:, None, None].double()
         to_sides = torch.stack((self.x_range[..., 1] - wall, wall - self.x_range[..., 0]), -1)
@@ -207,18 +210,18 @@ def sample_scenes(
     mix: Mapping[str, float] = DEFAULT_MIX,
     hidden_frames: int | Tensor = STANDARD_HIDDEN_FRAMES,
 ) -> Scenes:
-    """Draw scenes, each from its seed and the arguments alone, whatever else is in the batch.
+    """Sample scenes; each is a function of its seed and the arguments, and does not depend on the batch.
 
     Args:
         seeds: [B], int64; their device is that of the scenes.
-        num_frames: default length of the videos; changes nothing else.
-        mix: probabilities of KINDS, which need not sum to one.
-        hidden_frames: for how long an object is invisible, at the least (by at most nine frames more), [B] or one for
-            all. Beyond STANDARD_HIDDEN_FRAMES walls are striped: then the length cannot be seen, only learned, so
-            train and judge with one value. In 81 frames no object hidden for more than 30 comes out wholly.
+        num_frames: default length of the videos; affects nothing else.
+        mix: weights of KINDS, which need not sum to one.
+        hidden_frames: lower bound on the frames for which an object is invisible (at most nine more), [B] or one for
+            all. Beyond STANDARD_HIDDEN_FRAMES walls are striped. The duration is then not visible and must be learned,
+            so train and test with one value. In 81 frames no object hidden for more than 30 comes out completely.
 
     Raises:
-        InputError: seeds of another type or shape, no frames, unknown kinds or a mix without weight.
+        InputError: seeds have another dtype or shape, there are no frames, or the mix has unknown kinds or no weight.
     """
     if seeds.dtype != torch.int64 or seeds.ndim != 1:
         raise InputError(f"seeds are {seeds.dtype} of shape {tuple(seeds.shape)}: give int64 of shape [B]")
@@ -265,13 +268,13 @@ def _draw_kind(seeds: Tensor, mix: Mapping[str, float]) -> Tensor:
 
 
 def _draw_distinct(seeds: Tensor, name: str, number: int) -> Tensor:
-    """Two different integers in [0, number) for each seed, [B, 2]."""
+    """Draw two different integers in [0, number) for each seed, [B, 2]."""
     first = draw_integer(seeds, name, number)
     return torch.stack((first, (first + 1 + draw_integer(seeds, f"other {name}", number - 1)) % number), 1)
 
 
 def _draw_heights(objects: Tensor, bounces: Tensor, two: Tensor) -> dict[str, Tensor]:
-    """Range, height at frame 0 and slope; gentle where a wall hides the object, and in the narrow lanes of two."""
+    """Draw vertical range, position and slope; slopes are small behind walls and in the narrow lanes of two objects."""
     lanes = torch.tensor(LANES, dtype=torch.float64, device=objects.device)
     whole = torch.tensor(WHOLE_LANE, dtype=torch.float64, device=objects.device)
     y_range = torch.where(two[:, None, None], lanes, whole)
@@ -285,7 +288,7 @@ def _draw_heights(objects: Tensor, bounces: Tensor, two: Tensor) -> dict[str, Te
 
 
 def _place(scenes: Scenes, is_kind: Mapping[str, Tensor], hidden: Tensor, objects: Tensor) -> Scenes:
-    """Ranges to the side, and starts from which an object touches wall or edge at its `contact` frame."""
+    """Set horizontal ranges, and starts from which objects touch the wall or edge at their `contact` frame."""
     low, high = (torch.full_like(scenes.speed, side) for side in SIDES)
     right = scenes.heading > 0
     leaves = is_kind["leave"][:, None]

@@ -86,7 +86,9 @@ def stage1_in_parallel(
     layout = ParallelLayout(9, 3, 6, 2, clean.device)
     errors = []
     for layer, one in seen.items():
-        output, _ = layers[layer](one.x_BLD, one.rotary, layers[layer].parallel_view(layout), True, False)
+        output, _ = layers[layer](
+            one.x_BLD, one.rotary, layers[layer].parallel_view(layout), attend=True, remember=False
+        )
         error = (output - one.output_BLD).square().reshape(2, 6, -1).mean(2)
         errors.append(error / (one.output_BLD.square().reshape(2, 6, -1).mean(2) if relative else 1))
     return torch.stack(errors).mean()

@@ -23,7 +23,8 @@ import inference
 import train_stage1
 import train_stage2
 from arl2.checkpoint import build_hybrid
-from arl2.distillation.data import LatentDataset, LatentWriter
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.sampling import Batches, LevelSource, NoiseLevels
 from arl2.distillation.stage1 import Stage1, stage1_parameters
 from arl2.distillation.stage2 import stage2_parameters
@@ -31,6 +32,7 @@ from arl2.distillation.trainer import OptimizerSettings, products_in_tf32
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler
+from arl2.trained_memory import TrainedMemory
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.video import read_video
 from pipelines.settings import load_config
@@ -72,6 +74,7 @@ def test_stage_one_leaves_everything_a_run_should(trained_world: Path) -> None:
         weights = read_transformer(run / folder)
         model, loaded = build_hybrid(weights, {}, HybridSettings(), dtype=torch.float32, device=torch.device("cpu"))
         assert loaded.settings.layers == (0, 1, 2) and not loaded.untrained
+        assert model.trained_memory == TrainedMemory(num_frames=9)
         assert saved.keys() == stage1_parameters(model).keys()
         same = all(torch.equal(value, weights.state[name]) for name, value in saved.items())
         assert same != average
@@ -79,10 +82,14 @@ def test_stage_one_leaves_everything_a_run_should(trained_world: Path) -> None:
         assert all(torch.equal(value, weights.state[name]) for name, value in teacher.items()), "untouched bit for bit"
 
 
-def test_stage_two_starts_from_the_layers_of_stage_one(trained_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_two_starts_from_the_layers_of_stage_one(
+    trained_world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run = trained_world / "run2"
     settings = (f"run_folder={run}", f"init_from={trained_world / 'run'}", "steps=1", "optimizer.lr=1e-12")
-    assert train(monkeypatch, trained_world, 2, *settings, "checkpointing=true") == 0
+    memory = ("memory.kind=window", "memory.window_frames=6", "memory.sink_frames=3")
+    assert train(monkeypatch, trained_world, 2, *settings, *memory, "checkpointing=true") == 0
+    assert "UNTRAINED" not in caplog.text  # of what training starts from, or stage 1 gave
     before = load_file(trained_world / "run" / "checkpoints" / "step-00000006" / "trainables.safetensors")
     after = load_file(run / "checkpoints" / "step-00000001" / "trainables.safetensors")
     for name, value in before.items():
@@ -93,6 +100,7 @@ def test_stage_two_starts_from_the_layers_of_stage_one(trained_world: Path, monk
     assert exported.config["hybrid_layers"] == [0, 2] and exported.config["lora_alpha"] == 6.0
     model, _ = build_hybrid(exported, {}, HybridSettings(), dtype=torch.float32, device=torch.device("cpu"))
     assert after.keys() == stage2_parameters(model).keys()
+    assert model.trained_memory == TrainedMemory(6, 3, num_frames=9)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -14,8 +14,7 @@ from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.ops.gated_delta import WriteBackend
-from arl2.rollout import FewStepSampler, denoise_block, remember_block
-from pipelines.generation.pipeline import SeededNoise
+from arl2.rollout import FewStepSampler, SeededNoise, denoise_block, remember_block
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel, TextKV
 

@@ -76,7 +76,7 @@ def perturbed(module: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 def block_of(dim: int, dtype: torch.dtype) -> Block:
-    return perturbed(Block(dim, 2 * dim, HEADS, True, True, 1e-6), dtype)
+    return perturbed(Block(dim, 2 * dim, HEADS, qk_norm=True, cross_attn_norm=True, eps=1e-6), dtype)
 
 
 def random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -112,9 +112,9 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
     x, added = random(dtype, BATCH, TOKENS, dim) * 2 + 1, random(dtype, BATCH, TOKENS, dim)
     stream = DeferredResidual(x, random(dtype, BATCH, TOKENS, dim), other.modulation)
     arguments = (block, stream, added, random(dtype, BATCH, FRAMES, 6, dim) / 2)
-    expected = norms(FusedOps(False), *(exact(x) for x in arguments))
+    expected = norms(FusedOps(fp8=False), *(exact(x) for x in arguments))
     for found, plain, truth in zip(
-        norms(kernel_steps(), *arguments), norms(FusedOps(False), *arguments), expected, strict=True
+        norms(kernel_steps(), *arguments), norms(FusedOps(fp8=False), *arguments), expected, strict=True
     ):
         for parts in zip(found, plain, truth, strict=True):
             near(*parts)
@@ -126,9 +126,9 @@ def test_norms_in_fp8(dim: int) -> None:
     block = block_of(dim, dtype)
     x, added = random(dtype, BATCH, TOKENS, dim) + 1, random(dtype, BATCH, TOKENS, dim)
     arguments = (block, DeferredResidual(x, added, block.modulation), added, random(dtype, BATCH, FRAMES, 6, dim))
-    expected = norms(FusedOps(False), *(exact(x) for x in arguments))
+    expected = norms(FusedOps(fp8=False), *(exact(x) for x in arguments))
     for (total, rows), (plain, plain_rows), (truth, tokens) in zip(
-        norms(kernel_steps(True), *arguments), norms(FusedOps(True), *arguments), expected, strict=True
+        norms(kernel_steps(True), *arguments), norms(FusedOps(fp8=True), *arguments), expected, strict=True
     ):
         near(total, plain, truth)
         largest = tokens.abs().amax(-1, keepdim=True)
@@ -146,7 +146,7 @@ def test_quantising(channels: int, dtype: torch.dtype) -> None:
         dtype
     )
     x[0, 3] = 0
-    values, scales = quantize(x, False)
+    values, scales = quantize(x, gelu=False)
     plain = quantized(x)
     torch.testing.assert_close(scales, plain.scales, rtol=1e-6, atol=0)
     apart = values.float() != plain.values.float()
@@ -155,11 +155,13 @@ def test_quantising(channels: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(values.float(), plain.values.float(), rtol=1 / 8 + 1e-3, atol=2**-9)
     x = random(dtype, 2, 35, channels) * 3
     expected = F.gelu(x.double(), approximate="tanh")
-    (values, scales), usual = quantize(x, True), quantized(F.gelu(x, approximate="tanh"))
+    (values, scales), usual = quantize(x, gelu=True), quantized(F.gelu(x, approximate="tanh"))
     wide, plain_wide = (v.double() * s for v, s in ((values, scales), usual))
     assert error(wide, expected) <= 1.01 * error(plain_wide, expected)
     x[1, 2, 5] = torch.nan
-    assert quantize(x, False)[0][1, 2, 5].isnan() and quantize(x, True)[0][1, 2, 5].isnan(), "errors are not hidden"
+    assert quantize(x, gelu=False)[0][1, 2, 5].isnan() and quantize(x, gelu=True)[0][1, 2, 5].isnan(), (
+        "errors are not hidden"
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -177,7 +179,7 @@ def test_gelu_is_the_one_of_tanh(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [3, 12])
 def test_heads(heads: int, dtype: torch.dtype) -> None:
     dim = 64 * heads
-    layer = perturbed(HybridAttention(dim, heads, True, 1e-6, None, 1.0), dtype)
+    layer = perturbed(HybridAttention(dim, heads, qk_norm=True, eps=1e-6, lora_rank=None, lora_alpha=1.0), dtype)
     q, k, query, key = sliced(dtype, 4, dim)
     for rotation in (rotary(), None):
         for measured in ([], [(layer.norm_q, query)], [(layer.norm_q, query), (layer.norm_k, key)]):
@@ -185,9 +187,9 @@ def test_heads(heads: int, dtype: torch.dtype) -> None:
                 if not normed + measured:
                     continue
                 found, factors = kernel_steps().normed_heads(normed, measured, heads, rotation)
-                plain, _ = FusedOps(False).normed_heads(normed, measured, heads, rotation)
+                plain, _ = FusedOps(fp8=False).normed_heads(normed, measured, heads, rotation)
                 wide = [(exact(norm), exact(x)) for norm, x in normed]
-                expected, _ = FusedOps(False).normed_heads(wide, (), heads, rotation)
+                expected, _ = FusedOps(fp8=False).normed_heads(wide, (), heads, rotation)
                 for parts in zip(found, plain, expected, strict=True):
                     near(*parts)
                 for factor, (_, x) in zip(factors, measured, strict=True):
@@ -200,7 +202,9 @@ def test_heads(heads: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) -> None:
     """With queries of their own, and with those of the attention in the block (a layer without adapters)."""
-    layer = perturbed(HybridAttention(size * HEADS, HEADS, True, 1e-6, None, 1.0), dtype)
+    layer = perturbed(
+        HybridAttention(size * HEADS, HEADS, qk_norm=True, eps=1e-6, lora_rank=None, lora_alpha=1.0), dtype
+    )
     q, _, query, key = sliced(dtype, 4, size * HEADS)
     query = q if shared else query
     state = torch.randn(BATCH, HEADS, size, size, device=DEVICE)
@@ -208,7 +212,7 @@ def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) 
     # As an attention may return it: heads before tokens.
     mixed = random(dtype, BATCH, HEADS, TOKENS, size).transpose(1, 2) / 4
     rotation = rotary_angles(torch.arange(FRAMES, device=DEVICE), HEIGHT, WIDTH, size)
-    steps, plain = kernel_steps(), FusedOps(False)
+    steps, plain = kernel_steps(), FusedOps(fp8=False)
     _, factors = steps.normed_heads((), [(layer.norm_q, query), (layer.norm_k, key)], HEADS, rotation)
     read_state = StateRead(state, query, factors[0], gate, rotation)
     wide, wide_layer = exact(read_state), exact(layer)

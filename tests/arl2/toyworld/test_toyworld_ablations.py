@@ -10,10 +10,10 @@ from arl2.distillation.objective import ForwardMode
 from arl2.distillation.stage2 import Stage2, Stage2Settings, stage2_parameters
 from arl2.hybrid_attention import HybridAttention, StateView
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
-from arl2.ops.gated_delta import write_recurrent
+from arl2.ops.gated_delta import DeltaInputs, write_recurrent
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block, rollout
 from arl2.toyworld.study.ablations import NoisyWrites, TokenReads, Variant, install
-from arl2.toyworld.study.delta_segments import Written, read_while_written, states_before
+from arl2.toyworld.study.delta_segments import read_while_written, states_before
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from wan.ops.rope import rotary_angles
 from wan.teacher_forcing import teacher_forced_flow
@@ -90,22 +90,28 @@ def test_without_a_gate_is_with_a_gate_of_one_and_zero_is_local_attention() -> N
     outputs = {}
     for variant in (Variant.PLAIN, Variant.NO_GATE, Variant.GATE_ZERO):
         layer = model_of(variant).hybrid_attentions()[0]
-        outputs[variant] = layer(x, rotary, view, True, False)[0]
-        empty = layer(x, rotary, StateView(torch.zeros_like(view.state_BHKV)), True, False)[0]
+        outputs[variant] = layer(x, rotary, view, attend=True, remember=False)[0]
+        empty = layer(x, rotary, StateView(torch.zeros_like(view.state_BHKV)), attend=True, remember=False)[0]
         assert torch.equal(outputs[variant], empty) == (variant is Variant.GATE_ZERO)
     layer = model_of(Variant.PLAIN).hybrid_attentions()[0]
     layer.output_gate = lambda x: torch.ones_like(x[..., :2])  # type: ignore[method-assign]
-    torch.testing.assert_close(layer(x, rotary, view, True, False)[0], outputs[Variant.NO_GATE], rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer(x, rotary, view, attend=True, remember=False)[0], outputs[Variant.NO_GATE], rtol=0, atol=0
+    )
 
 
 def test_unrotated_branches_equal_plain_ones_at_position_zero() -> None:
     torch.manual_seed(4)
     x, rotary = torch.randn(2, 1, 24, dtype=torch.float64), rotary_angles(torch.tensor([0]), 1, 1, 12)
     view = StateView(torch.randn(2, 2, 12, 12, dtype=torch.float64))
-    plain, unrotated = (model_of(v).hybrid_attentions()[0](x, rotary, view, True, True) for v in ("plain", "no_rope"))
+    plain, unrotated = (
+        model_of(v).hybrid_attentions()[0](x, rotary, view, attend=True, remember=True) for v in ("plain", "no_rope")
+    )
     torch.testing.assert_close(plain, unrotated, rtol=0, atol=0)
     moved = rotary_angles(torch.tensor([5]), 1, 1, 12)
-    plain, unrotated = (model_of(v).hybrid_attentions()[0](x, moved, view, True, True) for v in ("plain", "no_rope"))
+    plain, unrotated = (
+        model_of(v).hybrid_attentions()[0](x, moved, view, attend=True, remember=True) for v in ("plain", "no_rope")
+    )
     assert not torch.allclose(plain[1], unrotated[1])
 
 
@@ -121,7 +127,7 @@ def test_segments_equal_the_recurrence() -> None:
         one = slice(t, t + 1)
         states.append(write_recurrent(states[-1], k[:, one], v[:, one], log_decay[:, one], beta[:, one]))
         reads.append(torch.einsum("bhk,bhkv->bhv", q[:, t], states[-1]))
-    segments = Written(k, v, log_decay, beta).segments(number)
+    segments = DeltaInputs(k, v, log_decay, beta).segments(number)
     before = states_before(start, segments, ends=True)
     torch.testing.assert_close(before, torch.stack(states[::tokens], 1), rtol=1e-10, atol=1e-12)
     read = read_while_written(before[:, :-1], q.unflatten(1, (number, tokens)), segments)

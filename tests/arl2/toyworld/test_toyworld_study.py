@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from fcntl import LOCK_EX, flock
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
     MemoryBenchmarkSettings,
     equal_memory_window,
-    memory_bytes,
 )
 from arl2.toyworld.probe.memory_probe import judge_every_pass, make_probe_set
 from arl2.toyworld.study.rows import MAIN, PARTS, Kind, Window, row_for
@@ -38,6 +36,7 @@ from pipelines.generation.random_model import random_pipeline
 from pipelines.toyworld.table import kept_share, read_results, shown
 from wan.config import wan_size
 from wan.utils.errors import InputError
+from wan.utils.locks import exclusive
 from wan.vae.wan_vae import TOY_VAE, WanVAE, new_vae
 
 study_script, probe_memory = import_module("toyworld_study"), import_module("probe_memory")
@@ -105,13 +104,13 @@ def test_windows_of_equal_memory() -> None:
     size = wan_size("toy")
     full = HybridWanModel(**size)
     hybrid = HybridWanModel(**size, hybrid_layers=list(range(6)))
-    latents, tokens = torch.zeros(1, 21, 16, 8, 12), 24
-    wanted = memory_bytes(hybrid, latents, EvalSetup(hybrid, SAMPLER))
+    video, tokens = (21, 8, 12, torch.bfloat16), 24
+    wanted = hybrid.memory_bytes(*video)
     window = equal_memory_window(full, 6, 21, tokens)
-    got, less = (memory_bytes(full, latents, EvalSetup(full, SAMPLER, frames)) for frames in (window, window - 3))
+    got, less = (full.memory_bytes(*video, window_frames=frames) for frames in (window, window - 3))
     assert window == 9 and less < wanted <= got
     all_hybrid = HybridWanModel(**size, hybrid_layers=list(range(8)))
-    sizes = [memory_bytes(all_hybrid, latents, EvalSetup(all_hybrid, SAMPLER), times) for times in (1, 4)]
+    sizes = [all_hybrid.memory_bytes(21 * times, *video[1:]) for times in (1, 4)]
     assert sizes == [8 * 3 * 64 * 64 * 4] * 2
 
 
@@ -180,8 +179,7 @@ def test_the_chain_from_a_teacher_to_tables(
     study = tmp_path / "study"
     assert run("--part", "ratios", "--only", MAIN, "--budget_seconds", "0") == 0
     assert not (study / "results" / f"{MAIN}.json").exists() and (study / "runs" / MAIN / "checkpoints").is_dir()
-    with (study / "locks" / MAIN).open() as other:
-        flock(other, LOCK_EX)
+    with exclusive(study / "locks" / MAIN, MAIN):
         assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
         assert not (study / "results" / f"{MAIN}.json").exists(), "another process is at it"
     assert run("--part", "ratios", "--only", "teacher", MAIN) == 0
@@ -215,6 +213,16 @@ def test_the_chain_from_a_teacher_to_tables(
     monkeypatch.setattr("pipelines.toyworld.study.new_trainer", none)
     monkeypatch.setattr("pipelines.toyworld.study.MemoryBenchmark.take", none)
     assert run("--part", "stage1", "ratios", "--only", MAIN) == 0
+    for flags, message in (
+        (("--part", "ratios", "--videos", "3"), "exam.videos was 2, is 3"),
+        (("--part", "ratios", "--steps", "3"), "steps was 2, is 3"),
+        (("--part", "stage1", "--stage1_steps", "3"), "steps was 1, is 3"),
+    ):
+        assert run(*flags, "--only", MAIN) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    (study / "results" / f"{MAIN}.json").write_text('{"exam"')
+    assert run("--part", "ratios", "--only", MAIN) == 2
+    assert "is not valid JSON" in " ".join(capsys.readouterr().err.split())
 
 
 def test_layers_are_chosen_by_every_method(run: Callable[..., int], tmp_path: Path) -> None:

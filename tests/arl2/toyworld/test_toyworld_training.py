@@ -129,8 +129,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         results.append({name: value.clone() for name, value in model.state_dict().items()})
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match=r"other settings \(seed was nothing, is 1\)"):
         train(model, settings, data, loss_of, lambda step, loss: None, Progress(file, of={"seed": 1}))
+    whole = file.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"PK" + whole[2:200]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot read .*\.partial .*it is damaged; delete it"):
+            train(model, settings, data, loss_of, lambda step, loss: None, Progress(file))
 
 
 def test_the_vae_trains_and_measures_its_latents() -> None:

@@ -25,10 +25,13 @@ from pipelines.benchmark.flops import Flops, pass_flops, rollout_flops
 from pipelines.benchmark.profile import OWN, kind_of
 from pipelines.benchmark.report import charts, markdown
 from pipelines.config import MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
+from pipelines.records import Records
 from pipelines.settings import load_config
 from wan.ops.attention import AttentionBackend
 from wan.utils.errors import InputError
+from wan.utils.locks import exclusive
 
 benchmark = import_module("benchmark")
 TOY_CONFIG = str(ROOT / "configs/toyworld/benchmark.yaml")
@@ -127,17 +130,19 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
         return {"case": {**vars(case)}, "status": "oom", "reached_frames": 0, "error": "", "summary": {}}
 
     monkeypatch.setattr(suite, "measure_case", note)
-    monkeypatch.setattr(suite, "save", lambda *arguments: None)
+    monkeypatch.setattr(Records, "save", lambda records: None)
     assert len(run(tmp_path, small(vae=False))["records"]) == 2
     assert measured == [("hybrid", False)]
     run(tmp_path, small())
     assert measured[1:] == [("softmax", True), ("hybrid", True)], "with and without the VAE are different cases"
     run(tmp_path, select(small(vae=False), ["softmax"], None), again=True)
     assert measured[3:] == [("softmax", False)]
-    with pytest.raises(InputError, match="seed 0, not 1: give another --output_folder"):
+    with pytest.raises(InputError, match=r"seed was 0, is 1\): give another --output_folder"):
         run(tmp_path, small(seed=1))
     (tmp_path / "benchmark.json").write_text("{")
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match=r"benchmark\.json is not valid JSON"):
+        run(tmp_path, small())
+    with exclusive(tmp_path / ".benchmark.json.lock", "x"), pytest.raises(InputError, match="in use by process"):
         run(tmp_path, small())
 
 

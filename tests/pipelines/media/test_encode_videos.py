@@ -1,6 +1,8 @@
 """Real videos to training data: which frames are taken, what is skipped, and a run that is killed and resumed."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,12 +12,15 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from arl2.distillation.data import INDEX, LatentDataset
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import INDEX, LOCK
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.reader import UnusableVideoError, centre_crop, encode_frames, find_videos, read_clip
 from pipelines.media.video import VideoWriter
 from wan.utils.errors import InputError
+from wan.utils.locks import exclusive
 from wan.vae.wan_vae import TOY_VAE, WanVAE, new_vae
 
 encode_videos = import_module("encode_videos")
@@ -204,6 +209,130 @@ def test_a_killed_run_goes_on(run: Callable[..., int], monkeypatch: pytest.Monke
     assert run() == 0
     assert len(seen) == 2 + 4, "all but the first are tried, one of them again"
     assert len(LatentDataset([tmp_path / "data"])) == 3
+
+
+def same_samples(folder: Path, other: Path) -> bool:
+    """Whether two data sets hold equal samples in the same order."""
+    data, fresh = LatentDataset([folder]), LatentDataset([other])
+    pairs = ((data[number], fresh[number]) for number in range(len(fresh)))
+    return data.fingerprint() == fresh.fingerprint() and all(
+        torch.equal(a, b) for one, same in pairs for a, b in zip(one, same, strict=True)
+    )
+
+
+def test_a_data_set_follows_its_list(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    make_videos(tmp_path / "videos")
+    encoded, real = [], encode_videos.encode_frames
+    monkeypatch.setattr(encode_videos, "encode_frames", lambda *a: encoded.append(a) or real(*a))
+    videos = tmp_path / "videos"
+    (videos / "short.txt").unlink()
+    (videos / "broken.txt").unlink()
+
+    def follow(counts: str, encodings: int) -> None:
+        encoded.clear()
+        caplog.clear()
+        assert run() == 0
+        assert counts in caplog.text and len(encoded) == encodings, (caplog.text, len(encoded))
+        assert run(folder=f"fresh {counts}") == 0 and same_samples(tmp_path / "data", tmp_path / f"fresh {counts}")
+
+    follow("0 kept, 3 new, 0 replaced, 0 removed", 3)
+    (videos / "a.txt").write_text("navy")
+    follow("2 kept, 0 new, 1 replaced, 0 removed", 0)
+    status = (videos / "b.mp4").stat()
+    content = bytearray((videos / "b.mp4").read_bytes())
+    content[-20] ^= 255  # in the index behind the pictures or in its text: another file of the same size and time
+    (videos / "b.mp4").write_bytes(content)
+    os.utime(videos / "b.mp4", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (videos / "b.mp4").stat().st_size == status.st_size
+    follow("2 kept, 0 new, 1 replaced, 0 removed", 1)
+    (videos / "c.txt").unlink()
+    follow("2 kept, 0 new, 0 replaced, 1 removed", 0)
+    (videos / "b.mp4").rename(videos / "z.mp4")
+    (videos / "b.txt").rename(videos / "z.txt")
+    (videos / "c.txt").write_text("red")
+    follow("1 kept, 2 new, 0 replaced, 1 removed", 1)
+    assert [one["key"] for one in index_of(tmp_path)] == ["a.mp4", "c.mp4", "z.mp4"]
+
+
+def index_of(root: Path) -> list[dict[str, object]]:
+    return list(json.loads((root / "data" / INDEX).read_text())["samples"])
+
+
+def test_only_a_file_whose_times_and_size_are_the_same_is_not_read_again(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_videos(tmp_path / "videos")
+    hashed, real = [], encode_videos.content_hash
+    monkeypatch.setattr(encode_videos, "content_hash", lambda path: hashed.append(path.name) or real(path))
+    assert run() == 0
+    hashed.clear()
+    assert run() == 0 and hashed == ["broken.mp4", "short.mp4"], "what became no sample is tried again"
+    hashed.clear()
+    (tmp_path / "videos" / "a.mp4").touch()
+    assert run() == 0 and hashed == ["a.mp4", "broken.mp4", "short.mp4"]
+
+
+def test_weights_count_by_their_content(
+    run: Callable[..., int], tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_videos(tmp_path / "videos")
+    assert run() == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    assert run(f"model_folder={copy}") == 0, "the same weights at another path"
+    tokenizer = copy / "tokenizer" / "tokenizer.json"
+    statistics = copy / "vae" / "config.json"
+    weights = {name: next((copy / name).glob("*.safetensors")) for name in ("vae", "text_encoder")}
+    for file, name in ((weights["vae"], "vae"), (weights["text_encoder"], "text_encoder")):
+        before = file.read_bytes()
+        save_file({key: value * 1.5 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        assert run(f"model_folder={copy}") == 2
+        assert f"({name} was" in " ".join(capsys.readouterr().err.split())
+        file.write_bytes(before)
+    for file, old, new, name in (
+        (statistics, '"latents_mean": [\n    0.0', '"latents_mean": [\n    0.5', "vae"),
+        (tokenizer, '"shape"', '"shapes"', "text_encoder"),
+    ):
+        before = file.read_text()
+        assert old in before, before[:3000]
+        file.write_text(before.replace(old, new))
+        assert run(f"model_folder={copy}") == 2
+        assert f"({name} was" in " ".join(capsys.readouterr().err.split())
+        file.write_text(before)
+    assert run(f"model_folder={copy}") == 0
+    assert run("fps=8") == 2 and "fps was 16, is 8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_second_process_is_refused_by_name(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_videos(tmp_path / "videos")
+    monkeypatch.setattr(encode_videos, "load_vae", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with exclusive(tmp_path / "data" / LOCK, "x"):
+        assert run() == 2
+    assert f"data is in use by process {os.getpid()}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_nothing_is_lost_when_no_video_can_be_used(run: Callable[..., int], tmp_path: Path) -> None:
+    make_videos(tmp_path / "videos")
+    assert run() == 0
+    before = (tmp_path / "data" / INDEX).read_text()
+    for file in (tmp_path / "videos").glob("*.mp4"):
+        file.write_bytes(b"")
+    assert run() == 2 and (tmp_path / "data" / INDEX).read_text() == before
+    assert len(LatentDataset([tmp_path / "data"])) == 3
+
+
+def test_latents_that_are_not_finite_are_left_out(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_videos(tmp_path / "videos")
+    real, calls = encode_videos.encode_frames, []
+    monkeypatch.setattr(encode_videos, "encode_frames", lambda *a: calls.append(a) or real(*a) / (len(calls) - 1))
+    assert run() == 1 and [one["key"] for one in index_of(tmp_path)] == ["b.mp4", "c.mp4"]
 
 
 def test_ranks_divide_the_videos(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

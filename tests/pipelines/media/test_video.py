@@ -10,9 +10,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from abandoned import abandoned
 from paths import ROOT
 
-from pipelines.media.video import VideoWriter, read_video, to_uint8
+from pipelines.media.video import VideoWriter, count_frames, read_video, to_uint8
 from wan.utils.errors import InputError
 
 
@@ -125,13 +126,63 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a.mp4").exists()
 
 
-def test_a_crashed_runs_file_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / ".a.mp4.part").write_bytes(b"stale" * 100_000)
+def test_a_crashed_runs_file_goes(tmp_path: Path) -> None:
+    abandoned(tmp_path / "a.mp4").write_bytes(b"stale" * 100_000)
     with VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
         writer.write(gradient_frames(5))
     assert list(tmp_path.iterdir()) == [tmp_path / "a.mp4"]
     assert len(read_video(tmp_path / "a.mp4")) == 5
-    assert b"stale" not in (tmp_path / "a.mp4").read_bytes()
+
+
+def test_writers_of_one_target_do_not_meet(tmp_path: Path) -> None:
+    first, second = (VideoWriter(tmp_path / "a.mp4", 32, 48) for _ in range(2))
+    with pytest.raises(RuntimeError), second:
+        second.write(gradient_frames(7))
+        with first:
+            first.write(gradient_frames(5))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.mp4"]
+    assert len(read_video(tmp_path / "a.mp4")) == 5
+
+
+def test_a_finished_file_is_whole_before_it_has_its_name(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 32, 48) as writer:
+        writer.write(gradient_frames(5))
+        content = writer.finish().read_bytes()
+        assert not (tmp_path / "a.mp4").exists() and writer.num_frames == 5
+    assert (tmp_path / "a.mp4").read_bytes() == content
+
+
+@pytest.mark.parametrize("frames", [1, 2, 15, 16, 17, 40])
+def test_frames_are_counted_as_a_decoder_counts_them(tmp_path: Path, frames: int) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 32, 48) as writer:
+        writer.write(gradient_frames(frames))
+    assert count_frames(path) == len(read_video(path)) == frames
+
+
+def test_a_cut_video_never_counts_as_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 32, 48) as writer:
+        writer.write(gradient_frames(40))
+    content = path.read_bytes()
+    # What follows the last frame is an index of fragments, which players need not have.
+    for size in range(0, content.rindex(b"mfra") - 4, 97):
+        path.write_bytes(content[:size])
+        try:
+            counted = count_frames(path)
+        except InputError as error:
+            assert "make it again" in str(error)
+        else:
+            assert counted < 40, size
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(5000)])
+def test_what_is_no_video_has_no_count(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.mp4").write_bytes(content)
+    for path in (tmp_path / "a.mp4", tmp_path / "none.mp4", tmp_path):
+        with pytest.raises(InputError, match="cannot read"):
+            count_frames(path)
 
 
 def test_a_video_without_frames_does_not_get_the_name(tmp_path: Path) -> None:
@@ -169,6 +220,13 @@ def test_damage_that_a_decoder_conceals_is_an_error(tmp_path: Path) -> None:
 def test_sizes_that_cannot_be_encoded_are_an_error(tmp_path: Path, height: int, width: int) -> None:
     with pytest.raises(InputError, match="even"):
         VideoWriter(tmp_path / "a.mp4", height, width)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, -16])
+def test_a_rate_that_is_not_positive_is_an_error(tmp_path: Path, fps: int) -> None:
+    with pytest.raises(InputError, match="positive rate"):
+        VideoWriter(tmp_path / "a.mp4", 32, 48, fps=fps)
     assert not list(tmp_path.iterdir())
 
 

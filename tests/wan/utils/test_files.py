@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,22 @@ def test_a_hash_tells_content_apart(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     a, b, c = (content_hash(tmp_path / name) for name in "abc")
     assert a == b != c and len(a) == 32
+
+
+def test_many_writers_of_one_folder_take_turns(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(20):
+            with atomic_folder(tmp_path / "model") as folder:
+                (folder / "a").write_text(str(number))
+                (folder / "b").write_text(str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert (tmp_path / "model" / "a").read_text() == (tmp_path / "model" / "b").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_a_pickle_is_the_same_whoever_writes_it(tmp_path: Path) -> None:
+    for name in ("one.pt", "another.pt"):
+        write_pickle(tmp_path / name, STATE)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()

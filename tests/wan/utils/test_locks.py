@@ -13,6 +13,7 @@ import pytest
 from paths import ROOT
 
 from wan.utils import locks
+from wan.utils.errors import InputError
 from wan.utils.locks import LockedError, exclusive
 
 HOLD = """
@@ -105,3 +106,13 @@ def test_a_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         while not (tmp_path / ".lock").stat().st_mtime and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (tmp_path / ".lock").stat().st_mtime
+
+
+def test_a_disk_too_full_for_the_holders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(InputError, match=r"cannot write .*No space left"), exclusive(tmp_path / ".lock", "it"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,192 @@
+"""The record beside a video: what made it and what it is, and so whether it is whole and the one that is wanted."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.generation.arguments import InferenceRun
+from pipelines.generation.pipeline import CausalVideoPipeline
+from pipelines.media.video import count_frames
+from pipelines.prompts import PromptJob
+from wan.checkpoints.loading import fingerprint_of
+from wan.utils.errors import InputError
+from wan.utils.files import content_hash
+from wan.utils.settings import plain, require_same_settings
+
+log = logging.getLogger(__name__)
+
+HASH_DIGITS = 16
+_PATHS = ("model_folder", "checkpoint_path")
+"""Settings that say where weights lie: the weights themselves count."""
+
+
+TEXT_SIZES = (
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "layer_norm_epsilon",
+    "feed_forward_proj",
+)
+"""Sizes of a text encoder in transformers' configuration."""
+
+
+def video_path(run: InferenceRun, job: PromptJob) -> Path:
+    """Where a job's video goes."""
+    return run.output_folder / f"{job.name}.mp4"
+
+
+def record_path(run: InferenceRun, job: PromptJob) -> Path:
+    """Where the record of a job goes: measurements, and what made the video."""
+    return run.metrics_folder / f"{job.name}.json"
+
+
+def lock_path(run: InferenceRun, job: PromptJob) -> Path:
+    """The file that a process locks while it makes a job's video."""
+    return run.output_folder / f".{job.name}.lock"
+
+
+def num_pixel_frames(run: InferenceRun, pipeline: CausalVideoPipeline) -> int:
+    """Frames of every video of a run."""
+    return (run.config.num_output_frames - 1) * pipeline.wan_vae.temporal_compression + 1
+
+
+def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, Any]:
+    """Everything but prompt, seed and image that a video depends on, as JSON gives it back.
+
+    Files count by their content: the same weights in another place make the same videos.
+    """
+    settings = {name: value for name, value in asdict(run.config).items() if name not in _PATHS}
+    settings["speed"] = {name: value for name, value in settings["speed"].items() if name != "tiny_vae"}
+    # The layers of the model, whether they were asked for or are those of its checkpoint.
+    settings["hybrid"] = asdict(pipeline.transformer.hybrid)
+    settings |= {"dtype": str(run.dtype), "attention_backend": run.backend.value}
+    return plain(settings | {"weights": weights_of(pipeline)})
+
+
+def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
+    """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows."""
+    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    found = {
+        name: _hash(fingerprint_of(part.state_dict()), _config_of(part))
+        for name, part in parts.items()
+        if part is not None
+    }
+    if pipeline.tokenizer is not None:
+        found["tokenizer"] = _hash(_tokenizer_state(pipeline.tokenizer))
+    if pipeline.wan_vae.tiny is not None:
+        found["tiny_vae"] = _hash(fingerprint_of(pipeline.wan_vae.tiny.state_dict()))
+    return found
+
+
+def image_of(run: InferenceRun, job: PromptJob) -> dict[str, str]:
+    """The hash of a job's image, if it has one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return {"image": content_hash(run.images[job.name])} if run.images else {}
+
+
+def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> dict[str, Any]:
+    """What a record says of a video's file.
+
+    Args:
+        path: of the file, complete.
+        frames: that were written into it.
+    """
+    return {"frames": frames, "height": height, "width": width, "fps": fps, "sha256": content_hash(path)}
+
+
+def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames: int) -> bool:
+    """Whether a whole video is there that was made with some settings. A damaged one is not, with a warning.
+
+    Args:
+        video, record: the files.
+        made_with: settings, weights and image.
+        frames: that the video should have.
+
+    Raises:
+        InputError: the record tells of other settings, weights or image, cannot be read, or is not there; or a folder
+            has a file's name.
+    """
+    for path in (video, record):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: remove it, or give another --output_folder")
+    if not video.exists():
+        return False
+    if not record.is_file():
+        raise InputError(
+            f"{video} is there, {record}, which would say what made it, is not: give the --metrics_dir of that run, or "
+            "another --output_folder, or delete the video"
+        )
+    try:
+        found = _read_record(record)
+        require_same_settings(
+            found["settings"], made_with, f"{video} was made", "give another --output_folder, or delete it"
+        )
+        _require_whole(video, found, frames)
+    except _DamagedError as error:
+        log.warning("%s: made again", error)
+        return False
+    return True
+
+
+class _DamagedError(Exception):
+    """A video or its record is not whole."""
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): fix its permissions, or delete the video") from error
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{path}, the record of a video, is damaged") from error
+    settings = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(settings, dict) or not settings:
+        raise _DamagedError(f"{path} is no record of a video")
+    return found
+
+
+def _require_whole(video: Path, record: Mapping[str, Any], frames: int) -> None:
+    """Compare a video's file with its record and with what is wanted."""
+    facts = record.get("video")
+    if not isinstance(facts, dict):
+        raise _DamagedError(f"the record of {video} does not say what it is")
+    try:
+        counted = count_frames(video)
+    except InputError as error:
+        raise _DamagedError(str(error).partition(": make")[0]) from error
+    if counted != frames or facts.get("frames") != frames:
+        raise _DamagedError(f"{video} has {counted} frames, its record says {facts.get('frames')}, wanted are {frames}")
+    if content_hash(video) != facts.get("sha256"):
+        raise _DamagedError(f"{video} is not the file that its record is of")
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """A part's sizes and statistics, whatever kind of folder they come from."""
+    if isinstance(part.config, Mapping):  # diffusers', which holds every argument of the class
+        return {name: value for name, value in part.config.items() if not name.startswith("_")}
+    return {name: vars(part.config).get(name) for name in TEXT_SIZES}
+
+
+def _tokenizer_state(tokenizer: Any) -> object:
+    """What a tokenizer knows, but for how it was last told to pad and cut."""
+    if not tokenizer.is_fast:
+        return tokenizer.get_vocab()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in state.items() if name not in ("padding", "truncation")}

@@ -1,0 +1,73 @@
+"""Saying what a file or a set of names is, where weights of another kind were wanted: for error messages."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from wan.checkpoints.tensors import summarize_names
+
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+"""In the name of a file that holds a part of a model."""
+IMAGE_BRANCH = re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)")
+OPTIMIZER = "an optimizer's state"
+_FAMILIES = (
+    (re.compile(r"(lora_down|lora_up|\.lora\.|lora_[AB]\.(default|weight)|^lora_unet_|\.diff_b?$)"), "a LoRA"),
+    (re.compile(r"^(state|param_groups)$|(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$"), OPTIMIZER),
+    (re.compile(r"^(encoder|decoder)\.(conv1|downsamples|upsamples|middle|conv_in|mid_block|\d+\.)"), "a VAE"),
+    (
+        re.compile(r"^(token_embedding|shared|encoder\.block|encoder\.embed_tokens|text_model|spiece_model)(\.|$)"),
+        "a text encoder",
+    ),
+    (IMAGE_BRANCH, "an image-to-video transformer with an image branch"),
+    (re.compile(r"scale_(weight|input)$|^scaled_fp8$"), "a transformer quantised to FP8"),
+    (re.compile(r"\.(mod|modulation)\.lin\.|^(double|single)_blocks\.|^transformer_blocks\."), "another transformer"),
+)
+_LFS = b"version https://git-lfs"
+_MAGIC = (
+    (b"GGUF", "a GGUF file, which is quantised: give safetensors"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive: unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it"),
+    (b"Rar!", "a RAR archive: unpack it"),
+    (b"\x89PNG", "a picture: check the path"),
+    (b"\xff\xd8\xff", "a picture: check the path"),
+    (b"\x93NUMPY", "a NumPy array: check the path"),
+)
+
+
+def family(names: Iterable[str]) -> str:
+    """What a weight file seems to hold, told by its names."""
+    names = list(names)
+    for pattern, what in _FAMILIES:
+        if any(pattern.search(name) for name in names):
+            return what
+    return f"unknown weights ({summarize_names(names)})" if names else "nothing"
+
+
+def impostor(path: Path) -> str | None:
+    """What a file is that has a weight file's name but is none, and the cure; None if that cannot be told.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file: download it again"
+    if head.startswith(_LFS):
+        return "a Git-LFS pointer, which stands for the weights: run `git lfs pull`"
+    for magic, what in _MAGIC:
+        if head.startswith(magic):
+            return what
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.match(rb"<(!doctype|html|head|body|\?xml|!--|script)", text, re.IGNORECASE):
+        return "a web page, so the download went wrong: download the file itself"
+    if head[8:9] == b"{" and path.suffix != ".safetensors":
+        return "a safetensors file by its content: rename it to end in .safetensors"
+    if head.startswith(b"PK\x03\x04") and path.suffix == ".safetensors":
+        return "a .pt file, or another zip archive, by its content: rename it to end in .pt"
+    if text[:1] in (b"{", b"[") and head[8:9] != b"{":
+        return "a JSON text, so the download went wrong or the name is another file's: download the weights themselves"
+    if head.isascii() and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
+        return "a text file, damaged or from a download that went wrong: download the weights themselves"
+    return None

@@ -1,0 +1,76 @@
+"""What a weight file of ours says of how its weights were made: the arguments that the model was built with.
+
+Weights do not show the number of heads, the epsilon of norms, the scale of adapters or the memory that the model was
+trained with. Files record them where other loaders do not look, and loading compares the record with the config.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wan.checkpoints.configs import check_settings, shown
+from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, SIZES
+from wan.checkpoints.loading import INDEX_SUFFIX, read_header, weight_map
+from wan.checkpoints.pickles import SUFFIXES
+from wan.utils.errors import CheckpointError
+
+RECORD = "arl2"
+"""The entry of a `.pt`, or the key of a safetensors header, that holds the record."""
+ALPHA = "lora_alpha"
+_RECORDED = SIZES | HYBRID | OPTIONAL_HYBRID
+
+
+def read_record(path: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
+    """The record of a weight file; nothing for files of other origin.
+
+    Args:
+        path: the file, or the index of its shards.
+        weights: what was read from it; only a `.pt` needs it.
+
+    Raises:
+        CheckpointError: it says something malformed.
+    """
+    if path.suffix in SUFFIXES:
+        record = weights.get(RECORD, {})
+        if isinstance(record, Tensor) or not isinstance(record, dict) or not all(isinstance(n, str) for n in record):
+            raise CheckpointError(f"{path}: its entry {RECORD!r} is no dictionary of settings: convert it again")
+        return dict(record)
+    if path.name.endswith(INDEX_SUFFIX):
+        path = path.parent / min(weight_map(path).values())
+    _, metadata = read_header(path)
+    try:
+        record = json.loads(metadata.get(RECORD, "{}"))
+        if not record and ALPHA in metadata:  # files written before there was a record hold this alone
+            record = {ALPHA: float(metadata[ALPHA])}
+        return {} | record
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the settings in its header are malformed: convert it again") from error
+
+
+def check_record(record: Mapping[str, Any], source: str | Path) -> None:
+    """Make sure that what a weight file records of itself is complete and in range.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    # Files written before there was a record say alpha alone.
+    needed = () if record.keys() <= {ALPHA} else SIZES.keys() | HYBRID.keys()
+    check_settings(record, _RECORDED, f"the record in {source}", needed=sorted(needed))
+
+
+def require_record(record: Mapping[str, Any], config: Mapping[str, Any], source: str | Path) -> None:
+    """Make sure that what a weight file records of itself agrees with the config.
+
+    Raises:
+        CheckpointError: it does not; the message names the setting and both values.
+    """
+    for name in sorted(record.keys() & config.keys()):
+        one, other = (list(value) if isinstance(value, tuple) else value for value in (record[name], config[name]))
+        if one != other:
+            raise CheckpointError(
+                f"{source} was made with {name} {shown(one)}, the config says {shown(other)}: use the config of these "
+                "weights, or correct it"
+            )

@@ -1,0 +1,106 @@
+"""Ctrl-C and SIGTERM as an exception that says how to go on, or as a call for whoever can stop at a better moment."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from wan.utils.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REDELIVERY_SECONDS = 0.02
+
+_current: list["Interruption"] = []
+
+
+@contextmanager
+def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `handler` with their number inside, in the main thread; elsewhere nothing changes.
+
+    A signal that whoever started the process chose to ignore, as nohup and shells' background jobs do, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number, was in former.items():
+            if was is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: handler(number))
+        yield
+    finally:
+        for number, was in former.items():
+            signal.signal(number, signal.SIG_DFL if was is None else was)
+
+
+@contextmanager
+def interruptible(how_to_go_on: str) -> Iterator["Interruption"]:
+    """Let the first SIGINT or SIGTERM inside raise `Interrupted`, and a second one end the process at once.
+
+    Args:
+        how_to_go_on: the exception's text.
+
+    Yields:
+        what has come so far.
+    """
+    interruption = Interruption(how_to_go_on)
+    former_hook = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            former_hook(unraisable)
+            return
+        # It was raised inside a destructor, which loses exceptions: raise it again in a moment.
+        interruption.forget()
+        number = unraisable.exc_value.signal_number
+        threading.Timer(REDELIVERY_SECONDS, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+
+    with on_signals(interruption):
+        sys.unraisablehook = hook
+        try:
+            _current.append(interruption)
+            yield interruption
+        finally:
+            _current.pop()
+            sys.unraisablehook = former_hook
+
+
+def check_interrupted() -> None:
+    """Raise `Interrupted` if a signal came and its exception was lost, as imports and callbacks of libraries may do.
+
+    Long loops call it; without an `interruptible` context around them it does nothing.
+    """
+    if _current and threading.current_thread() is threading.main_thread():
+        _current[-1].check()
+
+
+class Interruption:
+    """What signals call.
+
+    Attributes:
+        first: the number of the first signal that came.
+    """
+
+    def __init__(self, how_to_go_on: str) -> None:
+        self._how_to_go_on = how_to_go_on
+        self.first: int | None = None
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came."""
+        if self.first is not None:
+            raise Interrupted(self._how_to_go_on, self.first)
+
+    def forget(self) -> None:
+        """Take the next signal for the first one."""
+        self.first = None
+
+    def __call__(self, number: int) -> None:
+        if self.first is None:
+            self.first = number
+            raise Interrupted(self._how_to_go_on, number)
+        # On Ctrl-C torchrun sends the processes that it started, which the terminal told already, a SIGTERM.
+        if number == self.first or "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
