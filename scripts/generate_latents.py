@@ -108,7 +108,7 @@ class Teacher:
             model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
         )
         self.made_by = {
-            "weights": fingerprint_of(weights.state),
+            "weights": fingerprint_of(dict(sorted(weights.state.items()))),
             "text_encoder": text_encoder_fingerprint(self.encoder),
         }
         self._config, self._device = config, device

@@ -46,9 +46,11 @@ def main() -> int:
     released = not (arguments.hybrid_layers or toy or arguments.text_encoder == "toy")
     if arguments.layout == "native" and not released:
         raise InputError("the native layout holds softmax models of released sizes: give --layout diffusers")
-    check_writable(arguments.folder.parent)
-    if arguments.folder.exists() and not is_model(arguments.folder):
-        raise InputError(f"{arguments.folder} is there and holds no model that could be replaced: choose another")
+    check_writable(arguments.output_folder.parent)
+    if arguments.output_folder.exists() and not is_model(arguments.output_folder):
+        raise InputError(
+            f"{arguments.output_folder} is there and holds no model that could be replaced: choose another"
+        )
     pipeline = random_pipeline(
         arguments.size,
         HybridSettings(tuple(arguments.hybrid_layers)),

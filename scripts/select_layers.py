@@ -171,7 +171,9 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
         model_folder = Path(config.model_folder)
         sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
         encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
-        settings |= {"weights": fingerprint_of(weights.state), "text_encoder": text_encoder_fingerprint(encoder)}
+        # Formats order names each in its own way.
+        settings["weights"] = fingerprint_of(dict(sorted(weights.state.items())))
+        settings["text_encoder"] = text_encoder_fingerprint(encoder)
         records.made_with(settings)
         missing = [job for job in jobs if records.find(job.name) is None]
         if missing:

@@ -158,7 +158,7 @@ class Study:
         """Fingerprints of the bundle's models."""
         vae, encoder = self._encoders(torch.device("cpu"))
         return {
-            "transformer": fingerprint_of(read_transformer(self.settings.model).state),
+            "transformer": fingerprint_of(dict(sorted(read_transformer(self.settings.model).state.items()))),
             "vae": vae_fingerprint(vae),
             "text_encoder": text_encoder_fingerprint(encoder),
         }
