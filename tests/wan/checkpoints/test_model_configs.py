@@ -56,7 +56,9 @@ TRANSFORMER: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), TRANSFORMER, ids=lambda value: repr(value)[:24])
+@pytest.mark.parametrize(
+    ("name", "value"), TRANSFORMER, ids=lambda value: "removed" if value is REMOVED else repr(value)[:24]
+)
 def test_settings_of_the_transformer(name: str, value: Any, tmp_path: Path) -> None:
     tiny_model(HYBRID, torch.float32).save_pretrained(tmp_path)
     changed(tmp_path, name, value)
@@ -154,7 +156,7 @@ def kept(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("kept", ["vae"], indirect=True)
-@pytest.mark.parametrize(("name", "value"), VAE, ids=lambda value: repr(value)[:24])
+@pytest.mark.parametrize(("name", "value"), VAE, ids=lambda value: "removed" if value is REMOVED else repr(value)[:24])
 def test_settings_of_the_vae(name: str, value: Any, kept: Path) -> None:
     assert spatial_stride(kept.parent) == 8
     changed(kept, name, value)
@@ -177,7 +179,7 @@ TEXT: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize("kept", ["text"], indirect=True)
-@pytest.mark.parametrize(("name", "value"), TEXT, ids=lambda value: repr(value)[:24])
+@pytest.mark.parametrize(("name", "value"), TEXT, ids=lambda value: "removed" if value is REMOVED else repr(value)[:24])
 def test_settings_of_the_text_encoder(name: str, value: Any, kept: Path) -> None:
     changed(kept, name, value)
     message_of(load_text_encoder, kept.parent)
