@@ -31,7 +31,7 @@ from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
-from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
+from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config

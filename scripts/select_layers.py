@@ -46,7 +46,7 @@ from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedCon
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
-from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
+from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.records import Records, open_records
 from pipelines.settings import load_config

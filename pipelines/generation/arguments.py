@@ -14,7 +14,7 @@ from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
 from pipelines.flags import Parser, as_path
 from pipelines.generation.requests import requested_jobs
-from pipelines.prompts import PromptJob
+from pipelines.prompts.jobs import PromptJob
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend

@@ -25,7 +25,7 @@ from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteB
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
-from pipelines.prompt_files import check_prompt
+from pipelines.prompts.files import check_prompt
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.saving import give_umask_mode

@@ -30,7 +30,7 @@ from pipelines.generation.records import (
 from pipelines.generation.timing import PhaseTimer
 from pipelines.media.images import read_image
 from pipelines.media.video import VideoWriter
-from pipelines.prompts import PromptJob, shard_jobs
+from pipelines.prompts.jobs import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive
