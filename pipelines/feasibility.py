@@ -8,24 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from zipfile import is_zipfile
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
 
-from arl2.checkpoint import found_settings
 from arl2.inference.fused_ops import require_kernels
 from arl2.inference.linear import require_fp8
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from arl2.statement import hybrid_layer_of, trained_memory_of
+from arl2.trained_memory import TrainedMemory
 from pipelines.config import InferenceConfig, SpeedConfig
-from wan.checkpoints.formats import GENERATOR, GENERATOR_EMA, read_config, unwrapped_name
-from wan.checkpoints.loading import read_weights
+from wan.checkpoints.configs import read_config
+from wan.checkpoints.formats import GENERATOR, GENERATOR_EMA, transformer_config, unwrapped_name
+from wan.checkpoints.loading import read_header, read_weights
+from wan.checkpoints.record import read_record
 from wan.text import NATIVE_TEXT_FILE
 from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
-from wan.utils.ranges import Bounds, typed
+from wan.utils.ranges import Count, typed
 from wan.vae.wan_vae import WAN21_VAE, spatial_stride
 
 GIGABYTE = 1e9
@@ -33,43 +35,27 @@ TRITON_CAPABILITY = (7, 0)
 """Compute capability of the oldest GPUs that Triton compiles for."""
 CGROUP = Path("/sys/fs/cgroup")
 
-Width = Annotated[int, Bounds(1, 2**17)]
-Few = Annotated[int, Bounds(1, 2**12)]
-
 
 @dataclass(frozen=True)
 class TransformerSizes:
-    """Sizes of a transformer, in the ranges in which it can be built; defaults as in `arl2.model.HybridWanModel`."""
+    """Sizes of a transformer, as `wan.checkpoints.formats.transformer_config` has checked them."""
 
-    patch_size: tuple[Few, Few, Few] = (1, 2, 2)
-    text_len: Annotated[int, Bounds(1, 2**16)] = 512
-    in_dim: Few = 16
-    out_dim: Few = 16
-    dim: Width = 1536
-    ffn_dim: Annotated[int, Bounds(1, 2**20)] = 8960
-    freq_dim: Width = 256
-    text_dim: Width = 4096
-    num_heads: Few = 12
-    num_layers: Few = 30
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_len: int = 512
+    in_dim: int = 16
+    out_dim: int = 16
+    dim: int = 1536
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    text_dim: int = 4096
+    num_heads: int = 12
+    num_layers: int = 30
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], source: Path) -> "TransformerSizes":
-        """The sizes that a model's config.json states.
-
-        Raises:
-            InputError: a size is no number, or out of range.
-        """
+    def of(cls, config: Mapping[str, Any]) -> "TransformerSizes":
+        """The sizes among a model's constructor arguments."""
         known = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        try:
-            sizes: TransformerSizes = typed(cls, known, "")
-        except InputError as error:
-            raise InputError(f"the transformer's config.json in {source}: {error}") from error
-        if sizes.dim % sizes.num_heads:
-            raise InputError(
-                f"the transformer's config.json in {source}: dim {sizes.dim} is no multiple of num_heads "
-                f"{sizes.num_heads}: download it again"
-            )
-        return sizes
+        return cls(**known | {"patch_size": tuple(known.get("patch_size", cls.patch_size))})
 
 
 @dataclass(frozen=True)
@@ -125,26 +111,40 @@ def tokens_per_frame(sizes: TransformerSizes, latent_size: tuple[int, int]) -> i
     return (latent_size[0] // sizes.patch_size[1]) * (latent_size[1] // sizes.patch_size[2])
 
 
-def stored_hybrid(path: Path) -> HybridSettings | None:
-    """Which layers a checkpoint says are hybrid, without reading its tensors; None if that cannot be told."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if path.is_dir():
-        layers = read_config(folder / "config.json").get("hybrid_layers", [])
-        return HybridSettings(tuple(layers)) if isinstance(layers, list) else None
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-        elif is_zipfile(path):
-            weights = read_weights(path)
+@dataclass(frozen=True)
+class StoredModel:
+    """What a checkpoint says of itself without its tensors being read.
+
+    Attributes:
+        layers: the hybrid ones.
+        memory: of the softmax layers in training; None if it does not say.
+    """
+
+    layers: tuple[int, ...]
+    memory: TrainedMemory | None
+
+    @classmethod
+    def at(cls, path: Path) -> "StoredModel | None":
+        """What a folder or weight file says; None if only reading all of it would tell.
+
+        Raises:
+            CheckpointError: it is damaged, or no checkpoint.
+        """
+        if path.is_dir():
+            record = transformer_config(path)
+            layers = record.get("hybrid_layers", ())
+        elif path.suffix == ".safetensors" or is_zipfile(path):
+            weights = {} if path.suffix == ".safetensors" else read_weights(path)
             inner = next((weights[key] for key in (GENERATOR, GENERATOR_EMA) if key in weights), weights)
-            names = list(inner) if isinstance(inner, Mapping) else []
+            names = inner if isinstance(inner, Mapping) else ()
+            found = read_header(path)[0] if path.suffix == ".safetensors" else [str(name) for name in names]
+            record = read_record(path, weights)
+            numbers = {hybrid_layer_of(unwrapped_name(name)) for name in found}
+            layers = sorted(number for number in numbers if number is not None)
         else:
             return None
-    except (OSError, SafetensorError, InputError):
-        return None  # who loads it says what is wrong
-    hybrid = [unwrapped_name(name) for name in names if isinstance(name, str) and name.endswith(".A_log")]
-    return HybridSettings(found_settings(dict.fromkeys(hybrid, torch.empty(0))).layers)
+        memory = trained_memory_of(record, path)
+        return cls(tuple(layers), None if memory is None else TrainedMemory(**memory))
 
 
 def room_for_generation(
@@ -158,11 +158,11 @@ def room_for_generation(
     """
     folder, stride = Path(config.model_folder), spatial_stride(Path(config.model_folder))
     hybrid = config.hybrid.settings()
-    stored = stored_hybrid(Path(config.checkpoint_path or folder))
+    stored = StoredModel.at(Path(config.checkpoint_path or folder))
     layers = hybrid.layers or (tuple(range(sizes.num_layers)) if stored is None else stored.layers)
     hybrid = HybridSettings(layers, hybrid.lora_rank, hybrid.lora_alpha, hybrid.ffn_lora)
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
-    window_frames, _ = config.memory.window
+    window_frames, _ = config.memory.resolved(None if stored is None else stored.memory).window
     frames = window_frames if window_frames is not None else config.num_output_frames
     block = config.frames_per_block * tokens
     parts = {
@@ -194,7 +194,7 @@ def decoder_bytes(folder: Path, height: int, width: int, dtype: torch.dtype, fra
     """Bytes of what goes into and comes out of a decoder's last convolutions for the frames of one latent frame."""
     config = folder / "vae" / "config.json"
     stored = read_config(config).get("base_dim", WAN21_VAE["dim"]) if config.is_file() else WAN21_VAE["dim"]
-    channels: int = typed(Few, stored, f"{config}: base_dim")
+    channels: int = typed(Count, stored, f"{config}: base_dim")
     return 2 * channels * frames * height * width * dtype.itemsize
 
 

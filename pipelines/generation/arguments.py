@@ -62,7 +62,12 @@ def inference_parser() -> Parser:
     everywhere = "adapters on the feed-forward of every block"
     setting("--ffn_lora_all_layers", "hybrid.ffn_lora", everywhere, group=model, const=FFNLoRA.ALL)
     memory = group("memory of the softmax layers")
-    setting("--memory", "memory.kind", "everything, or a sink and a sliding window", group=memory)
+    setting(
+        "--memory",
+        "memory.kind",
+        "what the checkpoint was trained with; everything; or a sink and a sliding window",
+        group=memory,
+    )
     seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
     setting("--window_frames", "memory.window_frames", seen, group=memory)
     setting(
@@ -118,10 +123,11 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
         InputError: the cause and the cure in one line.
     """
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
-    if config.memory.kind is MemoryKind.full:
+    if config.memory.kind is not MemoryKind.window:
         for name in ("window_frames", "sink_frames"):
             if f"memory.{name}" in arguments.flags:
-                raise InputError(f"--{name} needs a window, the memory is full: give --memory window too")
+                kind = config.memory.kind.value
+                raise InputError(f"--{name} needs a window, the memory is {kind}: give --memory window too")
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
@@ -167,7 +173,7 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     if tiny is not None and not Path(tiny).is_file():
         raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny_vae")
     folder = Path(config.model_folder)
-    sizes = TransformerSizes.of(transformer_config(folder), folder)
+    sizes = TransformerSizes.of(transformer_config(folder))
     check_layers(config.hybrid.layers, sizes.num_layers)
     check_size(config.height, config.width, spatial_stride(folder), sizes.patch_size)
     config.hybrid.settings()
@@ -186,7 +192,7 @@ def check_device(
         InputError: it cannot, or has not.
     """
     folder = Path(config.model_folder)
-    sizes = TransformerSizes.of(transformer_config(folder), folder)
+    sizes = TransformerSizes.of(transformer_config(folder))
     check_speed(config.speed, device, dtype, sizes.dim, sizes.ffn_dim)
     estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
     videos = f"{batch} videos of " if batch > 1 else ""
@@ -195,6 +201,6 @@ def check_device(
         f"{config.memory.kind.value} memory"
     )
     cure = "lower num_output_frames, height, width or lora_rank"
-    if config.memory.kind is MemoryKind.full:
+    if config.memory.kind is not MemoryKind.window:
         cure += ", or give --memory window"
     require_room(estimate, device, what, cure)

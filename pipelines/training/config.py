@@ -277,7 +277,7 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     if config.checkpoint_path is not None and not Path(config.checkpoint_path).exists():
         raise InputError(f"no checkpoint at {config.checkpoint_path}: check the path")
     sizes = transformer_config(folder)
-    config.hybrid(TransformerSizes.of(sizes, folder).num_layers)
+    config.hybrid(TransformerSizes.of(sizes).num_layers)
     if config.sample_every:
         spatial_stride(folder)
         if config.sample_every % config.report_every:

@@ -78,7 +78,7 @@ def train(config: TrainingConfig) -> None:
     """
     data = check_training(config)
     folder = Path(config.model_folder)
-    check_room(config, TransformerSizes.of(transformer_config(folder), folder), tuple(data[0][0].shape))
+    check_room(config, TransformerSizes.of(transformer_config(folder)), tuple(data[0][0].shape))
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
