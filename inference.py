@@ -1,6 +1,6 @@
 """Generate videos from prompts.
 
-    python inference.py --config_path configs/causal_forcing_dmd_chunkwise.yaml --output_folder output/chunkwise \\
+    python inference.py --config configs/causal_forcing_dmd_chunkwise.yaml --output_folder output/chunkwise \\
         --checkpoint_path checkpoints/chunkwise/causal_forcing.pt --data_path prompts/test.txt
 
 Under torchrun the prompts are divided over the ranks.

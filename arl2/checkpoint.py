@@ -175,7 +175,10 @@ def _agreed_settings(
     require_floating(weights.state, source)
     found = found_settings(weights.state, source)
     check_record(weights.record, source)
-    require_claims(weights.record | config, found, weights.state, source)
+    claims = weights.record | config
+    require_claims(claims, found, weights.state, source)
+    if found.lora_rank is not None and "ffn_lora" in claims:
+        found = replace(found, ffn_lora=FFNLoRA(claims["ffn_lora"]))  # hybrid and all, where every layer is hybrid
     require_hybrid_types(weights.state, source)
     alpha = stored_alpha(weights)
     if found.lora_rank is not None and alpha is None:

@@ -154,7 +154,7 @@ def room_for_generation(
 
     Args:
         batch: videos at a time.
-        decodes: whether they are decoded.
+        decodes: whether they are decoded, block by block; else all their latents are kept.
     """
     folder, stride = Path(config.model_folder), spatial_stride(Path(config.model_folder))
     hybrid = config.hybrid.settings()
@@ -170,7 +170,10 @@ def room_for_generation(
         "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype),
         "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize,
     }
-    if decodes and config.speed.tiny_vae is None:
+    if not decodes:  # then the latents of the whole video are kept
+        latents = config.num_output_frames * sizes.in_dim * (config.height // stride) * (config.width // stride)
+        parts["latents"] = 4 * batch * latents
+    elif config.speed.tiny_vae is None:
         frames = min(4, 4 * config.num_output_frames - 3)
         parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
     return Estimate(parts)
@@ -198,16 +201,19 @@ def decoder_bytes(folder: Path, height: int, width: int, dtype: torch.dtype, fra
 def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated: on a GPU what is free; else memory and swap, within the container's limit."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return free
     if not limit.isdigit():
         return free
-    return min(free, int(limit) - int(used) + int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0)))
+    return min(
+        free, int(limit) - int(used) + int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    )
 
 
 def require_room(estimate: Estimate, device: torch.device, what: str, cure: str) -> None:

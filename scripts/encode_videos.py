@@ -27,10 +27,10 @@ from pipelines.cli import choose_device, end_together, entry_point, own_folder, 
 from pipelines.config import HybridConfig, InferenceConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import Estimate, decoder_bytes, require_room
-from pipelines.file_names import shown
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
+from pipelines.prompts.names import shown
 from pipelines.provenance import text_encoder_fingerprint, vae_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config

@@ -31,7 +31,7 @@ from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
-from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
+from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_setting("--checkpoint_path", "checkpoint_path", "the teacher's weights; by default the config's")
     parser.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
     repeats = "rollouts of each, from other noise"
-    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**6)], repeats, default=1)
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 10**5)], repeats, default=1)
     parser.add_seed("of the noise")
     parser.add_argument("--prune", action="store_true", help="remove samples that this command line does not name")
     parser.add_device()
@@ -157,11 +157,11 @@ def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
-    config = replace(config, hybrid=HybridConfig())
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
-    check_device(replace(config, speed=SpeedConfig(cuda_graphs=False)), device, dtype, decodes=False)
+    softmax = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
+    check_device(softmax, device, dtype, decodes=False)
     jobs = read_jobs(arguments)
     folder, part = own_folder(arguments.output_folder)
     check_writable(folder)

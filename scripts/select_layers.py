@@ -46,7 +46,7 @@ from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedCon
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
-from pipelines.prompts import PromptJob, plan_jobs, read_requests, repeat_requests
+from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.records import Records, open_records
 from pipelines.settings import load_config
@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
     group.add_argument("--data_path", type=as_path, metavar="PATH", help="prompts, one a line")
     videos = "how many; the first prompts, again with other noise"
-    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**6)], videos, group=group, default=12)
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**5)], videos, group=group, default=12)
     parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)
     group.add_argument("--json", type=as_path, metavar="PATH", help="where the scores of every video go")
     add(

@@ -22,7 +22,8 @@ from pipelines.benchmark.cases import BLOCKS_PER_SAMPLE, BenchmarkConfig, Case, 
 from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import Transfer, finished
 from pipelines.generation.timing import PhaseTimer

@@ -14,7 +14,7 @@ from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
 from pipelines.flags import Parser, as_path
 from pipelines.generation.requests import requested_jobs
-from pipelines.prompts import PromptJob
+from pipelines.prompts.jobs import PromptJob
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
@@ -165,7 +165,7 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
     tiny = config.speed.tiny_vae
     if tiny is not None and not Path(tiny).is_file():
-        raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny-vae")
+        raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny_vae")
     folder = Path(config.model_folder)
     sizes = TransformerSizes.of(transformer_config(folder), folder)
     check_layers(config.hybrid.layers, sizes.num_layers)
@@ -191,7 +191,10 @@ def check_device(
     estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
     videos = f"{batch} videos of " if batch > 1 else ""
     what = (
-        f"{videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
+        f"generating {videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
         f"{config.memory.kind.value} memory"
     )
-    require_room(estimate, device, what, "lower num_output_frames, height, width or lora_rank, or give --memory window")
+    cure = "lower num_output_frames, height, width or lora_rank"
+    if config.memory.kind is MemoryKind.full:
+        cure += ", or give --memory window"
+    require_room(estimate, device, what, cure)

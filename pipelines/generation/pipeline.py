@@ -4,13 +4,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
-from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -23,10 +21,11 @@ from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
 from pipelines.feasibility import check_speed
+from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
-from pipelines.prompt_files import check_prompt
+from pipelines.prompts.files import check_prompt
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.saving import give_umask_mode
@@ -45,62 +44,6 @@ log = logging.getLogger(__name__)
 
 SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
 Phase = Callable[[str], AbstractContextManager[None]]
-
-
-TEXT, GIVEN, LATENTS, PIXELS = "text embedding", "latents of the given frames", "latents", "pixels"
-_NON_FINITE_CURES = {
-    TEXT: "check the text encoder's weights, or the embeddings that were given",
-    GIVEN: "check the image and the VAE's weights",
-    LATENTS: "check the weights",
-    PIXELS: "check the weights and the statistics of the VAE",
-}
-"""What of a block may be not finite, causes before effects, and what to do then."""
-
-
-class NonFiniteBlockError(RuntimeError):
-    """A generated block holds NaN or infinity; its video cannot go on.
-
-    Attributes:
-        block: index of the block.
-        what: what of it is not finite: one of `TEXT`, `GIVEN`, `LATENTS` and `PIXELS`.
-    """
-
-    def __init__(self, block: int, what: str = LATENTS) -> None:
-        cure = f"{_NON_FINITE_CURES[what]}, or use float32 or bfloat16 (--dtype)"
-        super().__init__(f"block {block} is not finite ({what}): {cure}")
-        self.block = block
-        self.what = what
-
-
-@dataclass(frozen=True)
-class VideoBlock:
-    """Some frames of a video, as soon as they exist.
-
-    Attributes:
-        index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
-        pixels_BTCHW: decoded frames in [-1, 1].
-        latents_BFCHW: the block's latents, normalised.
-        frames_BTHWC: the frames as bytes, on their way to the CPU.
-        finite: whether latents and pixels are, and for the first block what they were made from; likewise.
-    """
-
-    index: int
-    pixels_BTCHW: Tensor
-    latents_BFCHW: Tensor
-    frames_BTHWC: Transfer
-    finite: FiniteCheck
-
-
-@dataclass
-class VideoOutput(BaseOutput):
-    """What a call returns.
-
-    Attributes:
-        frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;
-            "latent" [B, F, C, h, w].
-    """
-
-    frames: Any
 
 
 class CausalVideoPipeline(DiffusionPipeline):

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.media.video import count_frames
-from pipelines.prompts import PromptJob
+from pipelines.prompts.jobs import PromptJob
 from wan.checkpoints.loading import fingerprint_of
 from wan.utils.errors import InputError
 from wan.utils.files import content_hash

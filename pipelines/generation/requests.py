@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from pipelines.media.images import check_images
-from pipelines.prompt_files import PromptRequest, check_prompt, read_prompt_file
-from pipelines.prompts import PromptJob, plan_jobs, read_requests
+from pipelines.prompts.files import PromptRequest, check_prompt, read_prompt_file
+from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests
 from wan.utils.errors import InputError
 
 

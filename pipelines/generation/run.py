@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from arl2.rollout import num_blocks
 from pipelines.generation.arguments import InferenceRun
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
     identity_of,
     image_of,
@@ -29,7 +30,7 @@ from pipelines.generation.records import (
 from pipelines.generation.timing import PhaseTimer
 from pipelines.media.images import read_image
 from pipelines.media.video import VideoWriter
-from pipelines.prompts import PromptJob, shard_jobs
+from pipelines.prompts.jobs import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive

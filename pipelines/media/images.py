@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from pipelines.file_names import shown
+from pipelines.prompts.names import shown
 from wan.utils.errors import InputError
 
 log = logging.getLogger(__name__)

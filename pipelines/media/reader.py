@@ -22,10 +22,10 @@ from av.stream import Disposition
 from PIL import Image
 from torch import Tensor
 
-from pipelines.file_names import find_file, is_file, shown
 from pipelines.media.frames import Picture, UnusableVideoError, upright
 from pipelines.media.images import MAX_PIXELS
-from pipelines.prompt_files import check_prompt, read_lines
+from pipelines.prompts.files import check_prompt, read_lines
+from pipelines.prompts.names import find_file, is_file, shown
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
 

@@ -168,7 +168,8 @@ class Stage2Config(TrainingConfig):
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
         context, target, checkpointing: see `arl2.distillation.stage2.Stage2Settings`.
-        memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything.
+        memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything. A
+            teacher says nothing of it, so kind trained is full.
     """
 
     run_folder: PathText = "runs/stage2"
@@ -199,13 +200,7 @@ class Stage2Config(TrainingConfig):
         return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
 
     def objective_settings(self) -> Stage2Settings:
-        """As `Stage2` takes them.
-
-        Raises:
-            InputError: the memory is to be the trained one, which training itself decides.
-        """
-        if self.memory.kind is MemoryKind.trained:
-            raise InputError("memory.kind trained is what training decides: give full or window")
+        """As `Stage2` takes them."""
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,

@@ -196,6 +196,13 @@ def test_the_alpha_of_the_folder_is_not_that_of_another_checkpoint(model: Hybrid
     assert built.hybrid == HYBRID
 
 
+def test_adapters_of_every_block_stay_so_where_every_layer_is_hybrid(tmp_path: Path) -> None:
+    settings = HybridSettings((0, 1, 2), 3, 6.0, FFNLoRA.ALL)
+    tiny_model(settings, F32).save_pretrained(tmp_path / "m")
+    assert build(tmp_path / "m").hybrid == settings
+    assert build(tmp_path / "m", HybridSettings((1,))).hybrid.layers == (1,)
+
+
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "transformer.", "module.model."])
 @pytest.mark.parametrize("names", ["ours", "diffusers"])
 def test_prefixes_of_other_tools(prefix: str, names: str, tmp_path: Path) -> None:

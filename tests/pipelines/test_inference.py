@@ -18,7 +18,8 @@ from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, SeededNoise, denoise_block, remember_block
 from pipelines.cli import choose_device
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.media.video import read_video
 from wan.memory import MemorySpec
@@ -167,7 +168,7 @@ def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path]
         "layer repeated": (good, [*prompt, "--hybrid_layers", "1", "1"], "more than once"),
         "layer not in the weights": (good, [*prompt, "--hybrid_layers", "5"], "not in [5]"),
         "frames not divisible": (good, [*prompt, "--num_output_frames", "7"], "multiple, such as 6"),
-        "no frames": (good, [*prompt, "--num_output_frames", "0"], "multiple"),
+        "no frames": (good, [*prompt, "--num_output_frames", "0"], "out of range"),
         "i2v with chunks": (good, [*prompt, "--i2v", "--image", tmp / "file"], "chunk-wise"),
         "image without i2v": (good, [*prompt, "--image", tmp / "file"], "--i2v"),
         "no GPU": (good, [*prompt, "--device", "cuda:99"], "no GPU"),
@@ -176,7 +177,7 @@ def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path]
         "steps that rise": (good + "denoising_steps: [250, 500]\n", prompt, "must fall"),
         "unknown backend": (good + "attention_backend: magic\n", prompt, "magic"),
         "window too small": (good + "memory: {kind: window, window_frames: 4, sink_frames: 3}\n", prompt, "window"),
-        "no positive rank": (good, [*prompt, "--lora_rank", "0"], "not positive"),
+        "no positive rank": (good, [*prompt, "--lora_rank", "0"], "out of range"),
         "odd size": (good.replace("height: 32", "height: 40"), prompt, "multiple of 16"),
     }
 
@@ -211,11 +212,15 @@ def test_sizes_are_checked_before_models_load(
     monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(CausalVideoPipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
-    for change in (("height: 32", "height: 40"), ("width: 48", "width: 0"), ("frames: 6", "frames: 7")):
+    for change, message in (
+        (("height: 32", "height: 40"), "multiple"),
+        (("width: 48", "width: 0"), "width 0 is out of range"),
+        (("frames: 6", "frames: 7"), "multiple"),
+    ):
         text = config.read_text()
         config.write_text(text.replace(*change))
         assert run(monkeypatch, config, "--prompt", "x") == 2
-        assert "multiple" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         config.write_text(text)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.prompt_files import PromptRequest, read_prompt_file
-from pipelines.prompts import (
+from pipelines.prompts.files import PromptRequest, read_prompt_file
+from pipelines.prompts.jobs import (
     output_name,
     plan_jobs,
     prompt_seed,

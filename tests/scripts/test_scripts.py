@@ -48,7 +48,7 @@ def test_conversions_that_cannot_be(
 ) -> None:
     save_generator(tiny_model(dtype=torch.float32), tmp_path / "a.pt")
     for arguments, message in (
-        ((tmp_path / "a.pt", tmp_path / "b.pt"), "--config or --size"),
+        ((tmp_path / "a.pt", tmp_path / "b.pt"), "--model_folder or --size"),
         ((tmp_path / "a.pt", tmp_path / "a.pt"), "exists"),
         ((tmp_path / "none.pt", tmp_path / "b.pt"), "no checkpoint"),
         ((tmp_path / "a.pt", tmp_path / "b.pt", "--size", "1.3B"), "does not fit"),

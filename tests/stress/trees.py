@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from arl2.distillation.data import INDEX, LatentDataset
+from arl2.distillation.data import LatentDataset
+from arl2.distillation.latent_writer import INDEX
 from pipelines.media.video import read_video
 
 DATA, CHECKPOINTS, LOSSES = "data", "checkpoints", "losses.jsonl"

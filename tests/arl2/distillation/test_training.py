@@ -115,7 +115,7 @@ def test_a_run_compiles_the_teacher_alone(trained_world: Path, monkeypatch: pyte
         return graph.forward
 
     monkeypatch.setattr("pipelines.training.run.compile_blocks", partial(compile_blocks, backend=backend))
-    settings = ["path=parallel", "levels.per_block=1", "batch=2", "report_every=1", "save_every=1"]
+    settings = ["forward_mode=parallel", "levels.per_block=1", "batch=2", "report_every=1", "save_every=1"]
     settings += ["checkpointing=true"] if stage == 2 else []
     runs = []
     for compile in ("false", "true"):
@@ -274,7 +274,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("stage", "setting", "message"),
     [
         (1, "stepz=3", "stepz"),
-        (1, "steps=0", "steps 0 is not positive"),
+        (1, "steps=0", "steps 0 is out of range"),
         (1, "steps=many", "steps"),
         (1, "layers=[7]", "out of range"),
         (1, "data=[nowhere]", "generate_latents"),
@@ -286,15 +286,15 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (1, "shard=true", "torchrun"),
         (1, "ema_decay=1.5", "ema_decay"),
         (1, "levels.per_block=5", "more than the generator's 4 steps"),
-        (1, "path=parallel levels.per_block=2", "one level a block"),
-        (1, "path=loop compile=true", "compiled anew"),
+        (1, "forward_mode=parallel levels.per_block=2", "one level per block"),
+        (1, "forward_mode=sequential compile=true", "compiled anew"),
         (1, "path=parallel blocks_per_graph=1", "blocks_per_graph"),
-        (1, "optimizer.decay=steep", "constant or cosine"),
-        (1, "dtype=float16", "bfloat16 or float32"),
+        (1, "optimizer.decay=steep", "one of constant, cosine"),
+        (1, "dtype=float16", "one of bfloat16, float32"),
         (2, "hybrid_layers=[]", "layers_file"),
         (2, "hybrid_layers=[] layers_file=none.yaml", "no layers file"),
         (2, "init_from=nowhere", "train_stage1.py"),
-        (2, "lora_rank=0", "not positive"),
+        (2, "lora_rank=0", "lora_rank 0 is out of range"),
     ],
 )
 def test_bad_settings_are_found_before_models_load(

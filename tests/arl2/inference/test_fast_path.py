@@ -1,6 +1,5 @@
 """The fast path computes what the plain model computes: fused, compiled, recorded, and in FP8 within its rounding."""
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from arl2.inference.model import InferenceModel, new_fused_ops
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import predict_flow, remember_block
 from pipelines.config import MemoryConfig, MemoryKind, SpeedConfig
-from pipelines.generation.arguments import add_speed_flags, apply_speed_flags
 from pipelines.generation.random_model import random_pipeline
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel, PassOutput
@@ -352,15 +350,6 @@ def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(*flows)
     for mine, theirs in zip(fast._blocks, other._blocks, strict=True):
         assert mine.projections is theirs.projections and mine.ops is not theirs.ops
-
-
-def test_flags_override_the_config() -> None:
-    parser = argparse.ArgumentParser()
-    add_speed_flags(parser)
-    flags = parser.parse_args(["--no-compile", "--fp8", "--no-fast-vae"])
-    assert apply_speed_flags(SpeedConfig(compile=True), flags) == SpeedConfig(compile=False, fast_vae=False, fp8=True)
-    usual = SpeedConfig(compile=True, cuda_graphs=False, fp8=True)
-    assert apply_speed_flags(usual, parser.parse_args([])) == usual
 
 
 def test_switches_left_open_are_thrown_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from pipelines.benchmark.flops import Flops, pass_flops, rollout_flops
 from pipelines.benchmark.profile import OWN, kind_of
 from pipelines.benchmark.report import charts, markdown
 from pipelines.config import MemoryKind
-from pipelines.generation.pipeline import CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.records import Records
 from pipelines.settings import load_config
 from wan.ops.attention import AttentionBackend

@@ -10,7 +10,8 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.generation.pipeline import GIVEN, LATENTS, PIXELS, TEXT, CausalVideoPipeline, NonFiniteBlockError
+from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.run import generate
 from pipelines.generation.streaming import FiniteCheck
 from pipelines.media.video import read_video

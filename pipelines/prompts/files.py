@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.file_names import find_file, shown
+from pipelines.prompts.names import find_file, shown
 from wan.text import has_text
 from wan.utils.errors import InputError
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.prompt_files import PromptRequest, read_prompt_file
+from pipelines.prompts.files import PromptRequest, read_prompt_file
 from wan.utils.errors import InputError
 
 SLUG_LENGTH = 60
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_requests(path: Path) -> list[PromptRequest]:
-    """The requests of a prompt file for text to video; `pipelines.prompt_files` describes the formats.
+    """The requests of a prompt file for text to video; `pipelines.prompts.files` describes the formats.
 
     Raises:
         InputError: the file cannot be read, is broken, or names images.
