@@ -161,7 +161,7 @@ class HybridWanModel(CausalWanModel):
         self.register_to_config(trained_memory=memory.as_plain())
 
     def record(self) -> dict[str, Any]:
-        """What files of weights say of how they were made: the constructor's arguments as plain values."""
+        """Record stored with weights: the constructor's arguments as plain values."""
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
         return {name: list(value) if isinstance(value, list | tuple) else value for name, value in config.items()}
 
@@ -173,7 +173,7 @@ class HybridWanModel(CausalWanModel):
         max_shard_size: int | str = MAX_SHARD_SIZE,
         **others: Any,
     ) -> None:
-        """As in diffusers, but the weights carry `record`, files get the mode that the umask says, and each is atomic.
+        """Save as in diffusers, except that weights carry `record`, modes follow the umask, and each file is atomic.
 
         Args:
             save_directory: where to.
@@ -198,7 +198,7 @@ class HybridWanModel(CausalWanModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """As in diffusers, but a config or weights that are not what they say are an error; see `arl2.statement`.
+        """Load as in diffusers, except that inconsistent config or weights are an error; see `arl2.statement`.
 
         Raises:
             CheckpointError: a setting, name or value that the folder should not have, or lacks; NaN or infinity.

@@ -27,8 +27,8 @@ def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: 
     return {
         "gate_mean": gate.mean(),
         "gate_saturation": ((gate < GATE_CLOSED) | (gate > GATE_OPEN)).float().mean(),
-        "intra_power": local.float().square().mean(),
-        "inter_power": remembered.square().mean(),
+        "intra_mean_square": local.float().square().mean(),
+        "inter_mean_square": remembered.square().mean(),
         "decay": -module.log_decay(x_BLD).mean(),
         "state_norm": state_BHKV.flatten(2).norm(dim=2).mean(),
     }
@@ -67,7 +67,7 @@ def measured(model: HybridWanModel, tokens_per_frame: int) -> Iterator[LayerRepo
         tokens = math.log(2) / max(mean["decay"], 1e-12)
         for name in ("gate_mean", "gate_saturation", "state_norm"):
             reports[name][layer] = mean[name]
-        reports["intra_rms"][layer] = math.sqrt(mean["intra_power"])
-        reports["inter_rms"][layer] = math.sqrt(mean["inter_power"])
+        reports["intra_rms"][layer] = math.sqrt(mean["intra_mean_square"])
+        reports["inter_rms"][layer] = math.sqrt(mean["inter_mean_square"])
         reports["half_life_tokens"][layer] = tokens
         reports["half_life_frames"][layer] = tokens / tokens_per_frame

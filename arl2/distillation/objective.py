@@ -20,14 +20,14 @@ LayerReports = dict[str, dict[int, float]]
 
 
 class ForwardMode(StrEnum):
-    """How the blocks of a video are computed: one after the other over a memory, or all in one forward."""
+    """Computation of the blocks of a video: one after the other over a memory, or all in one forward."""
 
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
 
     @classmethod
     def _missing_(cls, value: object) -> "ForwardMode | None":
-        """The member that a former value stands for."""
+        """Member for a former value."""
         return cls.SEQUENTIAL if value == "loop" else None
 
 

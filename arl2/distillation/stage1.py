@@ -32,7 +32,7 @@ from wan.teacher_forcing import teacher_forced_flow
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
 """Name prefixes of the parameters of a hybrid layer that stage 1 trains."""
-MIN_POWER = 1e-8
+MIN_TARGET_MEAN_SQUARE = 1e-8
 """Lower bound on the mean square of a target in the relative loss."""
 
 
@@ -124,7 +124,7 @@ class Stage1(Objective):
         self.settings = settings
         self._layers = model.hybrid_attentions()
         self._error: dict[int, Tensor] = {}
-        self._power: dict[int, Tensor] = {}
+        self._target_mean_square: dict[int, Tensor] = {}
 
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
         """See `stage1_parameters`."""
@@ -142,7 +142,7 @@ class Stage1(Objective):
 
     def relative_errors(self) -> dict[int, float]:
         """Relative RMS error of every layer in the last batch: 0 is perfect, 1 is that of a zero output."""
-        return {layer: float((self._error[layer] / self._power[layer]).sqrt()) for layer in self._error}
+        return {layer: float((self._error[layer] / self._target_mean_square[layer]).sqrt()) for layer in self._error}
 
     @torch.no_grad()
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
@@ -155,12 +155,12 @@ class Stage1(Objective):
 
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._forget()
-        share = self._share(batch, noise)
+        weight = self._pass_weight(batch, noise)
         memory = self.new_memory(batch, differentiable=True)
         for graph in self._graphs(batch, noise):
             for layer in self._layers:
                 memory.layers[layer].detach()
-                yield share * self._layer_error(layer, memory.layers[layer], graph)
+                yield weight * self._layer_error(layer, memory.layers[layer], graph)
 
     def _graphs(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[list[Pass]]:
         """Iterate over the teacher's passes of each graph; graphs are cut before a block is remembered."""
@@ -202,7 +202,7 @@ class Stage1(Objective):
 
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._forget()
-        share, clean = self._share(batch, noise), batch.latents_BFCHW
+        weight, clean = self._pass_weight(batch, noise), batch.latents_BFCHW
         frames, _, height, width = clean.shape[1:]
         size = self.settings.frames_per_block
         noisy, times = noisy_video(batch, noise, size)
@@ -215,22 +215,22 @@ class Stage1(Objective):
             passes = 2 * layout.num_blocks
             if not self.settings.loss_on_clean_pass:
                 output, target, passes = output.chunk(2, dim=1)[1], target.chunk(2, dim=1)[1], layout.num_blocks
-            yield share * self._passes_error(layer, output, target, passes)
+            yield weight * self._passes_error(layer, output, target, passes)
 
-    def _share(self, batch: VideoBatch, noise: BatchNoise) -> float:
+    def _pass_weight(self, batch: VideoBatch, noise: BatchNoise) -> float:
         """Weight of one pass of one layer in the loss."""
         blocks = num_blocks(batch.latents_BFCHW.shape[1], self.settings.frames_per_block)
         return 1 / (len(self._layers) * blocks * (noise.num_noise_levels + self.settings.loss_on_clean_pass))
 
     def _forget(self) -> None:
-        self._error, self._power = {}, {}
+        self._error, self._target_mean_square = {}, {}
 
     def _passes_error(self, layer: int, output_BLD: Tensor, target_BLD: Tensor, passes: int) -> Tensor:
         """Sum over passes of the squared error, averaged over videos; also added to the layer's metrics."""
         error_BP = mean_squared_errors(output_BLD, target_BLD, passes)
-        power_BP = mean_squares(target_BLD, passes)
+        target_mean_square_BP = mean_squares(target_BLD, passes)
         self._error[layer] = error_BP.detach().mean(0).sum() + self._error.get(layer, 0)
-        self._power[layer] = power_BP.mean(0).sum() + self._power.get(layer, 0)
+        self._target_mean_square[layer] = target_mean_square_BP.mean(0).sum() + self._target_mean_square.get(layer, 0)
         if self.settings.relative:
-            error_BP = error_BP / power_BP.clamp(min=MIN_POWER)
+            error_BP = error_BP / target_mean_square_BP.clamp(min=MIN_TARGET_MEAN_SQUARE)
         return error_BP.mean(0).sum()

@@ -99,7 +99,7 @@ class Stage2(Objective):
         self.settings = settings
         self._sampler = sampler
         self._error: list[Tensor] = []
-        self._power: list[Tensor] = []
+        self._target_mean_square: list[Tensor] = []
         if settings.context is Context.SELF_ROLLOUT and sampler is None:
             raise InputError("context self_rollout needs the steps of the student's sampler")
         if settings.checkpointing:
@@ -116,7 +116,8 @@ class Stage2(Objective):
 
     def metrics(self) -> dict[str, float]:
         """Relative RMS error of the student with respect to the teacher: 0 is perfect."""
-        return {"relative_error": float((torch.stack(self._error).sum() / torch.stack(self._power).sum()).sqrt())}
+        error, scale = (torch.stack(parts).sum() for parts in (self._error, self._target_mean_square))
+        return {"relative_error": float((error / scale).sqrt())}
 
     @torch.no_grad()
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
@@ -128,13 +129,13 @@ class Stage2(Objective):
         return figures
 
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        self._error, self._power = [], []
+        self._error, self._target_mean_square = [], []
         settings, model = self.settings, self.model
         with frozen_teacher(model):
             text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch)
         memory = self.new_memory(batch, *settings.window, differentiable=True)
         errors: list[Tensor] = []
-        share = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
+        weight = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
             if settings.context is Context.SELF_ROLLOUT:
                 block = block._replace(clean=self._own_block(block, noise, text, memory))
@@ -144,11 +145,11 @@ class Stage2(Objective):
             with frozen_teacher(model):
                 remember_block(model, block.clean, text, teacher_memory, block.start)
             if settings.starts_graph(block.number):
-                yield share * torch.stack(errors).sum()
+                yield weight * torch.stack(errors).sum()
                 errors = []
                 memory.detach()
             remember_block(model, block.clean, text, memory, block.start)
-        yield share * torch.stack(errors).sum()
+        yield weight * torch.stack(errors).sum()
 
     def _comparisons(
         self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory
@@ -157,9 +158,9 @@ class Stage2(Objective):
         for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
             with frozen_teacher(self.model):
-                wanted = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
+                target_flow = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
             flow = predict_flow(self.model, noisy, timestep, text, memory, block.start)
-            yield self._passes_error(flow, wanted, noise.levels_BNP[:, block.number, place, None])
+            yield self._passes_error(flow, target_flow, noise.levels_BNP[:, block.number, place, None])
 
     @torch.no_grad()
     def _own_block(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Tensor:
@@ -183,23 +184,23 @@ class Stage2(Objective):
         return torch.cat(made, dim=1)
 
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        self._error, self._power = [], []
+        self._error, self._target_mean_square = [], []
         if self.settings.context is Context.SELF_ROLLOUT:
             batch = replace(batch, latents_BFCHW=self._own_video(batch, noise))
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)
         with frozen_teacher(self.model, compiled=True):
             text = self.model.embed_text(batch.text_BTD)
-            wanted = teacher_forced_flow(self.model, noisy, times, text, size, clean)
+            target_flow = teacher_forced_flow(self.model, noisy, times, text, size, clean)
         flow = teacher_forced_flow(self.model, noisy, times, text, size, clean, *self.settings.window)
-        yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+        yield self._passes_error(flow, target_flow, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
 
-    def _passes_error(self, flow_BFCHW: Tensor, wanted_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:
+    def _passes_error(self, flow_BFCHW: Tensor, target_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:
         """Sum over the P blocks of a sequence of their squared errors, averaged over videos; also kept for metrics."""
-        flow, wanted = (x.float().unflatten(1, (levels_BP.shape[1], -1)) for x in (flow_BFCHW, wanted_BFCHW))
-        error_BP = (flow - wanted).square().flatten(2).mean(2)
+        flow, target_flow = (x.float().unflatten(1, (levels_BP.shape[1], -1)) for x in (flow_BFCHW, target_BFCHW))
+        error_BP = (flow - target_flow).square().flatten(2).mean(2)
         self._error.append(error_BP.detach().sum())
-        self._power.append(wanted.square().flatten(2).mean(2).sum())
+        self._target_mean_square.append(target_flow.square().flatten(2).mean(2).sum())
         # x0 = x_t - σ·v: the difference in x0 is σ times that in v.
         scale = levels_BP.square() if self.settings.target is Target.X0 else 1.0
         return (scale * error_BP).mean(0).sum()

@@ -12,7 +12,7 @@ from wan.model import FlowModel, PassOutput, TextKV
 
 MAX_GRAPHS = 64
 """Upper bound on recorded passes: two per slot of a window that divides into blocks, two per block of a full memory."""
-FORGOTTEN_AFTER = 128
+EVICT_AFTER = 128
 """Blocks after which a recording that was not replayed may be evicted."""
 MAX_KEYS = 1024
 """Upper bound on keys of passes that were met, two per block of a full memory.
@@ -142,7 +142,7 @@ class GraphedModel:
         graph = self._graphs.pop(key)[0] if recorded else self._record(kind, inputs, held_text, views, remember)
         self._graphs[key] = graph, block
         if not recorded and len(self._graphs) > MAX_GRAPHS:
-            self._forget_all_passing_but(key)
+            self._evict_passing_except(key)
         graph.replay()
         return self._outputs[kind]
 
@@ -163,7 +163,7 @@ class GraphedModel:
         # Beyond the limit, the denoising of a block is recorded for this block only, since it is replayed at once.
         return self._has_room(block) or not remember
 
-    def _forget_all_passing_but(self, key: Key) -> None:
+    def _evict_passing_except(self, key: Key) -> None:
         """Evict the recording beyond the limit, unless it is the given one.
 
         The new one exists already: the memory pool shared by recordings lives as long as one of them does.
@@ -180,7 +180,7 @@ class GraphedModel:
         if len(self._graphs) < MAX_GRAPHS:
             return True
         oldest, (_, last_replayed) = next(iter(self._graphs.items()))
-        if block - last_replayed <= FORGOTTEN_AFTER:
+        if block - last_replayed <= EVICT_AFTER:
             return False
         del self._graphs[oldest]
         return True

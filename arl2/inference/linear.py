@@ -142,14 +142,14 @@ class FusedLinear(nn.Module):
     @torch.no_grad()
     def __init__(self, parts: Mapping[str, nn.Linear], fp8: bool) -> None:
         super().__init__()
-        self.places: dict[str, tuple[int, int]] = {}
+        self.rows: dict[str, tuple[int, int]] = {}
         rows, first = 0, next(iter(parts.values())).weight
         for name, linear in parts.items():
-            self.places[name] = (rows, rows + linear.out_features)
+            self.rows[name] = (rows, rows + linear.out_features)
             rows += linear.out_features + -linear.out_features % ROW_MULTIPLE
         weight_NK, bias_N = first.new_zeros(rows, first.shape[1]), first.new_zeros(rows)
         for name, linear in parts.items():
-            place = slice(*self.places[name])
+            place = slice(*self.rows[name])
             for whole, part in ((weight_NK, linear.weight), (bias_N, linear.bias)):
                 if part is not None:
                     whole[place] = part
@@ -157,7 +157,7 @@ class FusedLinear(nn.Module):
                         # Re-pointed: a second copy takes gigabytes at 1.3B, and new parameters would break references.
                         # `separate` undoes it.
                         part.data = whole[place]
-        neighbours = combinations_with_replacement(self.places, 2)
+        neighbours = combinations_with_replacement(self.rows, 2)
         self.product = (
             FP8Linear(weight_NK, bias_N, [self._range(first, last) for first, last in neighbours])
             if fp8
@@ -166,7 +166,7 @@ class FusedLinear(nn.Module):
 
     def _range(self, first: str, last: str) -> tuple[int, int]:
         """Range of output channels from one part to another, padding of the last included."""
-        start, stop = self.places[first][0], self.places[last][1]
+        start, stop = self.rows[first][0], self.rows[last][1]
         return start, stop + -stop % ROW_MULTIPLE
 
     def forward(self, x: Tensor | RowScaledFP8, names: tuple[str, ...]) -> list[Tensor]:
@@ -177,4 +177,4 @@ class FusedLinear(nn.Module):
         """
         start, stop = self._range(names[0], names[-1])
         y = self.product(x, slice(start, stop))
-        return [y[..., first - start : last - start] for first, last in (self.places[name] for name in names)]
+        return [y[..., first - start : last - start] for first, last in (self.rows[name] for name in names)]

@@ -150,7 +150,7 @@ class LayerGates(Stage2):
         """Relative error with respect to the teacher's mean square, plus the budget penalty; a single part."""
         self._draw(noise)
         (error,) = super().losses(batch, noise)
-        target_mean_square = torch.stack(self._power).sum() / noise.levels_BNP.numel()
+        target_mean_square = torch.stack(self._target_mean_square).sum() / noise.levels_BNP.numel()
         share = torch.stack([logit.sigmoid() for logit in self.logits.values()]).mean()
         yield error / target_mean_square + self.settings.budget_weight * (share - self.settings.budget).square()
 

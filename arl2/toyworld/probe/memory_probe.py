@@ -148,13 +148,13 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson interval of a fraction, 95 % by default; (0, 1) for an empty sample."""
     if not total:
         return 0.0, 1.0
-    share, z2 = right / total, z * z
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    fraction, z2 = right / total, z * z
+    middle = (fraction + z2 / (2 * total)) / (1 + z2 / total)
+    half = z / (1 + z2 / total) * math.sqrt(fraction * (1 - fraction) / total + z2 / (4 * total * total))
     return middle - half, middle + half
 
 
-def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int | list[float]]:
+def accuracy(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int | list[float]]:
     """Accuracy among the entries that count, with its interval and chance level."""
     hits, total = int((right & counts).sum()), int(counts.sum())
     return {
@@ -165,9 +165,9 @@ def share(right: Tensor, counts: Tensor, chance: float) -> dict[str, float | int
     }
 
 
-def table(verdict: dict[str, Tensor], counts: Tensor) -> dict[str, dict[str, float | int | list[float]]]:
+def accuracies(verdict: dict[str, Tensor], counts: Tensor) -> dict[str, dict[str, float | int | list[float]]]:
     """Accuracies of all measures among the entries that count."""
-    return {name: share(verdict[name], counts, CHANCE[name]) for name in MEASURES}
+    return {name: accuracy(verdict[name], counts, CHANCE[name]) for name in MEASURES}
 
 
 def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
@@ -183,10 +183,10 @@ def judge_continued(reading: Reading, scenes: Scenes) -> dict[str, object]:
     for low in sorted({int(value) // 4 * 4 for value in duration[after["count"]].tolist()}):
         groups[f"hidden {low} to {low + 3} frames"] = (duration >= low) & (duration < low + 4)
     return {
-        "after": table(after, after["count"]),
-        "before": table(before, before["count"]),
-        "place": share(after["place"], after["count"], math.nan),
-        "groups": {name: table(after, after["count"] & group) for name, group in groups.items()},
+        "after": accuracies(after, after["count"]),
+        "before": accuracies(before, before["count"]),
+        "place": accuracy(after["place"], after["count"], math.nan),
+        "groups": {name: accuracies(after, after["count"] & group) for name, group in groups.items()},
     }
 
 
@@ -197,19 +197,19 @@ def judge_every_pass(reading: Reading, scenes: Scenes) -> dict[str, object]:
     if not counts.any():
         raise InputError("no object comes out again within these videos: make them longer")
     passes = [
-        table({name: verdict[name][..., phase] for name in MEASURES}, verdict["count"][..., phase])
+        accuracies({name: verdict[name][..., phase] for name in MEASURES}, verdict["count"][..., phase])
         for phase in range(1, verdict["count"].shape[-1])
         if verdict["count"][..., phase].any()
     ]
     last = 1 + (counts * torch.arange(1, counts.shape[-1] + 1)).argmax(-1, keepdim=True)
     after_last = {name: verdict[name].gather(-1, last)[..., 0] for name in MEASURES}
-    return {"after_last": table(after_last, counts.any(-1)), "passes": passes}
+    return {"after_last": accuracies(after_last, counts.any(-1)), "passes": passes}
 
 
 def judge_generated(reading: Reading, scenes: Scenes) -> dict[str, object]:
     """Fraction of objects that come out as they went in, in videos generated from the caption alone."""
     same = {name: values.cpu() for name, values in reading.same_object().items()}
-    return {"same_object": table(same, scenes.exists.cpu())}
+    return {"same_object": accuracies(same, scenes.exists.cpu())}
 
 
 def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float | int | list[float]]]:
@@ -218,7 +218,9 @@ def judge_obeyed(reading: Reading, scenes: Scenes) -> dict[str, dict[str, float 
     Of two objects each must be in the half that the caption names.
     """
     colour, shape = reading.colour[..., 0] == scenes.colour, reading.shape[..., 0] == scenes.shape
-    return table({"colour": colour.cpu(), "shape": shape.cpu(), "both": (colour & shape).cpu()}, scenes.exists.cpu())
+    return accuracies(
+        {"colour": colour.cpu(), "shape": shape.cpu(), "both": (colour & shape).cpu()}, scenes.exists.cpu()
+    )
 
 
 def judge_form(form: str, pixels: Tensor, scenes: Scenes) -> dict[str, Any]:

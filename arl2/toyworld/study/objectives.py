@@ -47,14 +47,14 @@ class WindowStudent(Stage2):
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         """Squared error of the student with respect to the teacher, averaged over comparisons; a single part."""
-        self._error, self._power = [], []
+        self._error, self._target_mean_square = [], []
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         noisy, times = noisy_video(batch, noise, size)
         with frozen_teacher(self._teacher):
             text = batch.text_BTD.to(self._teacher.patch_embedding.weight.dtype)
-            wanted = teacher_forced_flow(self._teacher, noisy, times, text, size, clean)
+            target_flow = teacher_forced_flow(self._teacher, noisy, times, text, size, clean)
         flow = teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean, self._window, self._sink)
-        yield self._passes_error(flow, wanted, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+        yield self._passes_error(flow, target_flow, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
 
 
 class NoisyWriteStage2(Stage2):
@@ -71,7 +71,7 @@ class NoisyWriteStage2(Stage2):
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         """See `Stage2.losses`."""
-        self._error, self._power = [], []
+        self._error, self._target_mean_square = [], []
         size, clean = self.settings.frames_per_block, batch.latents_BFCHW
         frames, _, height, width = clean.shape[1:]
         order_BNP = noise.levels_BNP.argsort(dim=2, descending=True)
@@ -87,12 +87,12 @@ class NoisyWriteStage2(Stage2):
         with frozen_teacher(self.model):
             text = self.model.embed_text(batch.text_BTD)
             noisy, timesteps = (_picked(torch.stack([one[i] for one in passes], 1), place_BN, size) for i in (0, 1))
-            wanted = teacher_forced_flow(self.model, noisy, timesteps, text, size, clean)
+            target_flow = teacher_forced_flow(self.model, noisy, timesteps, text, size, clean)
         positions = torch.arange(frames, device=clean.device).repeat(layout.halves)
         flow = self.model(latents, times, text, self.model.parallel_views(layout), positions).flow
         student = _picked(flow[:, frames:].unflatten(1, (noise.num_noise_levels, frames)), place_BN, size)
         levels = noise.levels_BNP[..., 0]
-        yield self._passes_error(student, wanted, levels) / levels.shape[1]
+        yield self._passes_error(student, target_flow, levels) / levels.shape[1]
 
 
 def _noisy_at(batch: VideoBatch, noise: BatchNoise, place: int, frames_per_block: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def is_reported(step: int, steps: int) -> bool:
-    """Whether a run of `steps` reports step `step`, from 0: the first, every hundredth and the last."""
+    """Returns whether a run of `steps` reports step `step`, from 0: the first, every hundredth and the last."""
     return step == 0 or step % 100 == 99 or step + 1 == steps
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arl2.toyworld.world.scenes import COLOURS, KINDS, SHAPES, WALLS, Scenes, draw_integer
 
-INFORMATIVE_SHARE = 0.5
+INFORMATIVE_FRACTION = 0.5
 
 Option = TypeVar("Option")
 
@@ -65,7 +65,7 @@ def caption_scenes(scenes: Scenes, informative: bool | Tensor | None = None) -> 
     """
     seeds = scenes.seed
     if informative is None:
-        informative = draw_integer(seeds, "informative", 1000) < 1000 * INFORMATIVE_SHARE
+        informative = draw_integer(seeds, "informative", 1000) < 1000 * INFORMATIVE_FRACTION
     elif isinstance(informative, bool):
         informative = torch.full_like(seeds, informative, dtype=torch.bool)
     choices = {name: draw_integer(seeds, f"caption {name}", 2**20).tolist() for name in ("who", "verb", "wall", "text")}

@@ -70,7 +70,7 @@ class LatentVideos:
         return self.latents_NFCHW.shape[0]
 
     def batch(self, generator: torch.Generator, size: int, frames: int | None = None) -> "LatentVideos":
-        """Some videos at random, or the first `frames` latent frames of them."""
+        """Draw random videos, or their first `frames` latent frames."""
         rows = torch.randint(len(self), (size,), generator=generator).to(self.latents_NFCHW.device)
         latents = self.latents_NFCHW[rows, :frames]
         return LatentVideos(latents.float(), self.text_NTD[rows].float(), self.untold_NTD[rows].float())

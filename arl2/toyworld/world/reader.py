@@ -218,12 +218,12 @@ def _detect_frames(
     """Votes [N, O, colours], scores [N, O, shapes] and centres [N, O, 2] in frames [N, 3, H, W], rows [N, O, H]."""
     chroma = torch.einsum("kc,nchw->nkhw", axes, frames)
     lengths = palette.norm(dim=1)
-    saturation = _share(torch.hypot(chroma[:, 0], chroma[:, 1]) / lengths.mean())
+    saturation = _object_fraction(torch.hypot(chroma[:, 0], chroma[:, 1]) / lengths.mean())
     found = saturation[:, None] * rows[..., None]
     x, y = _locate(found)
     windows, windows_rows = _cut(chroma, rows, x, y)
     likeness, colour = torch.einsum("nkohw,ck->nohwc", windows, palette / lengths[:, None]).max(-1)
-    mask = _share(likeness / lengths[colour]) * windows_rows[..., None]
+    mask = _object_fraction(likeness / lengths[colour]) * windows_rows[..., None]
     mask, colour = mask.flatten(2), colour.flatten(2)
     votes = torch.zeros(*mask.shape[:2], len(palette), device=mask.device).scatter_add_(2, colour, mask) / AREA
     fits = torch.einsum("nop,sdp->nosd", mask, templates) / mask.norm(dim=-1).clamp(min=1e-6)[..., None, None]
@@ -234,7 +234,7 @@ def _detect_frames(
     return votes, scores, torch.stack((x, y), -1)
 
 
-def _share(chroma: Tensor) -> Tensor:
+def _object_fraction(chroma: Tensor) -> Tensor:
     low, high = _CHROMA_BOUNDS
     return ((chroma - low) / (high - low)).clamp(0, 1)
 

@@ -262,7 +262,7 @@ def test_recordings_in_use_stay_and_forgotten_ones_go(monkeypatch: pytest.Monkey
     made = []
     monkeypatch.setattr(GraphedModel, "_record", lambda *arguments: made.append(0) or Rerun(*arguments))
     monkeypatch.setattr("arl2.inference.cuda_graphs.MAX_GRAPHS", 4)
-    monkeypatch.setattr("arl2.inference.cuda_graphs.FORGOTTEN_AFTER", 12)
+    monkeypatch.setattr("arl2.inference.cuda_graphs.EVICT_AFTER", 12)
     model = tiny_model()
     graphed = GraphedModel(InferenceModel(model), torch.device("cpu"))
     # A ring of five slots, of which four passes fit: they are recorded once, and the rest goes on unrecorded.

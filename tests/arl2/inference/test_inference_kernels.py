@@ -1,7 +1,7 @@
-"""The inference path's kernels against the plain steps in float64, on sizes that do not divide, over unwritten NaN.
+"""The inference path's kernels against the plain ops in float64, on sizes that do not divide, over unwritten NaN.
 
 A kernel rounds what it returns once, and what it multiplies by tensor cores: it must be no further from float64 than
-the plain steps in the same half precision are.
+the plain ops in the same half precision are.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _unwritten_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def kernel_steps(fp8: bool = False) -> FusedOps:
+def kernel_ops(fp8: bool = False) -> FusedOps:
     from arl2.inference.fused_ops_triton import TritonFusedOps
 
     return TritonFusedOps(fp8)
@@ -58,7 +58,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def near(found: Tensor, plain: Tensor, expected: Tensor, slack: float = 1.02) -> None:
-    """No further from float64 than the plain steps are, nowhere wrong, and of their type."""
+    """No further from float64 than the plain ops are, nowhere wrong, and of their type."""
     assert found.dtype == plain.dtype
     assert error(found, expected) <= slack * error(plain, expected) + 1e-7
     step = torch.finfo(found.dtype).eps
@@ -95,13 +95,13 @@ def sliced(dtype: torch.dtype, parts: int, dim: int) -> list[Tensor]:
 
 
 def norms(
-    steps: FusedOps, block: Block, stream: DeferredResidual, added: Tensor, time: Tensor
+    ops: FusedOps, block: Block, stream: DeferredResidual, added: Tensor, time: Tensor
 ) -> Iterator[tuple[Tensor, Any]]:
     """All three norms of a block, the first of a sum and of tokens alone."""
-    yield steps.before_self_attention(block, stream, time)
-    yield steps.before_self_attention(block, DeferredResidual(stream.x_BLD, None, None), time)
-    yield steps.before_cross_attention(block, stream.x_BLD, added, time)
-    yield steps.before_feed_forward(block, stream.x_BLD, added, time)
+    yield ops.before_self_attention(block, stream, time)
+    yield ops.before_self_attention(block, DeferredResidual(stream.x_BLD, None, None), time)
+    yield ops.before_cross_attention(block, stream.x_BLD, added, time)
+    yield ops.before_feed_forward(block, stream.x_BLD, added, time)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -114,7 +114,7 @@ def test_norms(dim: int, dtype: torch.dtype) -> None:
     arguments = (block, stream, added, random(dtype, BATCH, FRAMES, 6, dim) / 2)
     expected = norms(FusedOps(fp8=False), *(exact(x) for x in arguments))
     for found, plain, truth in zip(
-        norms(kernel_steps(), *arguments), norms(FusedOps(fp8=False), *arguments), expected, strict=True
+        norms(kernel_ops(), *arguments), norms(FusedOps(fp8=False), *arguments), expected, strict=True
     ):
         for parts in zip(found, plain, truth, strict=True):
             near(*parts)
@@ -128,7 +128,7 @@ def test_norms_in_fp8(dim: int) -> None:
     arguments = (block, DeferredResidual(x, added, block.modulation), added, random(dtype, BATCH, FRAMES, 6, dim))
     expected = norms(FusedOps(fp8=False), *(exact(x) for x in arguments))
     for (total, rows), (plain, plain_rows), (truth, tokens) in zip(
-        norms(kernel_steps(True), *arguments), norms(FusedOps(fp8=True), *arguments), expected, strict=True
+        norms(kernel_ops(True), *arguments), norms(FusedOps(fp8=True), *arguments), expected, strict=True
     ):
         near(total, plain, truth)
         largest = tokens.abs().amax(-1, keepdim=True)
@@ -186,7 +186,7 @@ def test_heads(heads: int, dtype: torch.dtype) -> None:
             for normed in ([(layer.norm_q, q), (layer.norm_k, k)], [(layer.norm_k, k)], []):
                 if not normed + measured:
                     continue
-                found, factors = kernel_steps().normed_heads(normed, measured, heads, rotation)
+                found, factors = kernel_ops().normed_heads(normed, measured, heads, rotation)
                 plain, _ = FusedOps(fp8=False).normed_heads(normed, measured, heads, rotation)
                 wide = [(exact(norm), exact(x)) for norm, x in normed]
                 expected, _ = FusedOps(fp8=False).normed_heads(wide, (), heads, rotation)
@@ -212,11 +212,11 @@ def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) 
     # As an attention may return it: heads before tokens.
     mixed = random(dtype, BATCH, HEADS, TOKENS, size).transpose(1, 2) / 4
     rotation = rotary_angles(torch.arange(FRAMES, device=DEVICE), HEIGHT, WIDTH, size)
-    steps, plain = kernel_steps(), FusedOps(fp8=False)
-    _, factors = steps.normed_heads((), [(layer.norm_q, query), (layer.norm_k, key)], HEADS, rotation)
+    ops, plain = kernel_ops(), FusedOps(fp8=False)
+    _, factors = ops.normed_heads((), [(layer.norm_q, query), (layer.norm_k, key)], HEADS, rotation)
     read_state = StateRead(state, query, factors[0], gate, rotation)
     wide, wide_layer = exact(read_state), exact(layer)
-    found = steps.add_state_read(layer, mixed, read_state)
+    found = ops.add_state_read(layer, mixed, read_state)
     near(
         found,
         plain.add_state_read(layer, mixed, read_state),
@@ -225,13 +225,13 @@ def test_keys_and_reads_of_a_state(size: int, dtype: torch.dtype, shared: bool) 
     )
 
     # One layer's place among several.
-    rooms = [torch.full((3, BATCH, TOKENS, HEADS, size), torch.nan, device=DEVICE).to(dtype) for _ in range(2)]
+    buffers = [torch.full((3, BATCH, TOKENS, HEADS, size), torch.nan, device=DEVICE).to(dtype) for _ in range(2)]
     expected = torch.empty(BATCH, TOKENS, HEADS, size, device=DEVICE, dtype=torch.float64)
-    steps.put_keys(layer, key, factors[1], rotation, rooms[0][1])
-    plain.put_keys(layer, key, None, rotation, rooms[1][1])
+    ops.put_keys(layer, key, factors[1], rotation, buffers[0][1])
+    plain.put_keys(layer, key, None, rotation, buffers[1][1])
     plain.put_keys(wide_layer, key.double(), None, wide.rotary, expected)
-    near(rooms[0][1], rooms[1][1], expected, slack=1.1)
-    assert rooms[0][::2].isnan().all()
+    near(buffers[0][1], buffers[1][1], expected, slack=1.1)
+    assert buffers[0][::2].isnan().all()
 
 
 def test_the_operators_keep_their_promises() -> None:

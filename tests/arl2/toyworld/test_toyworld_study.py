@@ -17,7 +17,7 @@ from arl2.distillation.sampling import Batches, NoiseLevels
 from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler
-from arl2.toyworld.probe import memory_benchmark as exam_module
+from arl2.toyworld.probe import memory_benchmark as benchmark_module
 from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
     MemoryBenchmarkSettings,
@@ -76,17 +76,17 @@ def test_every_pass_of_a_long_real_video_is_right() -> None:
 
 def test_an_exam_compares_what_has_one_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(exam_module, "LONG_TIMES", 2)
+    monkeypatch.setattr(benchmark_module, "LONG_TIMES", 2)
     model = HybridWanModel(**SMALL)
     exam = MemoryBenchmark(
         WanVAE(new_vae(VAE)), toy_text_encoder(), EvalSetup(model, SAMPLER), MemoryBenchmarkSettings(2, 1, 1)
     )
     page = exam.take(EvalSetup(model, SAMPLER))
-    assert set(page) == set(exam_module.FORMS)
+    assert set(page) == set(benchmark_module.FORMS)
     for form, blocks in (("continued", 5), ("generated", 7), ("long", 12)):
         deviation = page[form]["deviation"]
         assert deviation["latent_mse"] < 1e-9 and len(deviation["latent_mse_by_block"]) == blocks
-    monkeypatch.setattr(exam_module, "FORMS", ("generated", "long"))
+    monkeypatch.setattr(benchmark_module, "FORMS", ("generated", "long"))
     exam.settings = replace(exam.settings, long_videos=0)
     other = exam.take(EvalSetup(model, SAMPLER, window_frames=3))
     assert other["generated"]["deviation"]["latent_mse_by_block"][0] < 1e-9, "nothing to remember in the first block"
