@@ -5,16 +5,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from paths import ROOT
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from training_world import build_world, command, losses, run, run_and_kill, start, weights
 
 from arl2.distillation import checkpointing as training_state
+from arl2.distillation.sharding import TENSOR_CLASSES, show_tensors
 from arl2.model import HybridWanModel
 from pipelines.training import run as training
 
@@ -128,3 +132,11 @@ def test_torchrun_starts_it(root: Path) -> None:
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_same_losses(root / "one1", root / "torchrun")
+
+
+@pytest.mark.parametrize("kind", TENSOR_CLASSES)
+def test_sharding_finds_every_tensor_that_blocks_exchange(kind: type) -> None:
+    show_tensors()
+    tensors = [torch.zeros(1, number + 1) for number in range(len(fields(kind)))]
+    found = tree_leaves({"block": [kind(*tensors)]})
+    assert all(one is other for one, other in zip(found, tensors, strict=True))
