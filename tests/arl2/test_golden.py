@@ -57,7 +57,7 @@ def test_folders_without_golden_files_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.json")), ids=lambda path: path.stem)
 def test_float32_on_the_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_float32_matmul_precision("highest")
     for result in verify_file(path, Precision(torch.device("cuda"))):
         assert result.passed, (result.case, result.failure, result.worst, result.used)

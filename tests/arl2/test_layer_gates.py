@@ -143,7 +143,7 @@ def test_a_layer_whose_hybrid_is_broken_is_not_chosen(mode: ForwardMode, broken:
 
 def test_what_gates_cannot_do_is_said() -> None:
     for settings, message in (
-        ({"budget": 1.0}, "between 0 and 1"),
+        ({"budget": 1.0}, "from 0.001 to 0.999"),
         ({"blocks_per_graph": 2}, "blocks_per_graph"),
         ({"context": Context.SELF_ROLLOUT}, "context data"),
     ):

@@ -162,8 +162,7 @@ def test_replacement_is_kept_and_resumed(
         return real(*arguments)
 
     monkeypatch.setattr(select_layers, "replacement_scores", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run("replacement", *flags, "--videos", 2)
+    assert run("replacement", *flags, "--videos", 2) == 130
     assert len(json.loads((tmp_path / "scores.json").read_text())["videos"]) == 1
     monkeypatch.setattr(select_layers, "replacement_scores", real)
     assert run("replacement", *flags, "--videos", 2) == 0
@@ -234,7 +233,7 @@ def test_what_cannot_work_is_said(
         ("stage1_error", (), "needs --scores"),
         ("replacement", (), "needs --checkpoint_path"),
         ("replacement", weights, "needs --data_path"),
-        ("replacement", (*weights, "--data_path", "prompts.txt", "--videos", 0), "at least 1"),
+        ("replacement", (*weights, "--data_path", "prompts.txt", "--videos", 0), "from 1 to 100000"),
         ("replacement", (*weights, "--data_path", "prompts.txt", "--json", "old.json"), "other settings"),
         ("replacement", (*weights, "--data_path", "prompts.txt", "--config", "window.yaml"), "memory.kind to full"),
         ("replacement", ("--checkpoint_path", "none", "--data_path", "prompts.txt"), "no checkpoint"),

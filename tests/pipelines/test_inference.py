@@ -163,7 +163,7 @@ def bad_inputs(folder: Path, tmp: Path) -> dict[str, tuple[str, list[str | Path]
         "empty prompt": (good, ["--prompt", " "], "empty"),
         "missing checkpoint": (good, [*prompt, "--checkpoint_path", tmp / "none.pt"], "no checkpoint"),
         "another family": (good, [*prompt, "--checkpoint_path", tmp / "vae.pt"], "a VAE"),
-        "missing keys": (good, [*prompt, "--checkpoint_path", tmp / "short.pt"], "missing"),
+        "missing keys": (good, [*prompt, "--checkpoint_path", tmp / "short.pt"], "the weights hold 0"),
         "layer out of range": (good, [*prompt, "--hybrid_layers", "0", "8"], "out of range"),
         "layer repeated": (good, [*prompt, "--hybrid_layers", "1", "1"], "more than once"),
         "layer not in the weights": (good, [*prompt, "--hybrid_layers", "5"], "not in [5]"),

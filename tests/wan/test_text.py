@@ -180,7 +180,7 @@ def test_text_encoder_folders_that_do_not_fit_are_an_error(encoder: TextEncoder,
     with pytest.raises(CheckpointError, match="shape"):
         load_text_encoder(folder)
     _change(config, model_type="clip_text_model")
-    with pytest.raises(CheckpointError, match="clip_text_model, not a UMT5"):
+    with pytest.raises(CheckpointError, match="'clip_text_model', not a UMT5"):
         load_text_encoder(folder)
     _change(config, model_type="umt5", d_ff=128)
     weights.write_bytes(weights.read_bytes()[:5000])

@@ -167,7 +167,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             mode = temporary.stat().st_mode & 0o777
-            yield temporary
+            try:
+                yield temporary
+            except InputError as error:  # of a file inside, whose place nobody knows
+                if str(temporary) not in str(error):
+                    raise
+                raise type(error)(str(error).replace(str(temporary), str(path))) from error
             for file in temporary.rglob("*"):
                 file.chmod(mode if file.is_dir() else mode & 0o666)
             _exchange(temporary, path, former)

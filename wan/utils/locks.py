@@ -75,13 +75,7 @@ def _acquire(path: Path, what: str, on_wait: Callable[[str], None] | None) -> in
         descriptor = _open(path)
         is_ours = _try(descriptor, path) and not _held_elsewhere(descriptor)
         if is_ours and _is_current(descriptor, path):
-            try:
-                _write_holder(descriptor)
-            except OSError as error:  # a full disk
-                with suppress(OSError):
-                    path.unlink()
-                os.close(descriptor)
-                raise cannot_write(path, error.strerror or str(error)) from error
+            _write_holder(descriptor)
             return descriptor
         holder = describe(_named_holder(descriptor))
         stale = is_ours  # the former holder removed the file between opening and locking it: open the new one

@@ -345,15 +345,15 @@ def test_what_is_not_finite_is_neither_kept_nor_exported(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_teacher_that_is_not_finite_is_not_exported(
+def test_a_teacher_that_is_not_finite_is_refused_before_it_teaches(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(world / "model", tmp_path / "model"))
     file = model / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
-    # Stage 1 looks at self-attention, and never at the head: its losses are finite.
     state["head.head.bias"][0] = float("nan")
     save_file(state, file, metadata={"format": "pt"})
     run = tmp_path / "run"
     status = train(monkeypatch, world, 1, f"run_folder={run}", f"model_folder={model}")
-    assert status == 2 and "head.head.bias is not finite" in one_line(capsys) and not (run / "export").exists()
+    assert status == 2 and "head.head.bias has 1 of 16 values NaN" in one_line(capsys)
+    assert not (run / "export").exists() and not (run / "losses.jsonl").exists()

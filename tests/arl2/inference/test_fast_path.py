@@ -338,7 +338,9 @@ class Marked(FusedOps):
 def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(HYBRID)
     plain = new_fused_ops
-    monkeypatch.setattr("arl2.inference.model.new_fused_ops", lambda fp8, on: Marked(fp8) if on else plain(fp8, on))
+    monkeypatch.setattr(
+        "arl2.inference.model.new_fused_ops", lambda fp8, kernels: Marked(fp8) if kernels else plain(fp8, kernels)
+    )
     fast = InferenceModel(model, kernels=True)
     other = fast.without_kernels()
     video, text = tiny_video(), model.embed_text(tiny_video().text)

@@ -241,7 +241,7 @@ def test_what_cannot_work_is_said(run: Callable[..., int], capsys: pytest.Captur
         (("--part", "window", "--only", "nothing"), "no row 'nothing'"),
         (("--part", "table"), "no results"),
         (("--part", "export", "--only", "no_gate"), "export a plain hybrid"),
-        (("--part", "data", "--videos", "1"), "at least 2"),
+        (("--part", "data", "--videos", "1"), "from 2 to 100000"),
     ):
         assert run(*flags) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -294,13 +294,13 @@ def test_integration_is_exact_on_straight_lines() -> None:
         ({"lengths": [80]}, "80 frames cannot be decoded"),
         ({"lengths": [85]}, "do not divide into blocks"),
         ({"lengths": []}, "nothing to measure"),
-        ({"repeats": 0}, "repeats 0 must be at least 1"),
-        ({"blocks_sampled": 1}, "must be at least 2"),
+        ({"repeats": 0}, "repeats 0 is out of range: give an integer from 1"),
+        ({"blocks_sampled": 1}, "give an integer from 2"),
         ({"rows": [RowConfig("a", 9)]}, "9 hybrid layers, but the model has 8"),
         ({"rows": [RowConfig("a"), RowConfig("a")]}, "same name"),
         ({"window_frames": 2}, "cannot hold a block"),
         ({"height": 24}, "do not divide into patches"),
-        ({"size": "2B"}, "no model size '2B'"),
+        ({"size": "2B"}, "one of 1.3B, 14B, toy"),
     ],
 )
 def test_what_cannot_be_measured_is_found_first(changes: dict[str, Any], message: str) -> None:

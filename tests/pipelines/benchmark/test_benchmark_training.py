@@ -158,7 +158,7 @@ def test_a_row_of_another_kind_is_not_taken_for_this_one(
     page["rows"]["stage1"]["row"]["forward_mode"] = "sequential"
     file.write_text(json.dumps(page))
     assert run(monkeypatch, tmp_path, "--rows", "stage1") == 2
-    assert "stage1 measured with other settings (path was loop, is parallel)" in capsys.readouterr().err
+    assert "stage1 measured with other settings (forward_mode was sequential, is parallel)" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,8 +203,7 @@ def test_a_killed_run_goes_on(run: Callable[..., int], monkeypatch: pytest.Monke
         return real(*arguments)
 
     monkeypatch.setattr(encode_videos, "encode_frames", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    assert run() == 130
     assert [sample["key"] for sample in json.loads((tmp_path / "data" / INDEX).read_text())["samples"]] == ["a.mp4"]
     assert run() == 0
     assert len(seen) == 2 + 4, "all but the first are tried, one of them again"
