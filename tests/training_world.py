@@ -84,9 +84,8 @@ def _main(
     arguments: list[str], variables: dict[str, int], stderr: Path, before: Callable[[], None] | None = None
 ) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"} | {
-        name: str(value) for name, value in variables.items()
-    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     torch.set_num_threads(1)
     sys.argv = arguments
     sys.path.insert(0, str(ROOT))

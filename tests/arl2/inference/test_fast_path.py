@@ -338,9 +338,11 @@ class Marked(FusedOps):
 def test_without_kernels_the_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(HYBRID)
     plain = new_fused_ops
-    monkeypatch.setattr(
-        "arl2.inference.model.new_fused_ops", lambda fp8, kernels: Marked(fp8) if kernels else plain(fp8, kernels)
-    )
+
+    def marked(fp8: bool, kernels: bool) -> FusedOps:
+        return Marked(fp8) if kernels else plain(fp8, kernels)
+
+    monkeypatch.setattr("arl2.inference.model.new_fused_ops", marked)
     fast = InferenceModel(model, kernels=True)
     other = fast.without_kernels()
     video, text = tiny_video(), model.embed_text(tiny_video().text)
