@@ -45,7 +45,7 @@ from pipelines.training.room import check_room
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights, summarize_names
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import write_json, writing
+from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
 from wan.utils.ranks import raise_together
 
@@ -101,6 +101,8 @@ def exclusive_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         with ending_together(accelerator):
             if accelerator.is_main_process:
                 held.enter_context(exclusive(folder / LOCK, f"the run {folder}"))
+                for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                    remove_all_abandoned(part)
         yield
 
 

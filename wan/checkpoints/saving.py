@@ -82,6 +82,19 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
     """
     with atomic_path(path) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata=dict(metadata))
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the strings of a header in order; the library's order is another in every process, and so is the file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same strings in another order"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def write_pickle(path: Path, content: Mapping[str, Any]) -> None:

@@ -56,12 +56,21 @@ def temporary_path(path: Path) -> Path:
 
 def remove_abandoned(path: Path) -> None:
     """Remove what processes of this host that have ended left of `path`."""
+    _remove_abandoned(path.parent, f".{_stem(path)}")
+
+
+def remove_all_abandoned(folder: Path) -> None:
+    """Remove what processes of this host that have ended left in a folder, of whatever target."""
+    _remove_abandoned(folder, None)
+
+
+def _remove_abandoned(folder: Path, beginning: str | None) -> None:
     with suppress(OSError):
-        for other in path.parent.iterdir():
+        for other in folder.iterdir():
             owner = _OWNER.search(other.name)
-            if owner is None or other.name[: owner.start()] != f".{_stem(path)}" or owner["host"] != host_name():
+            if owner is None or owner["host"] != host_name() or process_exists(int(owner["pid"])):
                 continue
-            if not process_exists(int(owner["pid"])):
+            if beginning is None or other.name[: owner.start()] == beginning:
                 remove(other)
 
 

@@ -10,10 +10,20 @@ import pytest
 import torch
 from abandoned import abandoned
 from paths import ROOT
+from safetensors import safe_open
 
 from wan.checkpoints.saving import write_pickle, write_safetensors
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.files import atomic_folder, atomic_path, content_hash, read_json, temporary_path, write_json, write_text
+from wan.utils.files import (
+    atomic_folder,
+    atomic_path,
+    content_hash,
+    read_json,
+    remove_all_abandoned,
+    temporary_path,
+    write_json,
+    write_text,
+)
 
 STATE = {"a": torch.arange(40_000.0), "b": torch.ones(3, 2).T}
 
@@ -144,3 +154,31 @@ def test_a_pickle_is_the_same_whoever_writes_it(tmp_path: Path) -> None:
     for name in ("one.pt", "another.pt"):
         write_pickle(tmp_path / name, STATE)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "another.pt").read_bytes()
+
+
+def test_safetensors_are_the_same_in_every_process(tmp_path: Path) -> None:
+    program = """
+import sys, torch
+from pathlib import Path
+from wan.checkpoints.saving import write_safetensors
+state = {name: torch.arange(3.0) + number for number, name in enumerate("bac")}
+metadata = {"format": "pt", "zeta": '{"ü": [1, 2]}', "alpha": "x", "beta": 'quoted "y"\\n'}
+write_safetensors(Path(sys.argv[1]), state, metadata)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for number in range(3):
+        command = [sys.executable, "-c", program, str(tmp_path / f"{number}.safetensors")]
+        subprocess.run(command, check=True, env=environment)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata()["zeta"] == '{"ü": [1, 2]}'
+        assert torch.equal(file.get_tensor("a"), torch.arange(3.0) + 1)
+
+
+def test_a_folder_is_cleared_of_all_that_the_dead_left(tmp_path: Path) -> None:
+    abandoned(tmp_path / "a").write_text("half")
+    abandoned(tmp_path / "b").mkdir()
+    alive = temporary_path(tmp_path / "c")
+    alive.write_text("")
+    remove_all_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == [alive]
