@@ -24,7 +24,7 @@ from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_folder
+from wan.utils.files import atomic_folder, remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ def save(model: HybridWanModel, target: Path) -> None:
 def main() -> int:
     """Parse, read, fit, write."""
     arguments = parse()
+    remove_abandoned(arguments.target)
     if arguments.target.exists():
         raise InputError(f"{arguments.target} exists: choose another target or remove it")
     weights = read_transformer(arguments.source, arguments.use_ema)

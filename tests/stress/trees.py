@@ -214,6 +214,8 @@ def _alike(one: str, other: str, is_checkpoint: bool) -> bool:
 def _unreadable(folder: Path) -> list[Problem]:
     """What an index names and nobody can read."""
     try:
+        if not json.loads((folder / DATA / INDEX).read_text())["samples"]:
+            return []  # what another list made is removed, and of this one's nothing is made yet
         data = LatentDataset([folder / DATA])
         for place in range(len(data)):
             data[place]
