@@ -185,6 +185,14 @@ def _agreed_settings(
         log.info("%s does not say the alpha of its adapters: %g is taken", source, wanted.lora_alpha)
     wanted = replace(wanted, layers=check_layers(wanted.layers, num_layers))
     settings = resolve_settings(found, wanted, source, num_layers=num_layers, alpha=alpha)
+    if not settings.layers and (settings.lora_rank is None or settings.ffn_lora is not FFNLoRA.ALL):
+        asked = {"lora_rank": wanted.lora_rank, "ffn_lora": wanted.ffn_lora is FFNLoRA.ALL or None}
+        names = [name for name, value in asked.items() if value]
+        if names:
+            raise InputError(
+                f"{', '.join(names)} would do nothing: {source} has no hybrid layers and none are asked for; "
+                "name hybrid_layers, or drop it"
+            )
     if settings.lora_rank is not None and settings.lora_rank > config["dim"]:
         raise InputError(
             f"lora_rank {settings.lora_rank} is above the model's {config['dim']} channels: give a lower rank"

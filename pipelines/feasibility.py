@@ -26,7 +26,7 @@ from wan.checkpoints.loading import read_header, read_weights
 from wan.checkpoints.record import read_record
 from wan.text import NATIVE_TEXT_FILE
 from wan.utils.device import triton_installed
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import Count, typed
 from wan.vae.wan_vae import WAN21_VAE, spatial_stride
 
@@ -130,6 +130,8 @@ class StoredModel:
         Raises:
             CheckpointError: it is damaged, or no checkpoint.
         """
+        if not path.is_dir() and not path.is_file():
+            raise CheckpointError(f"{path} is neither a file nor a folder: give weights of a supported format")
         if path.is_dir():
             record = transformer_config(path)
             layers = record.get("hybrid_layers", ())

@@ -124,8 +124,9 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     """
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     if config.memory.kind is not MemoryKind.window:
+        given = {setting.partition("=")[0] for setting in arguments.settings} | set(arguments.flags)
         for name in ("window_frames", "sink_frames"):
-            if f"memory.{name}" in arguments.flags:
+            if f"memory.{name}" in given:
                 kind = config.memory.kind.value
                 raise InputError(f"--{name} needs a window, the memory is {kind}: give --memory window too")
     device = choose_device(arguments.device)

@@ -257,6 +257,8 @@ def read_layers(path: Path, share: int) -> list[int]:
     if str(share) not in sets:
         raise InputError(f"{path} names no layers for a share of {share}: see scripts/select_layers.py")
     layers: list[int] = typed(LayerIndices, sets[str(share)], f"{path}: layers of {share}")
+    if not layers:
+        raise InputError(f"{path} names an empty set for a share of {share}: nothing would train; take another share")
     return layers
 
 
@@ -298,6 +300,10 @@ def open_data(config: TrainingConfig) -> Samples:
         InputError: there is none, or it is damaged.
     """
     paths = [Path(path) for path in config.data]
+    places = [path.resolve() for path in paths]
+    twice = next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise InputError(f"data names {twice} twice, its samples would count double: name every folder once")
     if len(paths) == 1 and paths[0].suffix == ".safetensors":
         return ResidentLatents(paths[0], choose_device(config.device))
     return LatentDataset(paths)

@@ -8,10 +8,12 @@ keeps nothing, so that the tensors can be read and no class of the file is ever 
 import pickle
 import re
 import warnings
+import zlib
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 
@@ -56,6 +58,22 @@ class Opaque:
         return id(self)
 
 
+@lru_cache(maxsize=16)
+def _require_intact(path: Path, size: int, changed_ns: int) -> None:
+    """Compare the content with the checksums inside, which `torch.load` does not; once for a file of a size and time.
+
+    Raises:
+        CheckpointError: a part is damaged.
+    """
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (BadZipFile, OSError, ValueError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged or not complete ({error}): download it again") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong; download it again")
+
+
 def read_pickle(path: Path) -> dict[object, Any]:
     """What a `.pt` file holds: names to tensors, numbers, texts, containers of these, and `Opaque` data.
 
@@ -63,6 +81,9 @@ def read_pickle(path: Path) -> dict[object, Any]:
         CheckpointError: damaged, no dictionary, or holding classes and functions that are no plain data.
     """
     zipped = is_zipfile(path)
+    if zipped:
+        facts = path.stat()
+        _require_intact(path, facts.st_size, facts.st_mtime_ns)
     stand_ins = set(_foreign_names(path)) if zipped else set[str]()
     while True:
         harmful = sorted(name for name in stand_ins if not HARMLESS.fullmatch(name))
