@@ -22,6 +22,7 @@ from pipelines.config import HybridConfig
 from pipelines.flags import Parser, as_path
 from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.pickles import SUFFIXES as PICKLE_SUFFIXES
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder, remove_abandoned
@@ -65,6 +66,8 @@ def main() -> int:
     remove_abandoned(arguments.target)
     if arguments.target.exists():
         raise InputError(f"{arguments.target} exists: choose another target or remove it")
+    if arguments.target.suffix in PICKLE_SUFFIXES and arguments.target.suffix != ".pt":
+        raise InputError(f"{arguments.target}: weights are written as .pt or .safetensors, or into a folder")
     weights = read_transformer(arguments.source, arguments.use_ema)
     if arguments.model_folder is not None:
         config = transformer_config(arguments.model_folder)

@@ -51,6 +51,7 @@ def test_conversions_that_cannot_be(
         ((tmp_path / "a.pt", tmp_path / "b.pt"), "--model_folder or --size"),
         ((tmp_path / "a.pt", tmp_path / "a.pt"), "exists"),
         ((tmp_path / "none.pt", tmp_path / "b.pt"), "no checkpoint"),
+        ((tmp_path / "a.pt", tmp_path / "b.bin", "--size", "toy"), "written as .pt or .safetensors"),
         ((tmp_path / "a.pt", tmp_path / "b.pt", "--size", "1.3B"), "does not fit"),
     ):
         assert call(monkeypatch, convert_checkpoint, *arguments) == 2

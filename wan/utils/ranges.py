@@ -19,7 +19,7 @@ from enum import Enum
 from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from wan.utils.errors import InputError
@@ -240,7 +240,7 @@ def shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"of {int(value).bit_length()} bits"
-    text = value.value if isinstance(value, Enum) else value
+    text = value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value
     text = str(text) if isinstance(text, int | float) else ascii(text) if _is_odd(text) else repr(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
