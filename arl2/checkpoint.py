@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from arl2.initial_values import initial_values
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
 from arl2.statement import (
     found_settings,
@@ -111,6 +112,25 @@ class LoadReport:
     dropped: list[str]
 
 
+@dataclass(frozen=True)
+class HybridPlan:
+    """A model that fits its weights, neither of them in memory yet.
+
+    Attributes:
+        model: on the meta device, in evaluation mode and frozen.
+        state: every parameter's values on the CPU in the dtype of its source, mapped from files where they allow it.
+        source: where they come from, for messages.
+        causal: see `wan.checkpoints.formats.TransformerWeights`.
+        report: see there.
+    """
+
+    model: HybridWanModel
+    state: StateDict
+    source: str
+    causal: bool | None
+    report: LoadReport
+
+
 def build_hybrid(
     weights: TransformerWeights,
     config: dict[str, Any],
@@ -124,16 +144,39 @@ def build_hybrid(
     """Build the model that weights and wishes describe, and load it strictly.
 
     Args:
-        weights: from `wan.checkpoints.formats.read_transformer`.
-        config: sizes of the transformer; entries in `weights.config` take precedence.
-        wanted: see `arl2.statement.resolve_settings`.
+        weights, config, wanted, seed: see `plan_hybrid`.
         dtype: of the model, A_log and dt_bias stay float32; None for what every weight has, new ones float32.
         device: of the model.
-        seed: of the initial values of untrained parameters.
         to_be_trained: whether training, or loading of what was trained, comes next: untrained parameters are no news.
 
     Returns:
         the model in evaluation mode, and what was done.
+
+    Raises:
+        CheckpointError, InputError: see `plan_hybrid`; or values are not finite.
+    """
+    plan = plan_hybrid(weights, config, wanted, seed)
+    state = {name: value.to(device) for name, value in own_storage(plan.state, plan.source).items()}
+    load_strict(plan.model, state, plan.source)
+    if dtype is not None:
+        keep_gates_in_float32(plan.model, dtype)
+        if dtype.itemsize < 4 or any(value.dtype is torch.float64 for value in state.values()):
+            for name, value in plan.model.state_dict().items():
+                require_range(name, state[name], value, plan.source)
+    log_report(plan, to_be_trained)
+    return plan.model.requires_grad_(False), plan.report
+
+
+def plan_hybrid(
+    weights: TransformerWeights, config: dict[str, Any], wanted: HybridSettings, seed: int = 0
+) -> HybridPlan:
+    """Check that config, weights and request agree, and decide what a model is made of; no weight is read.
+
+    Args:
+        weights: from `wan.checkpoints.formats.read_transformer`.
+        config: sizes of the transformer; entries in `weights.config` take precedence.
+        wanted: see `arl2.statement.resolve_settings`.
+        seed: of the initial values of untrained parameters.
 
     Raises:
         CheckpointError, InputError: config, weights and request contradict one another, see `arl2.statement`.
@@ -152,14 +195,10 @@ def build_hybrid(
     require_fit(trained, state, type(model).__name__, weights.source)  # before memory is taken for sizes that do not
     require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
     if untrained:
-        state = state | _initial_values(config, settings, untrained, seed)
-    state = {name: value.to(device) for name, value in own_storage(state, weights.source).items()}
-    load_strict(model, state, weights.source)
-    if dtype is not None:
-        keep_gates_in_float32(model, dtype)
-        _require_range(model, state, dtype, weights.source)
-    _report(weights, settings, untrained, dropped, to_be_trained)
-    return model.eval().requires_grad_(False), LoadReport(settings, untrained, dropped)
+        one_layer, every_part = config | {"num_layers": 1}, replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
+        state = state | initial_values(lambda: _new_model(one_layer, every_part), untrained, config["num_layers"], seed)
+    report = LoadReport(settings, untrained, dropped)
+    return HybridPlan(model.eval().requires_grad_(False), state, weights.source, weights.causal, report)
 
 
 def _agreed_settings(
@@ -200,20 +239,17 @@ def _agreed_settings(
     return found, settings
 
 
-def _require_range(model: HybridWanModel, before: StateDict, dtype: torch.dtype, source: str) -> None:
-    """Make sure that no weight left the range of the type that it was cast to.
+def require_range(name: str, before: torch.Tensor, after: torch.Tensor, source: str) -> None:
+    """Make sure that no value left the range of the type that it was cast to.
 
     Raises:
         CheckpointError: one did.
     """
-    if dtype.itemsize >= 4 and all(value.dtype is not torch.float64 for value in before.values()):
-        return
-    for name, value in model.state_dict().items():
-        if before[name].dtype is not value.dtype and not bool(value.isfinite().all()):
-            raise CheckpointError(
-                f"{source}: {name} has values beyond the range of {describe_dtype(dtype)}: load it in a wider type, "
-                "or take other weights"
-            )
+    if before.dtype is not after.dtype and not bool(after.isfinite().all()):
+        raise CheckpointError(
+            f"{source}: {name} has values beyond the range of {describe_dtype(after.dtype)}: load it in a wider type, "
+            "or take other weights"
+        )
 
 
 def _new_model(config: dict[str, Any], settings: HybridSettings) -> HybridWanModel:
@@ -243,41 +279,23 @@ def _fit_names(
     return {fitted(name): value for name, value in state.items() if hybrid_layer_of(name) not in unwanted}, dropped
 
 
-def _initial_values(config: dict[str, Any], settings: HybridSettings, names: list[str], seed: int) -> StateDict:
-    """Initial values of the parameters called `names`: for a seed the same whichever other layers are hybrid.
-
-    One layer is built at a time, with everything a layer can have new.
-    """
-    values: StateDict = {}
-    every_part = replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
-    with torch.random.fork_rng(devices=[]):
-        for layer in range(config["num_layers"]):
-            prefix = f"blocks.{layer}."
-            wanted = [name for name in names if name.startswith(prefix)]
-            if wanted:
-                torch.manual_seed(seed * config["num_layers"] + layer)
-                one_layer = _new_model(config | {"num_layers": 1}, every_part).state_dict()
-                values |= {name: one_layer["blocks.0." + name.removeprefix(prefix)] for name in wanted}
-    return values
-
-
-def _report(
-    weights: TransformerWeights, settings: HybridSettings, untrained: list[str], dropped: list[str], to_be_trained: bool
-) -> None:
-    if weights.causal is False:
+def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
+    """Log what happened to weights that were loaded; see `build_hybrid`."""
+    layers, untrained, dropped = plan.report.settings.layers, plan.report.untrained, plan.report.dropped
+    if plan.causal is False:
         log.warning(
             "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training",
-            weights.source,
+            plan.source,
         )
     if dropped:
-        log.info("%s is hybrid in more layers than asked for: %d parameters left out", weights.source, len(dropped))
+        log.info("%s is hybrid in more layers than asked for: %d parameters left out", plan.source, len(dropped))
     if untrained and to_be_trained:
-        log.info("%d parameters of %d hybrid layers are new", len(untrained), len(settings.layers))
+        log.info("%d parameters of %d hybrid layers are new", len(untrained), len(layers))
     elif untrained:
         log.warning(
             "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
             len(untrained),
-            len(settings.layers),
+            len(layers),
             summarize_names(untrained),
         )
 

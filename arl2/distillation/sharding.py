@@ -1,25 +1,93 @@
-"""Sharding of the frozen backbone over ranks by FSDP2, so that 14B fits; trainables stay whole on every rank."""
+"""Sharding of the frozen backbone over ranks by FSDP2, so that 14B fits; what is new stays whole on every rank."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from arl2.checkpoint import HybridPlan, log_report, require_range
 from arl2.hybrid_attention import StateView
-from arl2.model import HybridWanModel
-from wan.checkpoints.loading import StateDict
+from arl2.model import HybridWanModel, keep_gates_in_float32
+from wan.checkpoints.loading import StateDict, checksum, digest_of
+from wan.checkpoints.tensors import own_storage, require_finite
 from wan.memory import ConcatView, KVUpdate
+from wan.utils.errors import InputError
+from wan.utils.ranks import raise_together
 
 TENSOR_CLASSES = (StateView, ConcatView, KVUpdate)
 """What blocks take and return beside tensors, and what gradients flow through."""
 
 
-def shard_backbone(model: HybridWanModel, trainables: Iterable[nn.Parameter]) -> None:
-    """Shard all parameters in place except the trainables, which must be on the device already.
+class ShardedLoading:
+    """Loads a planned model over all ranks: a rank reads its shards of the backbone, and all that is new.
+
+    First what is new is loaded, on construction; objectives may then replace modules. `shard` does the rest.
+
+    Args:
+        plan: from `arl2.checkpoint.plan_hybrid`.
+        dtype: of the model; A_log and dt_bias stay float32.
+        device: this rank's.
+
+    Attributes:
+        model: the plan's; its backbone is on the meta device until `shard`.
+    """
+
+    def __init__(self, plan: HybridPlan, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self._plan, self._device = plan.model, plan, device
+        self._state = own_storage(plan.state, plan.source)
+        keep_gates_in_float32(self.model, dtype)
+        self._whole = set(self.model.hybrid_parameter_names())
+        for name in self._whole:
+            owner, _, leaf = name.rpartition(".")
+            parameter = self.model.get_parameter(name)
+            value = self._loaded(name, self._state[name], parameter.dtype)
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    def shard(self) -> None:
+        """Shard the backbone and load this rank's part of it. All ranks must call this.
+
+        Raises:
+            CheckpointError: values are not finite, here or on another rank.
+        """
+        model = self.model
+        shard_backbone(model)
+        error: InputError | None = None
+        try:
+            loaded = {name: self._loaded_shard(name, target) for name, target in model.state_dict().items()}
+        except InputError as failure:
+            error = failure
+        raise_together(error, self._device)
+        model.load_state_dict(loaded, assign=True)
+        self._state = {}
+        log_report(self._plan, to_be_trained=True)
+
+    def _loaded_shard(self, name: str, target: Tensor) -> Tensor:
+        if name in self._whole:
+            return self.model.get_parameter(name)
+        assert isinstance(target, DTensor)
+        first = first_row(target)
+        rows = self._state[name][first : first + target.to_local().shape[0]]
+        local = self._loaded(name, rows, target.dtype)
+        sharded = DTensor.from_local(
+            local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+        )
+        return nn.Parameter(sharded, requires_grad=False)
+
+    def _loaded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Values on the device in a dtype, checked."""
+        there = value.to(self._device)
+        require_finite({name: there}, self._plan.source)
+        cast = there.to(dtype)
+        require_range(name, there, cast, self._plan.source)
+        return cast.clone() if cast.data_ptr() == value.data_ptr() else cast
+
+
+def shard_backbone(model: HybridWanModel) -> None:
+    """Shard in place all parameters that the softmax model has too; the others must be on the device already.
 
     Modules that are called outside a block's forward are units of their own: stage 1 calls the self-attention of a
     layer, and all cross-attentions embed the text before the first block.
@@ -27,7 +95,7 @@ def shard_backbone(model: HybridWanModel, trainables: Iterable[nn.Parameter]) ->
     show_tensors()
     # FSDP2 warns of in-place operations on a unit's output; the model has none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    whole = set(trainables)
+    whole = {model.get_parameter(name) for name in model.hybrid_parameter_names()}
     for block in model.layers():
         fully_shard(block.self_attn, ignored_params=whole)
         fully_shard(block.cross_attn, ignored_params=whole)
@@ -47,6 +115,30 @@ def show_tensors() -> None:
     """
     for kind in TENSOR_CLASSES:
         torch.export.register_dataclass(kind)
+
+
+def first_row(value: DTensor) -> int:
+    """Index of this rank's first row in a tensor that FSDP2 sharded; the number of rows where it has none."""
+    per_rank = -(-value.shape[0] // value.device_mesh.size())
+    return min(value.device_mesh.get_local_rank() * per_rank, value.shape[0])
+
+
+def sharded_fingerprint(state: Mapping[str, Tensor], device: torch.device) -> str:
+    """`wan.checkpoints.loading.fingerprint_of` of weights that are sharded in part. All ranks must call this.
+
+    Every rank sums over what it holds; nothing is gathered.
+    """
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    sums = []
+    for value in state.values():
+        if isinstance(value, DTensor):
+            row_bytes = value.numel() // value.shape[0] * value.element_size()
+            sums.append(checksum(value.to_local(), first_row(value) * row_bytes))
+        else:  # the same on all ranks
+            sums.append(checksum(value).to(device) if distributed.get_rank() == 0 else zero)
+    totals = torch.stack(sums)
+    distributed.all_reduce(totals)
+    return digest_of(state, totals.tolist())
 
 
 def gathered_state(model: nn.Module, keep: bool) -> StateDict:

@@ -12,17 +12,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, plan_hybrid
 from arl2.distillation.checkpointing import copy_tensors_, require_same_run, stored_fingerprint
 from arl2.distillation.data import Samples
 from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
-from arl2.distillation.sharding import shard_backbone
+from arl2.distillation.sharding import ShardedLoading, sharded_fingerprint
 from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.distillation.trainer import CHECKPOINTS, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
-from arl2.model import HybridWanModel
+from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device
@@ -42,7 +42,7 @@ from pipelines.training.config import (
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
 from pipelines.training.room import check_room
-from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
@@ -133,8 +133,9 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
-    model = build_model(config, accelerator.device)
-    trainer = new_trainer(config, data, accelerator, new_objective(config, model))
+    loading = begin_sharded_loading(config, accelerator.device) if config.shard else None
+    model = build_model(config, accelerator.device) if loading is None else loading.model
+    trainer = new_trainer(config, data, accelerator, new_objective(config, model), loading)
     trainer.run()
     model.set_trained_memory(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
@@ -147,8 +148,17 @@ def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
     return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
-def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator, objective: Objective) -> Trainer:
+def new_trainer(
+    config: TrainingConfig,
+    data: Samples,
+    accelerator: Accelerator,
+    objective: Objective,
+    loading: ShardedLoading | None = None,
+) -> Trainer:
     """What will train an objective as a config says; its model starts from stage 1 if that is wanted.
+
+    Args:
+        loading: of the objective's model, if its backbone is to be sharded and is not loaded yet.
 
     Raises:
         CheckpointError: what it should start from does not fit, or the newest checkpoint is damaged.
@@ -158,12 +168,14 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     trainables = objective.parameters_to_train()
     enable_grad(trainables, accelerator.device)
     start_from(config, model)
+    if loading is not None:
+        loading.shard()
     global_batch = config.batch * config.accumulation * accelerator.num_processes
+    frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
+    teacher = fingerprint_of(frozen) if loading is None else sharded_fingerprint(frozen, accelerator.device)
     fingerprint: dict[str, Any] = {}
     with ending_together(accelerator):
-        fingerprint = run_fingerprint(config, data, objective, global_batch)
-    if config.shard:
-        shard_backbone(model, trainables.values())
+        fingerprint = run_fingerprint(config, data, objective, global_batch, teacher)
     if config.compile:
         compile_blocks(model)
     batches = Batches(
@@ -188,7 +200,9 @@ def new_trainer(config: TrainingConfig, data: Samples, accelerator: Accelerator,
     return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor)
 
 
-def run_fingerprint(config: TrainingConfig, data: Samples, objective: Objective, global_batch: int) -> dict[str, Any]:
+def run_fingerprint(
+    config: TrainingConfig, data: Samples, objective: Objective, global_batch: int, teacher: str
+) -> dict[str, Any]:
     """Everything that makes a run what it is: settings, and what they name by content.
 
     What stage 2 started from counts until the first checkpoint: afterwards the run no longer depends on it.
@@ -196,10 +210,9 @@ def run_fingerprint(config: TrainingConfig, data: Samples, objective: Objective,
     Raises:
         InputError: the data cannot be read, or the newest checkpoint is damaged.
     """
-    trainables, model = objective.parameters_to_train(), objective.model
-    frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
+    model = objective.model
     fingerprint = resume_fingerprint(config, global_batch)
-    fingerprint |= {"teacher": fingerprint_of(frozen), "data_samples": data.fingerprint()}
+    fingerprint |= {"teacher": teacher, "data_samples": data.fingerprint()}
     details: dict[str, Any] = {"data_values": data.values_fingerprint(), "trained_layers": list(model.hybrid.layers)}
     before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
     if isinstance(config, Stage2Config):
@@ -224,13 +237,22 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
-    """The hybrid model on the teacher's weights; frozen. One that will be sharded stays on the CPU until then."""
+    """The hybrid model on the teacher's weights; frozen."""
+    weights, sizes, hybrid = model_parts(config)
+    dtype = weights_dtype(config, device)
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=device, seed=config.seed, to_be_trained=True)[0]
+
+
+def begin_sharded_loading(config: TrainingConfig, device: torch.device) -> ShardedLoading:
+    """The same model, to be sharded over all ranks when its objective is made."""
+    return ShardedLoading(plan_hybrid(*model_parts(config), config.seed), weights_dtype(config, device), device)
+
+
+def model_parts(config: TrainingConfig) -> tuple[TransformerWeights, dict[str, Any], HybridSettings]:
+    """Weights, sizes and hybrid layers of the model that a config trains."""
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
-    dtype = weights_dtype(config, device)
-    where = torch.device("cpu") if config.shard else device
-    hybrid = config.hybrid(sizes["num_layers"])
-    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=where, seed=config.seed, to_be_trained=True)[0]
+    return weights, sizes, config.hybrid(sizes["num_layers"])
 
 
 def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:

@@ -153,25 +153,34 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     Values enter by sums modulo 2⁶⁴ that weigh every place differently, at the speed of memory.
     """
     sums = [checksum(value) for value in state.values()]
-    totals = [int(total) for total in torch.stack([total.cpu() for total in sums])] if sums else []
+    return digest_of(state, [int(total) for total in torch.stack([total.cpu() for total in sums])] if sums else [])
+
+
+def digest_of(state: Mapping[str, Tensor], checksums: Sequence[int]) -> str:
+    """The hash of weights whose checksums are known; see `fingerprint_of`."""
     digest = hashlib.sha256()
-    for (name, value), total in zip(state.items(), totals, strict=True):
+    for (name, value), total in zip(state.items(), checksums, strict=True):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
-def checksum(value: Tensor) -> Tensor:
+def checksum(value: Tensor, first_byte: int = 0) -> Tensor:
     """The sum over 8-byte words of a tensor, each times an odd number of its own, modulo 2⁶⁴; a scalar int64.
 
-    A tensor that differs in one word has another sum.
+    A tensor that differs in one word has another sum. The sums of the parts of a tensor, modulo 2⁶⁴, make its own.
+
+    Args:
+        value: a whole tensor, or a part of one that lies in one piece.
+        first_byte: where the part begins in the whole.
     """
     content = value.detach().contiguous().flatten().view(torch.uint8)
-    rest = -len(content) % 8
-    words = torch.nn.functional.pad(content, (0, rest)).view(torch.int64) if rest else content.view(torch.int64)
+    before = first_byte % 8
+    after = -(before + len(content)) % 8
+    words = torch.nn.functional.pad(content, (before, after)) if before or after else content
     total = torch.zeros((), dtype=torch.int64, device=value.device)
-    for number, chunk in enumerate(words.split(WORDS_AT_A_TIME)):
-        places = torch.arange(len(chunk), device=value.device) + number * WORDS_AT_A_TIME
+    for number, chunk in enumerate(words.view(torch.int64).split(WORDS_AT_A_TIME)):
+        places = torch.arange(len(chunk), device=value.device) + (number * WORDS_AT_A_TIME + first_byte // 8)
         total += (chunk * (places * CHECKSUM_FACTOR + 1)).sum()
     return total
 
