@@ -1,7 +1,7 @@
 """Sharding of the frozen backbone over ranks by FSDP2, so that 14B fits; what is new stays whole on every rank."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -53,29 +53,14 @@ class ShardedLoading:
         Raises:
             CheckpointError: values are not finite, here or on another rank.
         """
-        model = self.model
-        shard_backbone(model)
-        error: InputError | None = None
-        try:
-            loaded = {name: self._loaded_shard(name, target) for name, target in model.state_dict().items()}
-        except InputError as failure:
-            error = failure
-        raise_together(error, self._device)
-        model.load_state_dict(loaded, assign=True)
+        shard_backbone(self.model)
+        fill_shards(self.model, self._loaded_rows, self._device)
         self._state = {}
         log_report(self._plan, to_be_trained=True)
 
-    def _loaded_shard(self, name: str, target: Tensor) -> Tensor:
-        if name in self._whole:
-            return self.model.get_parameter(name)
-        assert isinstance(target, DTensor)
+    def _loaded_rows(self, name: str, target: DTensor) -> Tensor:
         first = first_row(target)
-        rows = self._state[name][first : first + target.to_local().shape[0]]
-        local = self._loaded(name, rows, target.dtype)
-        sharded = DTensor.from_local(
-            local, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-        )
-        return nn.Parameter(sharded, requires_grad=False)
+        return self._loaded(name, self._state[name][first : first + target.to_local().shape[0]], target.dtype)
 
     def _loaded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Values on the device in a dtype, checked."""
@@ -103,6 +88,32 @@ def shard_backbone(model: HybridWanModel) -> None:
         fully_shard(block, ignored_params=whole)
     fully_shard(model, ignored_params=whole)
     register_fsdp_forward_method(model, "embed_text")
+
+
+def fill_shards(model: nn.Module, rows_of: Callable[[str, DTensor], Tensor], device: torch.device) -> None:
+    """Give values to the sharded parameters of a model on the meta device. All ranks must call this.
+
+    Args:
+        rows_of: this rank's rows of a parameter, on the device, from its name and the parameter without values.
+        device: this rank's.
+
+    Raises:
+        InputError: `rows_of` raised one, here or on another rank.
+    """
+    filled: dict[str, Tensor] = {}
+    error: InputError | None = None
+    try:
+        for name, target in model.state_dict().items():
+            filled[name] = model.get_parameter(name)
+            if isinstance(target, DTensor):
+                rows, layout = rows_of(name, target), (target.device_mesh, target.placements)
+                shape = target.shape
+                sharded = DTensor.from_local(rows, *layout, run_check=False, shape=shape, stride=target.stride())
+                filled[name] = nn.Parameter(sharded, requires_grad=False)
+    except InputError as failure:
+        error = failure
+    raise_together(error, device)
+    model.load_state_dict(filled, assign=True)
 
 
 @cache

@@ -1,5 +1,7 @@
 """What a training step costs at full size: speed, operations and memory, through the real trainer and objectives.
 
+Under torchrun every rank computes a video, and rank 0 keeps the results; memory is that of rank 0.
+
 Weights and data are random, and drawn here: cost does not depend on them.
 """
 
@@ -7,38 +9,38 @@ import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 
-from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.data import LatentDataset
 from arl2.distillation.latent_writer import LatentWriter
-from arl2.distillation.objective import ForwardMode, LayerReports, Objective
+from arl2.distillation.objective import ForwardMode, Objective
 from arl2.distillation.sampling import Batches, NoiseLevels
+from arl2.distillation.sharding import fill_shards, shard_backbone
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.distillation.trainer import LOSSES, Trainer, TrainerSettings
-from arl2.hybrid_attention import HybridAttention
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler, num_blocks
 from pipelines.benchmark.ceilings import measure_ceilings
 from pipelines.benchmark.measure import release
 from pipelines.benchmark.training_flops import StepFlops, stage1_flops, stage2_flops
+from pipelines.benchmark.training_memory import Allocator, MemoryNotes, WatchedObjective
+from pipelines.cli import rank_and_world_size
 from pipelines.config import Frames, Pixels, Rank
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import device_name, environment
 from pipelines.records import open_records
 from pipelines.training.run import enable_grad, precision_of
 from wan.config import WAN_SIZES, wan_size
-from wan.memory import Memory
 from wan.utils.errors import InputError, out_of_memory
 from wan.utils.ranges import Bounds, Choices, Count, Seed, check_ranges
 from wan.utils.settings import require_same_settings
@@ -53,6 +55,8 @@ STEPS = {1: 6000, 2: 12000}
 PUBLISHED_HOURS = {1: 50.0, 2: 106.0}
 """The paper's steps and H100-hours of each stage, second-hand; how many videos it takes a step is not known."""
 VIDEOS_PER_STEP = (1, 8)
+WEIGHT_STD = 0.02
+"""Of drawn weights of a sharded backbone: outputs stay finite."""
 EMA_DECAY = {1: None, 2: 0.999}
 
 
@@ -98,6 +102,7 @@ class TrainingBenchmark:
         frames, frames_per_block: latent frames.
         num_hybrid_layers: the first so many layers are hybrid in stage 2; all are in stage 1.
         lora_rank: of stage 2.
+        shard: divide the frozen weights over the ranks.
         steps, warmup_steps: measured, and run before them.
         seed: of weights, data and noise.
     """
@@ -109,6 +114,7 @@ class TrainingBenchmark:
     frames_per_block: Count = 3
     num_hybrid_layers: Count = 22
     lora_rank: Rank = 16
+    shard: bool = False
     steps: Annotated[int, Bounds(1, 10**4)] = 3
     warmup_steps: Annotated[int, Bounds(1, 10**4)] = 1
     seed: Seed = 0
@@ -138,142 +144,8 @@ class TrainingBenchmark:
         check_ranges(self)
         num_blocks(self.frames, self.frames_per_block)
         self.hybrid(2)
-
-
-class Allocator:
-    """Bytes of the GPU's allocator; zeros on a CPU, which keeps no account.
-
-    Attributes:
-        reserved_peak: most bytes taken from the card, fragments included.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self.reserved_peak = 0
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-
-    def allocated(self) -> int:
-        """Bytes in use now."""
-        return 0 if self._device is None else torch.cuda.memory_allocated(self._device)
-
-    def take_peak(self) -> int:
-        """Most bytes in use since this was last asked."""
-        if self._device is None:
-            return 0
-        peak = torch.cuda.max_memory_allocated(self._device)
-        self.reserved_peak = max(self.reserved_peak, torch.cuda.max_memory_reserved(self._device))
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return peak
-
-
-@dataclass
-class MemoryNotes:
-    """Bytes at the borders between the phases of steps, the most of all steps.
-
-    Attributes:
-        weights: the model as drawn.
-        trainables: what their float32 copies and their average add.
-        gradients_and_optimizer: what stays after a step besides.
-        teacher_memory: keys and values of the teacher's blocks, where they are made.
-        student_memory: keys, values and states of the student at the end of a forward.
-        observations: stage 1, what the teacher's layers saw and said, when the first student layer begins.
-        activations: all else that is kept before a graph is propagated back; in stage 1 with the observations.
-        forward_peak, backward_peak, step_peak: most bytes in use within the phase, and ever in a step.
-        report_peak: most bytes in use while layers are reported on.
-        reserved_peak: most bytes taken from the card.
-    """
-
-    weights: int = 0
-    trainables: int = 0
-    gradients_and_optimizer: int = 0
-    teacher_memory: int = 0
-    student_memory: int = 0
-    observations: int = 0
-    activations: int = 0
-    forward_peak: int = 0
-    backward_peak: int = 0
-    step_peak: int = 0
-    report_peak: int = 0
-    reserved_peak: int = 0
-
-    def note(self, **values: int) -> None:
-        """Keep what is larger than before."""
-        for name, value in values.items():
-            setattr(self, name, max(vars(self)[name], value))
-
-
-class WatchedObjective(Objective):
-    """An objective that notes memory at the borders of its phases, and computes what it always does.
-
-    Args:
-        objective: the one to watch.
-        allocator: tells bytes.
-        notes: filled.
-    """
-
-    def __init__(self, objective: Objective, allocator: Allocator, notes: MemoryNotes) -> None:
-        self.model = objective.model
-        self._objective, self._allocator, self._notes = objective, allocator, notes
-        self._memories: list[Memory] = []
-        self._teacher_bytes = 0
-
-    def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """See `Objective`."""
-        return self._objective.parameters_to_train()
-
-    def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
-        """See `Objective`."""
-        notes, allocator = self._notes, self._allocator
-        notes.note(step_peak=allocator.take_peak())
-        before = allocator.allocated()
-        with self._watching(before):
-            for part in self._objective.losses(batch, noise):
-                student = sum(memory.num_bytes for memory in self._memories)
-                kept = allocator.allocated() - before - self._teacher_bytes - student
-                peak = allocator.take_peak()
-                notes.note(student_memory=student, activations=kept, forward_peak=peak, step_peak=peak)
-                yield part
-                peak = allocator.take_peak()
-                notes.note(backward_peak=peak, step_peak=peak)
-
-    def metrics(self) -> dict[str, float]:
-        """See `Objective`."""
-        return self._objective.metrics()
-
-    def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """See `Objective`."""
-        self._notes.note(step_peak=self._allocator.take_peak())
-        reports = self._objective.reports(batch, noise)
-        self._notes.note(report_peak=self._allocator.take_peak())
-        return reports
-
-    @contextmanager
-    def _watching(self, before: int) -> Iterator[None]:
-        """Note what memories take when they are made, and what there is when the first hybrid layer begins."""
-        self._memories, self._teacher_bytes = [], 0
-        allocator = self._allocator
-
-        def note_memory(memory: Memory, differentiable: bool) -> None:
-            if differentiable:
-                self._memories.append(memory)
-            else:
-                self._teacher_bytes += memory.num_bytes
-                self._notes.note(teacher_memory=self._teacher_bytes)
-
-        def begins(module: HybridAttention, arguments: tuple[Any, ...]) -> None:
-            if module.enabled and isinstance(self._objective, Stage1):
-                self._notes.note(observations=allocator.allocated() - before - self._teacher_bytes)
-
-        first = self.model.hybrid_attentions()[min(self.model.hybrid.layers)]
-        handle = first.register_forward_pre_hook(begins)
-        self._objective.on_new_memory = note_memory
-        try:
-            yield
-        finally:
-            self._objective.on_new_memory = None
-            handle.remove()
-            self._memories = []  # they would keep the graph
+        if self.shard and rank_and_world_size()[1] == 1:
+            raise InputError("--shard divides the weights over ranks: start with torchrun")
 
 
 def run_training_benchmark(
@@ -298,21 +170,23 @@ def run_training_benchmark(
     """
     config.check()
     settings = asdict(config) | {"dtype": str(dtype).removeprefix("torch."), "device": device_name(device)}
+    settings |= {"world_size": rank_and_world_size()[1]} if rank_and_world_size()[1] > 1 else {}
     cure = "give another --output_folder, or remove it"
-    with open_records(folder / JSON_FILE, "rows", others={"runs": []}, cure=cure) as records:
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
+    path = folder / JSON_FILE if accelerator.is_main_process else None
+    with open_records(path, "rows", others={"runs": []}, cure=cure) as records:
         records.made_with(settings)
         results = records.page
         for row in rows:
             there = records.find(row.name)
             if there is not None:
                 require_same_settings(there["row"], asdict(row), f"{folder / JSON_FILE} has {row.name} measured", cure)
-        todo = [row for row in rows if records.find(row.name) is None]
+        todo = broadcast_object_list([[row for row in rows if records.find(row.name) is None]])[0]
         if todo:
             student = _empty_model(config, config.hybrid(2))
             tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
-            ceilings = measure_ceilings(student, tokens, tokens, device, dtype)
-            results["runs"].append(environment(device) | {"ceilings": asdict(ceilings)})
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
+            ceilings = measure_ceilings(student, tokens, tokens, accelerator.device, dtype)
+            results["runs"].append(environment(accelerator.device) | {"ceilings": asdict(ceilings)})
         for row in todo:
             record = measure_row(row, config, max(ceilings.gemm.values()), accelerator, dtype)
             results["cost"] = cost(results["rows"] | {row.name: record})
@@ -367,14 +241,16 @@ def _train(
     device, steps = accelerator.device, config.warmup_steps + config.steps
     allocator = Allocator(device)
     before = allocator.allocated()
-    model = random_transformer(config.size, config.hybrid(row.stage), seed=config.seed, device=device, dtype=dtype)
+    hybrid, random = config.hybrid(row.stage), {"seed": config.seed, "dtype": dtype, "device": device}
+    model = (random_sharded_transformer if config.shard else random_transformer)(config.size, hybrid, **random)
     notes.weights = allocator.allocated() - before
     objective = WatchedObjective(_objective(row, config, model), allocator, notes)
     enable_grad(objective.parameters_to_train(), device)
     if row.compile:
         compile_blocks(model)
     settings = TrainerSettings(steps, ema_decay=EMA_DECAY[row.stage], save_every=steps, report_every=steps)
-    trainer = Trainer(accelerator, objective, _batches(config, model, folder), settings, folder, {})
+    batches = _batches(config, model, folder, accelerator.num_processes)
+    trainer = Trainer(accelerator, objective, batches, settings, folder, {})
     notes.trainables = allocator.allocated() - before - notes.weights
     try:
         trainer.run()
@@ -385,7 +261,30 @@ def _train(
     finally:
         allocator.take_peak()
         notes.note(reserved_peak=allocator.reserved_peak)
-    return [json.loads(line) for line in (folder / LOSSES).read_text().splitlines()]
+    log_of_run = [(folder / LOSSES).read_text() if accelerator.is_main_process else ""]
+    return [json.loads(line) for line in broadcast_object_list(log_of_run)[0].splitlines()]
+
+
+def random_sharded_transformer(
+    size: str, hybrid: HybridSettings, *, seed: int, device: torch.device, dtype: torch.dtype
+) -> HybridWanModel:
+    """As `random_transformer`, with its backbone drawn where it is sharded; for speed and memory, not for training."""
+    model = random_transformer(size, hybrid, device=torch.device("meta"), dtype=dtype)
+    for name in model.hybrid_parameter_names():
+        owner, _, leaf = name.rpartition(".")
+        value = torch.zeros_like(model.get_parameter(name), device=device)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for attention in model.hybrid_attentions().values():
+        attention.init_hybrid_weights()
+    shard_backbone(model)
+    generator = torch.Generator(device).manual_seed(seed + distributed.get_rank())
+
+    def draw(name: str, target: DTensor) -> torch.Tensor:
+        rows = torch.empty(target.to_local().shape, dtype=dtype, device=device)
+        return rows.normal_(std=WEIGHT_STD, generator=generator)
+
+    fill_shards(model, draw, device)
+    return model
 
 
 def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanModel) -> Objective:
@@ -397,7 +296,7 @@ def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanMode
     return Stage2(model, settings)
 
 
-def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path) -> Batches:
+def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path, global_batch: int) -> Batches:
     """Random videos, written and read as real ones are."""
     sizes, generator = model.config, torch.Generator().manual_seed(config.seed)
     with LatentWriter(folder / "data", {}) as writer:
@@ -406,7 +305,9 @@ def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path) -> 
         writer.add("0", latents.to(torch.bfloat16), "random", config.seed, text)
     sampler = FewStepSampler.from_steps([1000, 750, 500, 250], 5.0)
     data, dtype = LatentDataset([folder / "data"]), model.patch_embedding.weight.dtype
-    return Batches(data, config.seed, 1, config.frames_per_block, NoiseLevels(), sampler, 5.0, text_dtype=dtype)
+    return Batches(
+        data, config.seed, global_batch, config.frames_per_block, NoiseLevels(), sampler, 5.0, text_dtype=dtype
+    )
 
 
 def row_flops(row: TrainingRow, config: TrainingBenchmark) -> StepFlops:

@@ -2,6 +2,8 @@
 
     python scripts/profiling/benchmark_training.py  # Wan 1.3B, 21 latents of 480×832: one H100
     python scripts/profiling/benchmark_training.py --rows stage2-checkpointed --steps 5
+    torchrun --standalone --nproc_per_node 2 scripts/profiling/benchmark_training.py \\
+        --size 14B --num_hybrid_layers 30 --shard
     python scripts/profiling/benchmark_training.py --size toy --height 64 --width 96 --num_hybrid_layers 6 --device cpu
 
 Weights and data are random. Every row is written as soon as it is measured, and the same command goes on where a killed
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
-from pipelines.cli import choose_device, entry_point
+from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 
@@ -58,6 +60,7 @@ def main() -> int:
     add("--rows", nargs="+", choices=names, default=names, help="which ones (default all)")
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
+    parser.add_setting("--shard", "shard", "divide the frozen weights over the ranks")
     add("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=f"of results ({OUTPUT_FOLDER})")
     parser.add_device()
     arguments = parser.parse_args()
@@ -66,6 +69,8 @@ def main() -> int:
     dtype = choose_dtype(arguments.dtype, device)
     rows = tuple(row for row in ROWS if row.name in arguments.rows)
     results = run_training_benchmark(config, rows, device, dtype, folder)
+    if rank_and_world_size()[0] > 0:
+        return 0
     console.print(table(results))
     for stage in ("stage1", "stage2"):
         for videos, hours in results["cost"].get(stage, {}).get("hours_by_videos_per_step", {}).items():

@@ -22,8 +22,9 @@ from arl2.ops.compiling import compile_blocks
 from arl2.ops.gated_delta import WriteBackend
 from pipelines.benchmark import training
 from pipelines.benchmark.ceilings import Ceilings
-from pipelines.benchmark.training import Allocator, TrainingRow
+from pipelines.benchmark.training import TrainingRow
 from pipelines.benchmark.training_flops import stage1_flops, stage2_flops
+from pipelines.benchmark.training_memory import Allocator
 from wan.ops.attention import AttentionBackend
 
 benchmark_training = import_module("benchmark_training")

@@ -1,0 +1,172 @@
+"""How long training takes from its start to its first step, and the memory that it takes on the way."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+
+from arl2.distillation.latent_writer import LatentWriter
+from arl2.distillation.trainer import LOSSES
+from pipelines.config import Frames, Pixels
+from pipelines.generation.random_model import random_transformer
+from pipelines.provenance import ROOT, environment
+from pipelines.training.export import write_model_folder
+from wan.checkpoints.formats import WEIGHT_FILES, transformer_config
+from wan.config import WAN_SIZES
+from wan.utils.errors import InputError
+from wan.utils.files import write_json
+from wan.utils.ranges import Bounds, Choices, Seed, check_ranges
+from wan.vae.wan_vae import WAN21_VAE
+
+log = logging.getLogger(__name__)
+
+JSON_FILE = "loading.json"
+INTERVAL_SECONDS = 0.25
+STEPS_OF_RUN = 10000
+"""What the run is told; it is ended earlier."""
+READ_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class LoadingBenchmark:
+    """What is measured.
+
+    Attributes:
+        stage: 1 or 2.
+        size: of the transformer, see `wan.config.WAN_SIZES`.
+        height, width: pixels of the video.
+        frames: its latent frames.
+        processes: started by torchrun.
+        steps: run before the end.
+        timeout: seconds until the run is ended.
+        seed: of weights and data.
+    """
+
+    stage: Annotated[int, Bounds(1, 2)] = 2
+    size: Annotated[str, Choices(tuple(WAN_SIZES))] = "14B"
+    height: Pixels = 480
+    width: Pixels = 832
+    frames: Frames = 21
+    processes: Annotated[int, Bounds(1, 1024)] = 2
+    steps: Annotated[int, Bounds(1, 10**4)] = 2
+    timeout: Annotated[int, Bounds(1, 10**5)] = 600
+    seed: Seed = 0
+
+
+def run_loading_benchmark(
+    benchmark: LoadingBenchmark, config: Path, settings: list[str], device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Write random weights and a video unless they are there, train, and watch.
+
+    Args:
+        config: of the stage; its paths are replaced.
+        settings: `key=value`, which go before the config's.
+        folder: of everything written.
+
+    Returns:
+        seconds from its start to the beginning and the end of the first step, seconds of all steps,
+        host_peak_bytes (a page that several processes map counts once), gpu_peak_bytes of every card, file_bytes.
+    """
+    check_ranges(benchmark)
+    weights = write_world(benchmark, device, folder)
+    read_whole(weights)
+    run = folder / f"run-{time.time_ns()}"
+    stage = f"train_stage{benchmark.stage}.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    own = [f"model_folder={weights.parent}", "checkpoint_path=null", f"data=[{folder / 'data'}]", f"run_folder={run}"]
+    own += [f"steps={STEPS_OF_RUN}", "tracker=none", "sample_every=0"]
+    own += ["init_from=null"] if benchmark.stage == 2 else []
+    line = [*launcher, str(benchmark.processes), str(ROOT / stage), "--config", str(config), *own, *settings]
+    page = {"benchmark": asdict(benchmark), "command": line[1:], "environment": environment(device)}
+    page |= {"file_bytes": weights.stat().st_size} | watch(line, run, benchmark.steps, benchmark.timeout)
+    write_json(folder / JSON_FILE, page)
+    return page
+
+
+def write_world(benchmark: LoadingBenchmark, device: torch.device, folder: Path) -> Path:
+    """Write weights and data; returns the file of weights."""
+    model_folder = folder / f"model-{benchmark.size}"
+    weights = model_folder / WEIGHT_FILES[0]
+    if not weights.exists():
+        model = random_transformer(benchmark.size, seed=benchmark.seed, device=device, dtype=torch.bfloat16)
+        write_model_folder(model, model.state_dict(), model_folder)
+        del model
+        torch.cuda.empty_cache()
+    sizes = transformer_config(model_folder)
+    stride = 2 ** len(WAN21_VAE["temperal_downsample"])
+    generator = torch.Generator().manual_seed(benchmark.seed)
+    with LatentWriter(folder / "data", {}) as writer:
+        shape = (benchmark.frames, sizes["in_dim"], benchmark.height // stride, benchmark.width // stride)
+        text = torch.randn(sizes["text_len"], sizes["text_dim"], generator=generator)
+        for key in range(benchmark.processes):
+            latents = torch.randn(shape, generator=generator).to(torch.bfloat16)
+            writer.add(str(key), latents, f"random {key}", key, text)
+    return weights
+
+
+def read_whole(path: Path) -> None:
+    """Read a file once, so that it is in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(READ_BYTES):
+            pass
+
+
+def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, Any]:
+    """Run a training command until so many steps are done, and measure it from outside.
+
+    Raises:
+        InputError: it made no step.
+    """
+    started, begun, host_peak = time.monotonic(), None, 0
+    gpu_peak: list[int] = []
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
+    with subprocess.Popen(line, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            host_peak = max(host_peak, proportional_bytes(process.pid))
+            gpu_peak = [max(pair) for pair in zip(used_gpu_bytes(), gpu_peak or used_gpu_bytes(), strict=True)]
+            done = (run / LOSSES).read_text().count("\n") if (run / LOSSES).exists() else 0
+            if begun is None and done:
+                begun = time.monotonic() - started
+            if done >= steps or time.monotonic() - started > timeout:
+                process.terminate()
+                break
+            time.sleep(INTERVAL_SECONDS)
+        _, errors = process.communicate()
+    lines = [json.loads(text) for text in (run / LOSSES).read_text().splitlines()] if (run / LOSSES).exists() else []
+    if not lines or begun is None:
+        told = [text for text in errors.splitlines() if "rror: " in text] or errors.splitlines()[-3:]
+        raise InputError(f"the run made no step in {time.monotonic() - started:.0f} s: {' / '.join(told[:3])}")
+    return {
+        "seconds_to_first_step": begun - lines[0]["seconds"],
+        "seconds_to_end_of_first_step": begun,
+        "seconds": [one["seconds"] for one in lines],
+        "losses": [one["loss"] for one in lines],
+        "host_peak_bytes": host_peak,
+        "gpu_peak_bytes": gpu_peak,
+    }
+
+
+def proportional_bytes(pid: int) -> int:
+    """Proportional set size of a process and its descendants; resident size where the system tells no other."""
+    total = 0
+    try:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            facts = process.memory_full_info()
+            total += facts.pss if hasattr(facts, "pss") else facts.rss
+    except psutil.Error:
+        pass  # ended meanwhile
+    return total
+
+
+def used_gpu_bytes() -> list[int]:
+    """Bytes in use on every visible card, whoever uses them."""
+    return [total - free for free, total in map(torch.cuda.mem_get_info, range(torch.cuda.device_count()))]

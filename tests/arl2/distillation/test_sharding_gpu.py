@@ -1,0 +1,152 @@
+"""Sharded training on two GPUs: the losses of one process, for everything that can be trained.
+
+    python -m pytest -m gpu -n 6 tests/arl2/distillation/test_sharding_gpu.py --junitxml sharding.xml
+
+The reference computes the same two half batches one after the other, so kernels see the same shapes. Model and sizes
+are those of the toy world, whose channels the GPU's kernels take.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paths import ROOT
+from training_world import losses
+
+from arl2.distillation.latent_writer import LatentWriter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+STEPS = 40
+TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}
+CONFIGS = {
+    "stage1": ("train_stage1.py", "configs/toyworld/stage1.yaml", ()),
+    "stage2": ("train_stage2.py", "configs/toyworld/stage2.yaml", ("init_from=null",)),
+    "gates": (None, "configs/gates.yaml", ("init_from=null", "checkpoint_path=null")),
+}
+
+
+GATES = """
+from pipelines.training.config import GatesConfig
+from pipelines.training.run import parse_config, train
+
+train(parse_config(GatesConfig, None))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight random videos of seven blocks in the toy world's sizes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    text = json.loads((ROOT / "models/toyworld/transformer/config.json").read_text())
+    with LatentWriter(folder, {"made": "for tests"}) as writer:
+        for seed in range(8):
+            latents = torch.randn(21, text["in_dim"], 8, 12, generator=generator)
+            embedding = torch.randn(text["text_len"], text["text_dim"], generator=generator)
+            writer.add(str(seed), latents, f"prompt {seed}", seed, embedding)
+    return folder
+
+
+def command(what: str, data: Path, run: Path, *settings: str, processes: int) -> list[str]:
+    script, config, own = CONFIGS[what]
+    if script is None:
+        path = data / "gates.py"
+        path.write_text(GATES)
+        script = str(path)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    batch = ("shard=true", "batch=2", "accumulation=1") if processes > 1 else ("batch=2", "accumulation=2")
+    paths = ("model_folder=models/toyworld", f"data=[{data}]", f"run_folder={run}")
+    common = (f"steps={STEPS}", "save_every=10", "report_every=20", "sample_every=0", "tracker=none", "ema_decay=null")
+    return [*launcher, script, "--config", config, *paths, *common, *batch, *own, *settings]
+
+
+def start(*arguments: Any, processes: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments, processes=processes),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: Any, processes: int) -> list[dict[str, Any]]:
+    """The log of a training that was run to its end."""
+    process = start(*arguments, processes=processes)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors[-3000:]
+    return losses(arguments[2])
+
+
+def largest_difference(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
+    """Largest difference of losses relative to the loss."""
+    assert [line["step"] for line in lines] == [line["step"] for line in others] == list(range(1, STEPS + 1))
+    return max(
+        abs(line["loss"] - other["loss"]) / abs(other["loss"]) for line, other in zip(lines, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [
+        ("stage1", ("forward_mode=parallel",)),
+        ("stage1", ("forward_mode=sequential",)),
+        ("stage1", ("forward_mode=sequential", "blocks_per_graph=2")),
+        ("stage2", ("forward_mode=parallel", "checkpointing=false")),
+        ("stage2", ("forward_mode=parallel", "checkpointing=true")),
+        ("stage2", ("forward_mode=sequential", "checkpointing=false")),
+        ("stage2", ("forward_mode=sequential", "checkpointing=true", "blocks_per_graph=2")),
+        ("stage2", ("forward_mode=sequential", "checkpointing=true", "context=self_rollout")),
+        ("gates", ("forward_mode=parallel", "checkpointing=false")),
+        ("gates", ("forward_mode=sequential", "checkpointing=true")),
+    ],
+)
+def test_two_sharded_processes_equal_one(
+    what: str,
+    settings: tuple[str, ...],
+    dtype: str,
+    data: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    both = [*settings, f"dtype={dtype}"]
+    reference = run(what, data, tmp_path / "one", *both, processes=1)
+    difference = largest_difference(run(what, data, tmp_path / "two", *both, processes=2), reference)
+    record_property("largest_relative_difference", difference)
+    assert difference <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_killed_run_goes_on_on_another_number_of_gpus(
+    before: int, after: int, data: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    settings = ("forward_mode=parallel", "dtype=float32")
+    reference = run("stage2", data, tmp_path / "whole", *settings, processes=1)
+    process = start("stage2", data, tmp_path / "broken", *settings, processes=before)
+    deadline = time.monotonic() + 400
+    while not (tmp_path / "broken" / "checkpoints" / "step-00000010").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    lines = run("stage2", data, tmp_path / "broken", *settings, processes=after)
+    difference = largest_difference(lines, reference)
+    record_property("largest_relative_difference", difference)
+    assert difference <= TOLERANCES["float32"]
