@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -37,14 +37,16 @@ class ShardedLoading:
     """
 
     def __init__(self, plan: HybridPlan, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self._plan, self._device = plan.model, plan, device
+        self.model, self._source, self._device = plan.model, plan.source, device
         self._state = own_storage(plan.state, plan.source)
+        plan.state.clear()  # what is loaded is not to be kept twice
+        self._log_report = partial(log_report, plan, to_be_trained=True)
         keep_gates_in_float32(self.model, dtype)
         self._whole = set(self.model.hybrid_parameter_names())
         for name in self._whole:
             owner, _, leaf = name.rpartition(".")
             parameter = self.model.get_parameter(name)
-            value = self._loaded(name, self._state[name], parameter.dtype)
+            value = self._loaded(name, self._state.pop(name), parameter.dtype)
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
     def shard(self) -> None:
@@ -56,7 +58,7 @@ class ShardedLoading:
         shard_backbone(self.model)
         fill_shards(self.model, self._loaded_rows, self._device)
         self._state = {}
-        log_report(self._plan, to_be_trained=True)
+        self._log_report()
 
     def _loaded_rows(self, name: str, target: DTensor) -> Tensor:
         first = first_row(target)
@@ -65,9 +67,9 @@ class ShardedLoading:
     def _loaded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Values on the device in a dtype, checked."""
         there = value.to(self._device)
-        require_finite({name: there}, self._plan.source)
+        require_finite({name: there}, self._source)
         cast = there.to(dtype)
-        require_range(name, there, cast, self._plan.source)
+        require_range(name, there, cast, self._source)
         return cast.clone() if cast.data_ptr() == value.data_ptr() else cast
 
 
