@@ -12,6 +12,11 @@ lines made stays, since it is as valid. --prune removes it: then the folder hold
 more. Another teacher, text encoder, setting or number of processes is refused.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 from dataclasses import asdict, replace

@@ -14,6 +14,11 @@ under a budget (arl2/layer_selection/gates.py; resumed like any training), or re
 control. vbench: scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 import math
