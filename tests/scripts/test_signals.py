@@ -14,11 +14,21 @@ from wan.utils.signals import GO_ON
 
 PROGRAMS = sorted({*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")} - {ROOT / "setup.py"})
 DELAYS = (0.05, 0.2, 0.5, 1.0)
-"""Seconds after a program's first line."""
-PROLOGUE = (
-    "import sys; sys.stdout.write('on\\n'); sys.stdout.flush(); import runpy; runpy.run_path({0!r}, None, '__main__')"
-)
-"""Python needs a while before that, and says itself that it was interrupted in it."""
+"""Seconds from the moment when a program answers signals."""
+PROLOGUE = """
+import runpy
+from wan.utils import signals
+
+answer = signals.end_on_signals
+
+def tell():
+    answer()
+    print("on", flush=True)
+
+signals.end_on_signals = tell
+runpy.run_path({!r}, None, "__main__")
+"""
+"""Starts a program, and says when it answers. Before, Python itself says that it was interrupted."""
 
 
 def interrupted(program: Path, number: signal.Signals, seconds: float) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.utils.errors import CheckpointError
+from wan.utils.files import read_json
 
 MAX_CONFIG_BYTES = 1 << 24
 """A larger config.json is something else."""
@@ -106,30 +107,11 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: missing, unreadable, malformed, or no object of names and values, each name once.
     """
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is too large for a file of settings: download it again")
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no {path.name} in {path.parent}: give the folder of a model") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path} ({error.strerror}): it must be a readable JSON file") from error
-    except CheckpointError:
+        return read_json(path, CheckpointError, "download it again", MAX_CONFIG_BYTES)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError(f"no {path.name} in {path.parent}: give the folder of a model") from error
         raise
-    except (ValueError, RecursionError) as error:  # ValueError includes bad JSON, bad UTF-8 and repeated names
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is not valid JSON ({reason}): download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, no settings: download it again")
-    return config
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; Python would take the last of several values of one name."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return found
 
 
 def check_settings(
