@@ -40,7 +40,7 @@ from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_r
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -113,7 +113,7 @@ class Teacher:
             model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
         )
         self.made_by = {
-            "weights": fingerprint_of(dict(sorted(weights.state.items()))),
+            "weights": fingerprint_of_file(weights.state),
             "text_encoder": text_encoder_fingerprint(self.encoder),
         }
         self._config, self._device = config, device

@@ -58,7 +58,7 @@ from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -177,7 +177,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
         sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
         encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
         # Formats order names each in its own way.
-        settings["weights"] = fingerprint_of(dict(sorted(weights.state.items())))
+        settings["weights"] = fingerprint_of_file(weights.state)
         settings["text_encoder"] = text_encoder_fingerprint(encoder)
         records.made_with(settings)
         missing = [job for job in jobs if records.find(job.name) is None]

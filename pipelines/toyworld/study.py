@@ -62,7 +62,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.run import new_accelerator, new_objective, new_trainer
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
+from wan.checkpoints.loading import as_state_dict, fingerprint_of_file, read_weights
 from wan.checkpoints.saving import write_safetensors
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -158,7 +158,7 @@ class Study:
         """Fingerprints of the bundle's models."""
         vae, encoder = self._encoders(torch.device("cpu"))
         return {
-            "transformer": fingerprint_of(dict(sorted(read_transformer(self.settings.model).state.items()))),
+            "transformer": fingerprint_of_file(read_transformer(self.settings.model).state),
             "vae": vae_fingerprint(vae),
             "text_encoder": text_encoder_fingerprint(encoder),
         }
