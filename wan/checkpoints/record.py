@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from wan.checkpoints.configs import check_settings, shown
+from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, SIZES
 from wan.checkpoints.loading import INDEX_SUFFIX, read_header, weight_map
 from wan.checkpoints.pickles import SUFFIXES
 from wan.utils.errors import CheckpointError
+from wan.utils.ranges import shown
 
 RECORD = "arl2"
 """The entry of a `.pt`, or the key of a safetensors header, that holds the record."""
