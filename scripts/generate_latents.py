@@ -32,7 +32,7 @@ from arl2.distillation.latent_writer import LatentWriter, SampleInfo
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
@@ -49,9 +49,6 @@ from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
-
-IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
-"""Settings that latents of the teacher do not depend on; weights count by their content."""
 
 
 def parse() -> argparse.Namespace:
@@ -170,7 +167,7 @@ def main() -> int:
     jobs = read_jobs(arguments)
     folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
-    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
     settings |= {"source": "rollouts", "dtype": str(dtype)}
     with LatentWriter(folder, settings, pending=("weights", "text_encoder"), part=part) as writer:
         teacher = Teacher(config, arguments.use_ema, dtype, device)

@@ -47,7 +47,7 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import SeededNoise, num_blocks
 from arl2.statement import found_settings
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
@@ -68,8 +68,6 @@ from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
-IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
-"""Settings that latents do not depend on here; weights count by their content."""
 METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
@@ -169,7 +167,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     jobs = plan(arguments, config)
     plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
     check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
-    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
     settings |= {"seed": arguments.seed, "dtype": str(dtype)}
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
         weights = read_transformer(str(config.checkpoint_path))

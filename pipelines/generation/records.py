@@ -1,6 +1,5 @@
 """The record beside a video: what made it and what it is, and so whether it is whole and the one that is wanted."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pipelines.media.video import count_frames
 from pipelines.prompts.jobs import PromptJob
 from pipelines.provenance import part_fingerprint, tokenizer_fingerprint
 from wan.utils.errors import InputError
-from wan.utils.files import content_hash
+from wan.utils.files import content_hash, parse_json
 from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
@@ -129,8 +128,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): fix its permissions, or delete the video") from error
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise _DamagedError(f"{path}, the record of a video, is damaged") from error
     settings = found.get("settings") if isinstance(found, dict) else None
     if not isinstance(found, dict) or not isinstance(settings, dict) or not settings:

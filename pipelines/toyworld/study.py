@@ -36,6 +36,7 @@ from arl2.evaluation.eval_setup import EvalSetup
 from arl2.layer_selection.gates import LayerGates
 from arl2.layer_selection.scores import Selection, read_stage1_errors, replacement_scores
 from arl2.model import HybridSettings, HybridWanModel
+from arl2.statement import GATES
 from arl2.toyworld.probe.leakage import STRIDE
 from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
@@ -73,7 +74,6 @@ log = logging.getLogger(__name__)
 
 CONFIGS = ROOT / "configs" / "toyworld"
 WORK = "--work"
-KEPT_IN_FLOAT32 = ("A_log", "dt_bias")
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -291,7 +291,7 @@ class Study:
     def keep_weights(self, name: str, values: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
         """Write what was trained."""
         kept = {
-            key: value.detach().to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else dtype).cpu()
+            key: value.detach().to(torch.float32 if key.endswith(GATES) else dtype).cpu()
             for key, value in values.items()
         }
         write_safetensors(self.path("weights", name, ".safetensors"), kept, {})
