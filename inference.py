@@ -6,10 +6,16 @@
 Under torchrun the prompts are divided over the ranks.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import logging
 
 from pipelines.cli import end_together, entry_point, rank_and_world_size
-from wan.utils.signals import check_interrupted
+from pipelines.generation.arguments import inference_parser, plan_run
+from pipelines.generation.run import generate, load_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -18,11 +24,6 @@ log = logging.getLogger(__name__)
 @entry_point("finished videos are kept; start the same command again to go on")
 def main() -> int:
     """Parse, check, load, generate. Status 1 if some videos failed, 2 for bad input."""
-    # Here, so that Ctrl-C is answered in one line while they load.
-    from pipelines.generation.arguments import inference_parser, plan_run
-    from pipelines.generation.run import generate, load_pipeline
-
-    check_interrupted()
     run = plan_run(inference_parser().parse_args())
     rank, world_size = rank_and_world_size()
     failed = generate(run, load_pipeline(run), rank, world_size)

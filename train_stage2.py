@@ -6,18 +6,19 @@
 Started again, a run goes on where it was stopped.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 from pipelines.cli import entry_point
-from wan.utils.signals import check_interrupted
+from pipelines.training.config import Stage2Config
+from pipelines.training.run import parse_config, train
 
 
 @entry_point()
 def main() -> int:
     """Parse, check, train. Status 2 for bad input and for a run that cannot go on, 1 for one that learned nothing."""
-    # Here, so that Ctrl-C is answered in one line while they load.
-    from pipelines.training.config import Stage2Config
-    from pipelines.training.run import parse_config, train
-
-    check_interrupted()
     train(parse_config(Stage2Config, __doc__))
     return 0
 

@@ -19,6 +19,7 @@ import torch
 from arl2.initial_values import initial_values
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
 from arl2.statement import (
+    GATES,
     found_settings,
     hybrid_layer_of,
     is_hybrid_part,
@@ -90,7 +91,7 @@ def save_hybrid_weights(model: HybridWanModel, path: Path, dtype: torch.dtype | 
         dtype: of what is written, but A_log and dt_bias; None for what it has.
     """
     state = {
-        name: value.to(value.dtype if dtype is None or name.endswith(("A_log", "dt_bias")) else dtype).contiguous()
+        name: value.to(value.dtype if dtype is None or name.endswith(GATES) else dtype).contiguous()
         for name, value in ((name, model.get_parameter(name).detach()) for name in model.hybrid_parameter_names())
     }
     # The scale under its own name too, where files without a record have it.

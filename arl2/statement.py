@@ -19,13 +19,14 @@ from typing import Any
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.trained_memory import TrainedMemory
-from wan.checkpoints.configs import shown
-from wan.checkpoints.fields import LORA_ALPHA, TRAINED_MEMORY
+from wan.checkpoints.configs import check_settings
+from wan.checkpoints.fields import TRAINED_MEMORY, LoRAAlpha
 from wan.checkpoints.formats import TransformerWeights, num_blocks_in
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import ALPHA
 from wan.checkpoints.tensors import printable, require_same_type, summarize_names
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.ranges import shown
 
 GATES = ("A_log", "dt_bias")
 LAYER_PARTS = (
@@ -245,7 +246,4 @@ def stored_alpha(weights: TransformerWeights) -> float | None:
         CheckpointError: it is no positive number.
     """
     said = (weights.record | weights.config).get(ALPHA)
-    wanted = None if said is None else LORA_ALPHA(said)
-    if wanted:
-        raise CheckpointError(f"{weights.source}: {ALPHA} is {shown(said)}, it must be {wanted}")
-    return None if said is None else float(said)
+    return None if said is None else float(check_settings({ALPHA: said}, {ALPHA: LoRAAlpha}, weights.source)[ALPHA])

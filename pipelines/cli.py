@@ -1,7 +1,6 @@
 """What every entry point does alike: one line for what a person can act on, devices, and ranks.
 
-Nothing heavy is imported here, so that an entry point which imports the rest inside its `main` can be interrupted
-without a traceback from the start.
+Signals that come before, while a program imports what it needs, are for `wan.utils.signals.end_on_signals`.
 """
 
 from __future__ import annotations
@@ -22,16 +21,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wan.utils.errors import InputError, Interrupted, out_of_memory
-from wan.utils.signals import Interruption, interruptible
+from wan.utils.signals import EXIT_SIGNAL, GO_ON, Interruption, interruptible
 
 if TYPE_CHECKING:
     import torch
 
 EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
-EXIT_SIGNAL = 128
-"""Added to the number of the signal that ended a program."""
-GO_ON = "nothing is left half-written; start the same command again to go on"
 LESS_MEMORY = "fewer frames, window memory (memory.kind), a smaller batch or picture, or bfloat16 take less"
 _LOST_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 

@@ -29,6 +29,8 @@ Steps = Annotated[list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1
 """Timesteps of a few-step generator."""
 ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
 """Timestep of the clean pass."""
+NOT_OF_LATENTS = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
+"""Settings of `InferenceConfig` that a softmax model's latents do not depend on; weights count by their content."""
 
 
 class MemoryKind(StrEnum):

@@ -5,13 +5,14 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from arl2 import __version__
 from wan.checkpoints.loading import fingerprint_of
@@ -21,6 +22,7 @@ from wan.vae.wan_vae import WanVAE
 PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
 ROOT = Path(__file__).parents[1]
+HASH_DIGITS = 16
 VAE_FIELDS = ("latents_mean", "latents_std", "temperal_downsample")
 TEXT_FIELDS = (
     "num_heads",
@@ -30,6 +32,8 @@ TEXT_FIELDS = (
     "layer_norm_epsilon",
     "feed_forward_proj",
 )
+TEXT_SIZES = ("d_model", "d_ff", "num_layers", *TEXT_FIELDS)
+"""Sizes of a text encoder in transformers' configuration; what `TEXT_FIELDS` lacks shows in the weights."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def vae_fingerprint(vae: WanVAE) -> str:
     """Hash of all that latents depend on: weights in their type now, structure and statistics."""
-    return _fingerprint(fingerprint_of(vae.model.state_dict()), {name: vae.model.config[name] for name in VAE_FIELDS})
+    return _hash(fingerprint_of(vae.model.state_dict()), {name: vae.model.config[name] for name in VAE_FIELDS})
 
 
 def text_encoder_fingerprint(encoder: TextEncoder) -> str:
@@ -57,12 +61,30 @@ def text_encoder_fingerprint(encoder: TextEncoder) -> str:
     structure = encoder.model.config.to_dict()
     about = {name: structure.get(name) for name in TEXT_FIELDS} | {"text_len": encoder.text_len}
     vocabulary = encoder.tokenizer.get_vocab() if encoder.tokenizer is not None else {}
-    return _fingerprint(fingerprint_of(encoder.model.state_dict()), about | {"vocabulary": vocabulary})
+    return _hash(fingerprint_of(encoder.model.state_dict()), about | {"vocabulary": vocabulary})
 
 
-def _fingerprint(weights: str, about: object) -> str:
-    content = json.dumps([weights, about], sort_keys=True)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def part_fingerprint(part: nn.Module) -> str:
+    """Hash of all that a part of a pipeline is: weights in their type now, and its configuration if it has one."""
+    weights = fingerprint_of(part.state_dict())
+    config: Any = getattr(part, "config", None)
+    if config is None:
+        return _hash(weights)
+    if isinstance(config, Mapping):  # diffusers', which holds every argument of the class
+        return _hash(weights, {name: value for name, value in config.items() if not name.startswith("_")})
+    return _hash(weights, {name: vars(config).get(name) for name in TEXT_SIZES})
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of what a tokenizer knows, but for how it was last told to pad and cut."""
+    if not tokenizer.is_fast:
+        return _hash(tokenizer.get_vocab())
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _hash({name: value for name, value in state.items() if name not in ("padding", "truncation")})
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def device_name(device: torch.device) -> str:

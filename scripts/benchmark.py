@@ -9,6 +9,11 @@ Every row is written as soon as it is measured; the same command goes on where a
 memory runs out says so. What a row may leave out is a case of its own: without the VAE, or sampled.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 from dataclasses import replace

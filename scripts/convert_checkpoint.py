@@ -9,6 +9,11 @@
 The target's ending decides: .pt (Causal Forcing / ARL²), .safetensors (bare names), or a folder (sharded safetensors).
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 from pathlib import Path

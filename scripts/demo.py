@@ -6,21 +6,27 @@ Every prompt is made twice from the same noise: by the softmax model, which keep
 that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import logging
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from pipelines.cli import entry_point
 from pipelines.flags import Parser
 from pipelines.generation.arguments import inference_parser, plan_run
+from pipelines.generation.records import video_path
 from pipelines.generation.run import generate, load_pipeline
 from pipelines.media.contact_sheet import contact_sheet
 from pipelines.media.video import read_video
 from wan.utils.files import atomic_path
 from wan.utils.locks import exclusive
-from wan.utils.signals import check_interrupted
 
 CONFIG, PROMPTS = Path("configs/toyworld/inference.yaml"), Path("prompts/toyworld.txt")
 OUTPUT_FOLDER = Path("output/demo")
@@ -30,9 +36,6 @@ MODELS = {"softmax": None, "hybrid_75": Path("models/toyworld/hybrid_75.safetens
 
 def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
     """The prompts' videos by one model, as inference.py makes them, made anew; empty if one failed."""
-    from pipelines.generation.records import video_path
-
-    check_interrupted()
     folder = OUTPUT_FOLDER / name
     flags = ["--config", CONFIG, "--output_folder", folder, "--data_path", PROMPTS, "--device", "cpu"]
     flags += [] if checkpoint is None else ["--checkpoint_path", checkpoint]
@@ -43,8 +46,6 @@ def videos_of(name: str, checkpoint: Path | None) -> dict[str, Path]:
 
 def draw_sheet(videos: dict[str, dict[str, Path]], path: Path) -> None:
     """Draw a row of frames per prompt and model."""
-    import torch
-
     rows = [
         (torch.from_numpy(read_video(videos[name][prompt])).permute(0, 3, 1, 2), f"{name}: {prompt}")
         for prompt in next(iter(videos.values()))

@@ -7,6 +7,11 @@ A connection that drops is taken up where it broke. A run that was stopped can b
 the one it was at begins anew.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import logging
 import shutil
 from collections.abc import Mapping

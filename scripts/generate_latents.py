@@ -12,6 +12,11 @@ lines made stays, since it is as valid. --prune removes it: then the folder hold
 more. Another teacher, text encoder, setting or number of processes is refused.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 from dataclasses import asdict, replace
@@ -27,7 +32,7 @@ from arl2.distillation.latent_writer import LatentWriter, SampleInfo
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
@@ -35,7 +40,7 @@ from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_r
 from pipelines.provenance import text_encoder_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -44,9 +49,6 @@ from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
-
-IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
-"""Settings that latents of the teacher do not depend on; weights count by their content."""
 
 
 def parse() -> argparse.Namespace:
@@ -108,7 +110,7 @@ class Teacher:
             model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
         )
         self.made_by = {
-            "weights": fingerprint_of(dict(sorted(weights.state.items()))),
+            "weights": fingerprint_of_file(weights.state),
             "text_encoder": text_encoder_fingerprint(self.encoder),
         }
         self._config, self._device = config, device
@@ -165,7 +167,7 @@ def main() -> int:
     jobs = read_jobs(arguments)
     folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
-    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
     settings |= {"source": "rollouts", "dtype": str(dtype)}
     with LatentWriter(folder, settings, pending=("weights", "text_encoder"), part=part) as writer:
         teacher = Teacher(config, arguments.use_ema, dtype, device)

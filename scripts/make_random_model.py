@@ -4,6 +4,11 @@ python scripts/make_random_model.py --size 1.3B --output_folder wan_models/rando
 python scripts/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import logging
 from pathlib import Path
 

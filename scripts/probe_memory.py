@@ -12,6 +12,11 @@ whether videos made from a caption that names colour and shape obey it.
 Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 import math

@@ -14,6 +14,11 @@ under a budget (arl2/layer_selection/gates.py; resumed like any training), or re
 control. vbench: scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 import math
@@ -42,7 +47,7 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import SeededNoise, num_blocks
 from arl2.statement import found_settings
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
-from pipelines.config import HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
@@ -53,7 +58,7 @@ from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -63,8 +68,6 @@ from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
-IRRELEVANT = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
-"""Settings that latents do not depend on here; weights count by their content."""
 METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
     "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
@@ -164,7 +167,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     jobs = plan(arguments, config)
     plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
     check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
-    settings = {name: value for name, value in asdict(config).items() if name not in IRRELEVANT}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
     settings |= {"seed": arguments.seed, "dtype": str(dtype)}
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
         weights = read_transformer(str(config.checkpoint_path))
@@ -172,7 +175,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
         sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
         encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
         # Formats order names each in its own way.
-        settings["weights"] = fingerprint_of(dict(sorted(weights.state.items())))
+        settings["weights"] = fingerprint_of_file(weights.state)
         settings["text_encoder"] = text_encoder_fingerprint(encoder)
         records.made_with(settings)
         missing = [job for job in jobs if records.find(job.name) is None]

@@ -6,6 +6,11 @@
 The folder holds pairs of .json and .safetensors, and manifests (.json alone). Exit status 1 if any case fails.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import math
 from dataclasses import asdict
 from typing import Any

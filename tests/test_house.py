@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from paths import ROOT
 LAYERS = ("wan", "arl2", "pipelines", "scripts")
 LIBRARIES = LAYERS[:3]
 FILES = sorted(path for folder in LAYERS for path in (ROOT / folder).rglob("*.py")) + sorted(ROOT.glob("*.py"))
+PROGRAMS = [path for path in FILES if path.parent == ROOT or "scripts" in path.relative_to(ROOT).parts]
+ENTRY_POINTS = [path for path in PROGRAMS if path.name != "setup.py"]
 FLOORS = {
     "wan": (("utils",), ("ops", "checkpoints"), (".", "vae")),
     "arl2": (("ops",), (".",), ("inference", "distillation", "evaluation"), ("layer_selection",), ("toyworld",)),
@@ -80,6 +84,22 @@ def in_load(keyword: ast.keyword, tree: ast.AST) -> bool:
 def test_entry_points_are_short() -> None:
     for path in ROOT.glob("*.py"):
         assert len(path.read_text().splitlines()) <= MAX_ENTRY_POINT_LINES, path
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS, ids=lambda path: path.name)
+def test_an_entry_point_answers_signals_before_it_imports_what_is_heavy(path: Path) -> None:
+    """`tests/scripts/test_signals.py` sends them."""
+    _, *first = ast.parse(path.read_text(encoding="utf-8")).body[:3]
+    assert "\n".join(map(ast.unparse, first)) == (
+        "from wan.utils.signals import end_on_signals\nif __name__ == '__main__':\n    end_on_signals()"
+    )
+
+
+def test_what_answers_signals_imports_nothing_heavy() -> None:
+    """Nor does what every program imports next."""
+    command = "import sys; from wan.utils.signals import end_on_signals; import pipelines.cli; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pipelines.cli" in found.stdout.split() and "torch" not in found.stdout.split()
 
 
 def test_nothing_touches_the_gpu_when_imported() -> None:

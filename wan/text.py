@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import ftfy
 import torch
@@ -21,13 +21,14 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from wan.checkpoints.configs import Field, check_settings, flag, one_of, read_config, real, shown, whole
+from wan.checkpoints.configs import check_settings, read_config
 from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
 from wan.checkpoints.tensors import require_one_type_per_role
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.ranges import Bounds, shown
 
 log = logging.getLogger(__name__)
 
@@ -73,18 +74,18 @@ INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 SHOWN_CHARACTERS = 60
 """How much of a prompt, and of what is cut from it, a warning shows."""
 # What shapes an encoder in transformers' config.json, and the names of its sizes here and there.
-_TRANSFORMERS: dict[str, Field] = {
-    "vocab_size": whole(1, 1 << 24),
-    **dict.fromkeys(("d_model", "d_kv", "d_ff"), whole(1, 1 << 17)),
-    **dict.fromkeys(("num_layers", "num_heads"), whole(1, 1024)),
-    "relative_attention_num_buckets": whole(2, 1 << 16),
-    "relative_attention_max_distance": whole(2, 1 << 20),
-    "layer_norm_epsilon": real(0, 0.1, above=True),
-    "feed_forward_proj": one_of("gated-gelu"),
-    "dense_act_fn": one_of("gelu_new"),
-    "is_gated_act": one_of(True),
-    "is_decoder": one_of(False),
-    "tie_word_embeddings": flag(),
+_TRANSFORMERS: dict[str, Any] = {
+    "vocab_size": Annotated[int, Bounds(1, 1 << 24)],
+    **dict.fromkeys(("d_model", "d_kv", "d_ff"), Annotated[int, Bounds(1, 1 << 17)]),
+    **dict.fromkeys(("num_layers", "num_heads"), Annotated[int, Bounds(1, 1024)]),
+    "relative_attention_num_buckets": Annotated[int, Bounds(2, 1 << 16)],
+    "relative_attention_max_distance": Annotated[int, Bounds(2, 1 << 20)],
+    "layer_norm_epsilon": Annotated[float, Bounds(0, 0.1, above=True)],
+    "feed_forward_proj": Literal["gated-gelu"],
+    "dense_act_fn": Literal["gelu_new"],
+    "is_gated_act": Literal[True],
+    "is_decoder": Literal[False],
+    "tie_word_embeddings": bool,
 }
 _SIZES = {
     "vocab_size": "vocab_size",

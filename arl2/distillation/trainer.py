@@ -106,7 +106,7 @@ class OptimizerSettings:
         return self.lr * warm * (1 + math.cos(math.pi * after)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainerSettings:
     """How long, how much at a time, and what is kept.
 
@@ -121,7 +121,7 @@ class TrainerSettings:
         max_bad_steps: so many steps in a row may be skipped.
     """
 
-    steps: Count
+    steps: Count = 6000
     batch: BatchSize = 1
     accumulation: BatchSize = 1
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

@@ -1,7 +1,5 @@
 """The record beside a video: what made it and what it is, and so whether it is whole and the one that is wanted."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,30 +10,15 @@ from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.media.video import count_frames
 from pipelines.prompts.jobs import PromptJob
-from wan.checkpoints.loading import fingerprint_of
+from pipelines.provenance import part_fingerprint, tokenizer_fingerprint
 from wan.utils.errors import InputError
-from wan.utils.files import content_hash
+from wan.utils.files import content_hash, parse_json
 from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
 
-HASH_DIGITS = 16
 _PATHS = ("model_folder", "checkpoint_path")
 """Settings that say where weights lie: the weights themselves count."""
-
-
-TEXT_SIZES = (
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "layer_norm_epsilon",
-    "feed_forward_proj",
-)
-"""Sizes of a text encoder in transformers' configuration."""
 
 
 def video_path(run: InferenceRun, job: PromptJob) -> Path:
@@ -74,15 +57,11 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
     """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows."""
     parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    found = {
-        name: _hash(fingerprint_of(part.state_dict()), _config_of(part))
-        for name, part in parts.items()
-        if part is not None
-    }
+    found = {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
     if pipeline.tokenizer is not None:
-        found["tokenizer"] = _hash(_tokenizer_state(pipeline.tokenizer))
+        found["tokenizer"] = tokenizer_fingerprint(pipeline.tokenizer)
     if pipeline.wan_vae.tiny is not None:
-        found["tiny_vae"] = _hash(fingerprint_of(pipeline.wan_vae.tiny.state_dict()))
+        found["tiny_vae"] = part_fingerprint(pipeline.wan_vae.tiny)
     return found
 
 
@@ -149,8 +128,8 @@ def _read_record(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): fix its permissions, or delete the video") from error
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise _DamagedError(f"{path}, the record of a video, is damaged") from error
     settings = found.get("settings") if isinstance(found, dict) else None
     if not isinstance(found, dict) or not isinstance(settings, dict) or not settings:
@@ -171,22 +150,3 @@ def _require_whole(video: Path, record: Mapping[str, Any], frames: int) -> None:
         raise _DamagedError(f"{video} has {counted} frames, its record says {facts.get('frames')}, wanted are {frames}")
     if content_hash(video) != facts.get("sha256"):
         raise _DamagedError(f"{video} is not the file that its record is of")
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
-
-
-def _config_of(part: Any) -> dict[str, Any]:
-    """A part's sizes and statistics, whatever kind of folder they come from."""
-    if isinstance(part.config, Mapping):  # diffusers', which holds every argument of the class
-        return {name: value for name, value in part.config.items() if not name.startswith("_")}
-    return {name: vars(part.config).get(name) for name in TEXT_SIZES}
-
-
-def _tokenizer_state(tokenizer: Any) -> object:
-    """What a tokenizer knows, but for how it was last told to pad and cut."""
-    if not tokenizer.is_fast:
-        return tokenizer.get_vocab()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: value for name, value in state.items() if name not in ("padding", "truncation")}

@@ -24,6 +24,7 @@ from typing import Any
 from pipelines.prompts.names import find_file, shown
 from wan.text import has_text
 from wan.utils.errors import InputError
+from wan.utils.files import RepeatedNameError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -173,35 +174,10 @@ def _joined(lines: Sequence[tuple[int, str]]) -> str:
     return "".join(text)
 
 
-class _RepeatedFieldError(ValueError):
-    pass
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's fields; `json` itself would keep the last of two that have one name."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _RepeatedFieldError(f"gives {next(name for name in names if names.count(name) > 1)!r} twice")
-    return values
-
-
-def _load_json(text: str) -> Any:
-    """A JSON value.
-
-    Raises:
-        ValueError: not JSON, nested too deeply, or an object that gives a field twice.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_distinct)
-    except RecursionError as error:
-        raise ValueError("is nested too deeply") from error
-
-
 def _is_json_object(text: str) -> bool:
     try:
-        return isinstance(_load_json(text), dict)
-    except _RepeatedFieldError:
+        return isinstance(parse_json(text), dict)
+    except RepeatedNameError:
         return True
     except ValueError:
         return False
@@ -209,8 +185,8 @@ def _is_json_object(text: str) -> bool:
 
 def _is_list_of_requests(lines: Sequence[tuple[int, str]]) -> bool:
     try:
-        value = _load_json(_joined(lines))
-    except _RepeatedFieldError:
+        value = parse_json(_joined(lines))
+    except RepeatedNameError:
         return True
     except ValueError:
         return False
@@ -235,7 +211,7 @@ def _json_lines(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record]:
     records = []
     for number, line in lines:
         try:
-            records.append(_record(path, f"line {number}", _load_json(line)))
+            records.append(_record(path, f"line {number}", parse_json(line)))
         except ValueError as error:
             raise _not_json(path, number, error) from error
     return records
@@ -244,7 +220,7 @@ def _json_lines(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record]:
 def _json_document(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record]:
     """The records of a .json file: a list of requests or a single one; numbers count requests."""
     try:
-        value = _load_json(_joined(lines))
+        value = parse_json(_joined(lines))
     except json.JSONDecodeError as error:
         raise _not_json(path, error.lineno, error) from error
     except ValueError as error:

@@ -36,6 +36,7 @@ from arl2.evaluation.eval_setup import EvalSetup
 from arl2.layer_selection.gates import LayerGates
 from arl2.layer_selection.scores import Selection, read_stage1_errors, replacement_scores
 from arl2.model import HybridSettings, HybridWanModel
+from arl2.statement import GATES
 from arl2.toyworld.probe.leakage import STRIDE
 from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
@@ -62,7 +63,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.run import new_accelerator, new_objective, new_trainer
 from wan.checkpoints.formats import read_transformer, transformer_config
-from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
+from wan.checkpoints.loading import as_state_dict, fingerprint_of_file, read_weights
 from wan.checkpoints.saving import write_safetensors
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
@@ -73,7 +74,6 @@ log = logging.getLogger(__name__)
 
 CONFIGS = ROOT / "configs" / "toyworld"
 WORK = "--work"
-KEPT_IN_FLOAT32 = ("A_log", "dt_bias")
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -158,7 +158,7 @@ class Study:
         """Fingerprints of the bundle's models."""
         vae, encoder = self._encoders(torch.device("cpu"))
         return {
-            "transformer": fingerprint_of(dict(sorted(read_transformer(self.settings.model).state.items()))),
+            "transformer": fingerprint_of_file(read_transformer(self.settings.model).state),
             "vae": vae_fingerprint(vae),
             "text_encoder": text_encoder_fingerprint(encoder),
         }
@@ -291,7 +291,7 @@ class Study:
     def keep_weights(self, name: str, values: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
         """Write what was trained."""
         kept = {
-            key: value.detach().to(torch.float32 if key.endswith(KEPT_IN_FLOAT32) else dtype).cpu()
+            key: value.detach().to(torch.float32 if key.endswith(GATES) else dtype).cpu()
             for key, value in values.items()
         }
         write_safetensors(self.path("weights", name, ".safetensors"), kept, {})

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from arl2.distillation.objective import ForwardMode, ObjectiveSettings
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
 from arl2.distillation.stage2 import Context, Stage2Settings, Target
-from arl2.distillation.trainer import CHECKPOINTS, BatchSize, OptimizerSettings, TrainerSettings
+from arl2.distillation.trainer import CHECKPOINTS, TrainerSettings
 from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
@@ -30,7 +30,6 @@ from wan.utils.ranges import (
     Choices,
     Count,
     Formerly,
-    Fraction,
     LayerIndices,
     Length,
     PathText,
@@ -55,10 +54,10 @@ FREE_TO_CHANGE = (
 
 
 @dataclass
-class TrainingConfig(SamplingConfig):
-    """What both stages need; the steps of `SamplingConfig` are the teacher's.
+class TrainingConfig(TrainerSettings, SamplingConfig):
+    """What both stages need; the denoising steps of `SamplingConfig` are the teacher's, `batch` is a rank's.
 
-    Attributes, beside those of `SamplingConfig`:
+    Attributes, beside those of `SamplingConfig` and of `arl2.distillation.trainer.TrainerSettings`:
         model_folder: sizes, and with `checkpoint_path` null the weights too; the VAE, if samples are wanted.
         checkpoint_path, use_ema: the teacher's weights, as for inference.
         data: folders of latents, made by scripts/generate_latents.py or scripts/encode_videos.py; or one .safetensors
@@ -68,8 +67,6 @@ class TrainingConfig(SamplingConfig):
         levels: see `arl2.distillation.sampling.NoiseLevels`.
         blocks_per_graph, forward_mode: see `arl2.distillation.objective.ObjectiveSettings`.
         compile: compile the frozen teacher's blocks; with forward_mode parallel, whose passes are all of one size.
-        steps, batch, accumulation, optimizer, ema_decay, save_every, keep, report_every, max_bad_steps: see
-            `arl2.distillation.trainer.TrainerSettings`; `batch` is a rank's.
         seed: of order, noise and initial values.
         sample_every: steps between sample videos, the teacher's beside the student's; 0 for none.
         sample_frames: latent frames of a sample; null for as many as the data has.
@@ -89,19 +86,10 @@ class TrainingConfig(SamplingConfig):
     blocks_per_graph: Count | None = None
     forward_mode: Annotated[ForwardMode, Formerly("path")] = ForwardMode.SEQUENTIAL
     compile: bool = False
-    steps: Count = 6000
-    batch: BatchSize = 1
-    accumulation: BatchSize = 1
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    ema_decay: Fraction | None = None
     seed: Seed = 0
-    save_every: Count = 100
-    keep: Count = 2
-    report_every: Count = 100
     sample_every: Annotated[int, Bounds(0, 10**9)] = 0
     sample_frames: Frames | None = None
     sample_fps: FramesPerSecond = 16
-    max_bad_steps: Count = 10
     tracker: Annotated[str, Choices(tuple(TRACKERS))] = "tensorboard"
     device: str | None = None
     dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
@@ -109,17 +97,7 @@ class TrainingConfig(SamplingConfig):
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""
-        return TrainerSettings(
-            steps=self.steps,
-            batch=self.batch,
-            accumulation=self.accumulation,
-            optimizer=self.optimizer,
-            ema_decay=self.ema_decay,
-            save_every=self.save_every,
-            keep=self.keep,
-            report_every=self.report_every,
-            max_bad_steps=self.max_bad_steps,
-        )
+        return TrainerSettings(**{each.name: vars(self)[each.name] for each in fields(TrainerSettings)})
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """Where and how the model is made hybrid; differs by stage."""

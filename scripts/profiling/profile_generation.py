@@ -7,6 +7,11 @@ Weights are random, as in scripts/benchmark.py, whose configs and rows these are
 for launches, copies, the CPU. On a CPU it is operations and not kernels.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import tempfile
 from dataclasses import replace

@@ -16,6 +16,11 @@ settings, seconds, card and versions in the work folder. A step that was made wi
 were made again since, is not skipped but refused: --step makes it again. One process at a time works on a folder.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import hashlib
 import logging
 import platform

@@ -3,6 +3,11 @@
 python scripts/toyworld/toyworld_samples.py
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import logging
 from pathlib import Path
 

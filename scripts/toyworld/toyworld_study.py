@@ -12,6 +12,11 @@ is kept in the middle: leave that much between the budget and a hard limit. The 
 once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no other has.
 """
 
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
 import argparse
 import logging
 import math

@@ -228,7 +228,7 @@ BAD = {
     "an unknown field of a list": ("a.json", '["a", {"prompt": "b", "x": 1}]', r"a.json request 2 has unknown fields"),
     "a number": ("a.jsonl", '{"prompt": "a"}\n3\n', "line 2 is 3, not a request"),
     "a list in a list": ("a.json", '[["a"]]', "request 1 is list, not a request"),
-    "a field twice": ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "gives 'prompt' twice"),
+    "a field twice": ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     "an unknown field": (
         "a.jsonl",
         '{"prompt": "a", "sead": 1}',

@@ -150,7 +150,9 @@ def as_state_dict(weights: Mapping[Any, Any], source: str | Path) -> StateDict:
 def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     """A hash of weights: of names, types, shapes and all values; the same on every device.
 
-    Values enter by sums modulo 2⁶⁴ that weigh every place differently, at the speed of memory.
+    Values enter by sums modulo 2⁶⁴ that weigh every place differently, at the speed of memory. Names enter in their
+    order: a module's own for what is taken from a module, and what is stored of earlier versions was hashed so. Files
+    hold weights in any order; for those there is `fingerprint_of_file`.
     """
     sums = [checksum(value) for value in state.values()]
     return digest_of(state, [int(total) for total in torch.stack([total.cpu() for total in sums])] if sums else [])
@@ -162,6 +164,11 @@ def digest_of(state: Mapping[str, Tensor], checksums: Sequence[int]) -> str:
     for (name, value), total in zip(state.items(), checksums, strict=True):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of_file(state: Mapping[str, Tensor]) -> str:
+    """As `fingerprint_of`, whatever order a file has its weights in."""
+    return fingerprint_of(dict(sorted(state.items())))
 
 
 @torch.no_grad()

@@ -4,18 +4,19 @@ Weights do not show the number of heads, the epsilon of norms, the scale of adap
 trained with. Files record them where other loaders do not look, and loading compares the record with the config.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from wan.checkpoints.configs import check_settings, shown
+from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, SIZES
 from wan.checkpoints.loading import INDEX_SUFFIX, read_header, weight_map
 from wan.checkpoints.pickles import SUFFIXES
 from wan.utils.errors import CheckpointError
+from wan.utils.files import parse_json
+from wan.utils.ranges import shown
 
 RECORD = "arl2"
 """The entry of a `.pt`, or the key of a safetensors header, that holds the record."""
@@ -42,11 +43,11 @@ def read_record(path: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
         path = path.parent / min(weight_map(path).values())
     _, metadata = read_header(path)
     try:
-        record = json.loads(metadata.get(RECORD, "{}"))
+        record = parse_json(metadata.get(RECORD, "{}"))
         if not record and ALPHA in metadata:  # files written before there was a record hold this alone
             record = {ALPHA: float(metadata[ALPHA])}
         return {} | record
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: the settings in its header are malformed: convert it again") from error
 
 

@@ -230,32 +230,60 @@ def write_json(path: Path, record: object, default: Callable[[Any], object] | No
     write_text(path, json.dumps(record, indent=1, default=default) + "\n")
 
 
-def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+def read_json(
+    path: Path,
+    error: type[InputError] = InputError,
+    cure: str = "it is damaged or not complete; make it again",
+    max_bytes: int | None = None,
+) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Args:
         error: the class to raise.
+        cure: for a file that is read, and holds something else.
+        max_bytes: a larger file is something else, and is not read; None for any size.
 
     Raises:
-        InputError: missing, not a file, not JSON, a name that stands twice, or another kind of value.
+        InputError: missing, not a file, not JSON, a name that is given twice, or another kind of value.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_names)
+        if max_bytes is not None and path.stat().st_size > max_bytes:
+            raise error(f"{path} is larger than {max_bytes >> 20} MiB, which is something else: {cure}")
+        record = parse_json(path.read_text(encoding="utf-8"))
     except OSError as failure:
-        raise error(f"cannot read {path} ({failure.strerror})") from failure
-    except (ValueError, RecursionError) as failure:  # ValueError includes bad JSON and bad UTF-8
+        reason = failure.strerror
+        raise error(f"cannot read {path} ({reason}): check the path and its permissions") from failure
+    except InputError:
+        raise
+    except ValueError as failure:  # includes bad UTF-8
         reason = str(failure).splitlines()[0]
-        raise error(f"{path} is not valid JSON ({reason}): it is damaged or not complete; make it again") from failure
+        raise error(f"{path} is not valid JSON ({reason}): {cure}") from failure
     if not isinstance(record, dict):
-        raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values")
+        raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values: {cure}")
     return record
+
+
+class RepeatedNameError(ValueError):
+    """A JSON object gives a name twice; Python would take the last value."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or (`RepeatedNameError`) an object gives a name twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_names)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise RepeatedNameError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
     return record
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from wan.utils.errors import InputError
-from wan.utils.files import cannot_write
+from wan.utils.files import cannot_write, parse_json
 
 
 class JsonLinesWriter:
@@ -60,8 +60,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):  # no line break follows
                 break
             raise InputError(f"line {number} of {path} is not valid JSON") from error

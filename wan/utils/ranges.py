@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import pairwise
 from numbers import Integral, Real
 from pathlib import Path, PurePath
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from wan.utils.errors import InputError
 
@@ -226,6 +226,8 @@ def _noun(kind: Any) -> str:
         if get_origin(kind) is tuple and elements[-1] is not Ellipsis:
             return f"a list of {len(elements)} values, each {wanted(elements[0])}"
         return f"a list, each element {wanted(elements[0])}"
+    if get_origin(kind) is Literal:
+        return " or ".join(shown(each) for each in get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(member.value for member in kind)}"
     if dataclasses.is_dataclass(kind):
@@ -241,7 +243,10 @@ def shown(value: Any) -> str:
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"of {int(value).bit_length()} bits"
     text = value.value if isinstance(value, Enum) else str(value) if isinstance(value, PurePath) else value
-    text = str(text) if isinstance(text, int | float) else ascii(text) if _is_odd(text) else repr(text)
+    try:
+        text = str(text) if isinstance(text, int | float) else ascii(text) if _is_odd(text) else repr(text)
+    except ValueError:  # of integers of many digits
+        return f"a {type(value).__name__} of huge values"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
@@ -294,6 +299,10 @@ _NO_FIT = object()
 
 def _typed_scalar(kind: Any, value: Any) -> Any:
     """A value as `kind`, or `_NO_FIT`."""
+    if get_origin(kind) is Literal:
+        # By type too: true and 1, or 1 and 1.0, are equal in Python.
+        fits = any(type(value) is type(each) and value == each for each in get_args(kind))
+        return value if fits else _NO_FIT
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _typed_choice(kind, value)
     if isinstance(value, bool) or kind is bool:
@@ -328,7 +337,7 @@ def _typed_choice(kind: type[Enum], value: Any) -> Any:
 
 def _typed_list(kind: Any, value: Any, name: str, hint: Any) -> Any:
     elements, make = get_args(kind), get_origin(kind)
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise InputError(f"{name} {shown(value)} does not fit: give {wanted(hint)}")
     is_fixed = make is tuple and elements[-1] is not Ellipsis
     if is_fixed and len(value) != len(elements):

@@ -10,25 +10,14 @@ Latents are [B, F, C, h, w], normalised per channel; pixels are [B, T, 3, H, W] 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
-from wan.checkpoints.configs import (
-    Field,
-    check_settings,
-    flag,
-    list_of,
-    one_of,
-    optional,
-    read_config,
-    real,
-    shown,
-    whole,
-)
+from wan.checkpoints.configs import check_settings, read_config
 from wan.checkpoints.formats import WEIGHT_FILES
 from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
@@ -36,6 +25,7 @@ from wan.checkpoints.saving import write_pickle
 from wan.checkpoints.tensors import own_storage, require_same_type
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.ranges import Bounds, Length, shown
 from wan.vae.fast import FastDecoder
 from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
@@ -65,23 +55,23 @@ TOY_VAE: dict[str, Any] = WAN21_VAE | {"dim": 16, "latent_mean": [0.0] * 16, "la
 
 _STAGES = 8
 """A config.json that names more stages is no VAE's."""
-_DIFFUSERS: dict[str, Field] = {
-    "base_dim": whole(1, 4096),
-    "decoder_base_dim": optional(whole(1, 4096)),
-    "z_dim": whole(1, 1024),
-    "dim_mult": list_of(whole(1, 64), longest=_STAGES),
-    "num_res_blocks": whole(1, 64),
-    "attn_scales": list_of(real(0, 1e6), longest=_STAGES),
-    "temperal_downsample": list_of(flag(), longest=_STAGES),
-    "dropout": real(0, 1),
-    "latents_mean": list_of(real(-1e4, 1e4)),
-    "latents_std": list_of(real(1e-6, 1e4)),
-    "is_residual": flag(),
-    "in_channels": one_of(3),
-    "out_channels": one_of(3),
-    "patch_size": optional(whole(1, 64)),
-    "scale_factor_temporal": whole(1, 1 << _STAGES),
-    "scale_factor_spatial": whole(1, 1 << _STAGES),
+_DIFFUSERS: dict[str, Any] = {
+    "base_dim": Annotated[int, Bounds(1, 4096)],
+    "decoder_base_dim": Annotated[int, Bounds(1, 4096)] | None,
+    "z_dim": Annotated[int, Bounds(1, 1024)],
+    "dim_mult": Annotated[list[Annotated[int, Bounds(1, 64)]], Length(0, _STAGES)],
+    "num_res_blocks": Annotated[int, Bounds(1, 64)],
+    "attn_scales": Annotated[list[Annotated[float, Bounds(0, 1e6)]], Length(0, _STAGES)],
+    "temperal_downsample": Annotated[list[bool], Length(0, _STAGES)],
+    "dropout": Annotated[float, Bounds(0, 1)],
+    "latents_mean": Annotated[list[Annotated[float, Bounds(-1e4, 1e4)]], Length(0, 4096)],
+    "latents_std": Annotated[list[Annotated[float, Bounds(1e-6, 1e4)]], Length(0, 4096)],
+    "is_residual": bool,
+    "in_channels": Literal[3],
+    "out_channels": Literal[3],
+    "patch_size": Annotated[int, Bounds(1, 64)] | None,
+    "scale_factor_temporal": Annotated[int, Bounds(1, 1 << _STAGES)],
+    "scale_factor_spatial": Annotated[int, Bounds(1, 1 << _STAGES)],
 }
 # Without these diffusers would take the released VAE's values, which need not be this one's.
 _NEEDED = (

@@ -1,6 +1,5 @@
 """Golden files, outputs of replays, and their comparison."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from wan.ops.attention import AttentionBackend
 from wan.utils.errors import InputError
+from wan.utils.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Golden:
             InputError: the file is not a golden file.
         """
         try:
-            info = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            info = parse_json(path.read_text())
+        except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path} as a golden file: {error}") from error
         if not isinstance(info, dict) or "kind" not in info:
             raise InputError(f"{path} is no golden file: it has no 'kind'")

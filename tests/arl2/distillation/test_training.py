@@ -16,7 +16,7 @@ from paths import ROOT
 from safetensors.torch import load_file
 from tiny_models import HEIGHT, TINY, WIDTH
 from torch import Tensor
-from training_world import CONFIG, build_world, command, losses, run_and_kill, weights
+from training_world import CONFIG, build_world, command, losses, one_line, run_and_kill, weights
 from training_world import run as start_and_wait
 
 import inference
@@ -262,12 +262,6 @@ def test_people_see_plots_and_videos_and_the_export_generates(tmp_path: Path, mo
     flags += ["--checkpoint_path", run / "export", "--num_output_frames", "3", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, flags)])
     assert inference.main() == 0 and len(list((tmp_path / "videos").glob("*.mp4"))) == 1
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown field": (set_field(2, "surprise", 1), "sample 2"),
     "field gone": (lambda d: change_index(d, lambda index: index["samples"][2].pop("seed")), "sample 2"),
     "key twice": (set_field(2, "key", "1"), "twice"),
-    "name twice": (index_text(b'{"format": "x", "format": "y"}'), "stands twice"),
+    "name twice": (index_text(b'{"format": "x", "format": "y"}'), "is given twice"),
     "bad UTF-8": (index_text(b'{"format": "\xff\xfe"}'), "not valid JSON"),
     "half": (lambda d: (d / INDEX).write_bytes((d / INDEX).read_bytes()[:300]), "not valid JSON"),
     "a list": (index_text(b"[]"), "list"),

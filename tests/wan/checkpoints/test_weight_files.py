@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan.checkpoints.loading import as_state_dict, load_strict, read_folder, read_weights
+from wan.checkpoints.loading import (
+    as_state_dict,
+    fingerprint_of,
+    fingerprint_of_file,
+    load_strict,
+    read_folder,
+    read_weights,
+)
 from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.saving import write_pickle, write_safetensors
 from wan.checkpoints.tensors import own_storage, require_finite, require_floating, require_one_type_per_role
@@ -256,3 +263,10 @@ def test_files_get_the_umask_s_mode_and_a_pt_says_nothing_of_the_machine(tmp_pat
     for path in tmp_path.iterdir():
         assert path.stat().st_mode & 0o777 == 0o640, path
     assert os.uname().nodename.encode() not in (tmp_path / "a.pt").read_bytes()
+
+
+def test_a_fingerprint_that_is_stored_keeps_its_value() -> None:
+    weights = {"blocks.2": torch.arange(6.0), "blocks.10": torch.ones(2, 3)}
+    turned = dict(reversed(weights.items()))
+    assert fingerprint_of(weights) == "c078c2182beb9d79" and fingerprint_of(turned) == "7609d892f253a7f9"
+    assert fingerprint_of_file(weights) == fingerprint_of_file(turned) == "7609d892f253a7f9"

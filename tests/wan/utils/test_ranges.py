@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -142,6 +142,24 @@ def test_infinity_is_admitted_only_where_it_is_declared() -> None:
             typed(hint, math.inf, "x")
     with pytest.raises(InputError, match="x nan"):
         typed(Annotated[float, Bounds(finite=False)], math.nan, "x")
+
+
+def test_a_literal_is_compared_by_type_too() -> None:
+    hint = Literal["a", 1, True, None]
+    for value in ("a", 1, True, None):
+        assert typed(hint, value, "x") is value
+    for value in ("b", 1.0, False, b"a", [1]):
+        with pytest.raises(InputError, match=r"x .* does not fit: give 'a' or 1 or true or null"):
+            typed(hint, value, "x")
+    for value in (False, 0.0, None):  # 0 == False, but they differ by type
+        with pytest.raises(InputError, match="give 0"):
+            typed(Literal[0], value, "x")
+
+
+def test_bytes_are_no_list_and_huge_values_are_shown() -> None:
+    with pytest.raises(InputError, match="does not fit: give a list"):
+        typed(list[int], b"12", "x")
+    assert shown([10**5000]) == "a list of huge values"
 
 
 def test_integers_fit_64_bits_without_being_told() -> None:

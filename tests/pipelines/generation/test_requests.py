@@ -1,41 +1,22 @@
 """Requests of inference.py from the command line and from files, and pictures given to the pipeline."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from inference_world import SIZE, planned, run_inference, write_config
 from PIL import Image
 
-import inference
-from arl2.model import HybridSettings
-from pipelines.generation.arguments import inference_parser, plan_run
 from pipelines.generation.pipeline import CausalVideoPipeline
-from pipelines.generation.random_model import random_pipeline
 from pipelines.media.images import read_image
 from pipelines.media.video import read_video
 from wan.utils.errors import InputError
-from wan.vae.wan_vae import TOY_VAE
 
-SIZE = {"height": 32, "width": 48}
-CONFIG = """
-model_folder: {folder}
-num_output_frames: 2
-frames_per_block: 1
-height: 32
-width: 48
-"""
+FRAME_WISE = "frames_per_block: 1\n"
 Run = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    random_pipeline("toy", HybridSettings((0, 1, 2)), vae_config=TOY_VAE | {"dim": 4}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +25,19 @@ def pipeline(folder: Path) -> CausalVideoPipeline:
 
 
 @pytest.fixture
-def flags(folder: Path, tmp_path: Path) -> list[str]:
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=folder))
+def config(folder: Path, tmp_path: Path) -> Path:
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     for name in ("a.png", "b.png"):
         Image.fromarray(picture).save(tmp_path / name)
         picture = 255 - picture
-    return ["--config_path", str(tmp_path / "config.yaml"), "--output_folder", str(tmp_path / "out"), "--device", "cpu"]
+    return write_config(tmp_path, folder, FRAME_WISE)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str]) -> Run:
-    """Calls inference.py."""
+def run(monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path) -> Run:
+    """Calls inference.py for a short video."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["inference.py", *flags, *more])
-        return inference.main()
-
-    return call
+    return lambda *more: run_inference(monkeypatch, config, "--num_output_frames", 2, *more)
 
 
 def test_names_seeds_and_pictures_of_a_file_are_used(run: Run, tmp_path: Path) -> None:
@@ -101,23 +76,21 @@ def test_pictures_are_checked_before_models_load_and_all_that_are_broken_named(
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_an_animation_is_reported_once(
-    run: Run, flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_animation_is_reported_once(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = Image.open(tmp_path / "a.png")
     first.save(tmp_path / "a.gif", save_all=True, append_images=[Image.open(tmp_path / "b.png")])
     assert run("--i2v", "--prompt", "x", "--image", "a.gif") == 0
     assert caplog.text.count("a.gif holds 2 pictures") == 1
 
 
-def test_a_picture_and_a_tab_in_its_name(flags: list[str], tmp_path: Path) -> None:
+def test_a_picture_and_a_tab_in_its_name(config: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").rename(tmp_path / "a\tb.png")
-    more = ["--i2v", "--prompt", "x\ty", "--image", str(tmp_path / "a\tb.png")]
-    (job,) = plan_run(inference_parser().parse_args([*flags, *more])).jobs
+    more = ("--i2v", "--prompt", "x\ty", "--image", tmp_path / "a\tb.png")
+    (job,) = planned(config, *more).jobs
     assert (job.prompt, job.image) == ("x\ty", tmp_path / "a\tb.png")
 
 
-def test_pictures_of_every_kind_start_a_video(pipeline: CausalVideoPipeline, flags: list[str], tmp_path: Path) -> None:
+def test_pictures_of_every_kind_start_a_video(pipeline: CausalVideoPipeline, config: Path, tmp_path: Path) -> None:
     def latents(image: object, **options: object) -> torch.Tensor:
         stream = pipeline.stream("x", 5, **SIZE, image=image, seeds=[1], **options)
         return torch.cat([block.latents_BFCHW for block in stream], dim=1)
@@ -135,7 +108,7 @@ def test_pictures_of_every_kind_start_a_video(pipeline: CausalVideoPipeline, fla
             latents(image)
 
 
-def test_one_picture_per_video_of_a_batch(pipeline: CausalVideoPipeline, flags: list[str], tmp_path: Path) -> None:
+def test_one_picture_per_video_of_a_batch(pipeline: CausalVideoPipeline, config: Path, tmp_path: Path) -> None:
     options = {"num_frames": 5, **SIZE}
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     both = next(pipeline.stream(["x", "x"], image=paths, seeds=[1, 1], **options)).latents_BFCHW
