@@ -18,6 +18,7 @@ import torch
 
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
 from arl2.statement import (
+    check_heads,
     found_settings,
     hybrid_layer_of,
     is_hybrid_part,
@@ -151,6 +152,7 @@ def build_hybrid(
     trained = {name: value for name, value in model.state_dict().items() if name not in untrained}
     require_fit(trained, state, type(model).__name__, weights.source)  # before memory is taken for sizes that do not
     require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
+    check_heads(config, weights.record, weights.source)
     if untrained:
         state = state | _initial_values(config, settings, untrained, seed)
     state = {name: value.to(device) for name, value in own_storage(state, weights.source).items()}
