@@ -112,6 +112,7 @@ def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = _identified(path, file)
+        raw_mode = _raw_mode(image)
         upright = _upright(image, shown(path))
         pages = _num_pages(image)
     if not quiet:
@@ -119,6 +120,7 @@ def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
             log.warning("%s: %s", shown(path), " ".join(message.split()))
         if pages > 1:
             log.warning("%s holds %d pictures (an animation or pages): the first is taken", shown(path), pages)
+        _warn_if_dark(path, image, raw_mode)
     return _shown_colours(upright, _tiff_tags(image), shown(path))
 
 
@@ -142,6 +144,30 @@ def _identified(path: Path, file: BinaryIO) -> Image.Image:
     if DNG_VERSION in _tiff_tags(image) or path.suffix.lower() in RAW_SUFFIXES:
         raise InputError(f"{shown(path)} is camera raw, which is not read: convert it to PNG or JPEG")
     return image
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """The layout of a PNG's values in its file, such as "RGB;16B", which Pillow forgets once it has read them."""
+    tiles = getattr(image, "tile", [])
+    return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
+def _warn_if_dark(path: Path, image: Image.Image, raw_mode: str) -> None:
+    """Warn of 16-bit pictures whose values would fit into 8 bits, since they come out nearly black."""
+    largest = 0
+    if image.mode.startswith("I;16"):
+        largest = int(np.asarray(image).max())
+    elif raw_mode in ("RGB;16B", "RGBA;16B") and not np.asarray(image)[..., :3].any():
+        # Pillow keeps the high byte of every value; read as of the other byte order, the file gives the low one.
+        with Image.open(path, formats=["PNG"]) as again:
+            again.tile = [tile._replace(args=raw_mode.replace("16B", "16L")) for tile in again.tile]
+            largest = int(np.asarray(again)[..., :3].max())
+    if 0 < largest <= 255:
+        log.warning(
+            "%s has 16 bits per value, and no value is above %d, so it is nearly black: save an 8-bit picture as 8-bit",
+            shown(path),
+            largest,
+        )
 
 
 def _num_pages(image: Image.Image) -> int:
