@@ -8,7 +8,8 @@ The fields of an object and the columns of a table are `prompt`, and optionally 
 first frame) and `name` (of the output files). Other fields are refused.
 
 A file whose name ends in .jsonl, .ndjson, .json, .csv or .tsv must be what the ending says. Any other file is text
-unless all of it is of another kind. Text that begins as JSON or a table, and is none, is refused. The encoding is UTF-8, or UTF-16 with a byte order mark.
+unless all of it is of another kind. Text that begins as JSON or as a table, and is none, is refused. The encoding is
+UTF-8, or UTF-16 with a byte order mark.
 """
 
 import csv

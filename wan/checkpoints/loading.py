@@ -138,7 +138,10 @@ def as_state_dict(weights: Mapping[Any, Any], source: str | Path) -> StateDict:
     """
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{source}: entry {printable(name)} has a {type(name).__name__} for a name, not text")
+            raise CheckpointError(
+                f"{source}: the name {printable(name)} is of type {type(name).__name__}, not text: give names "
+                "to tensors and nothing else"
+            )
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise CheckpointError(
