@@ -383,7 +383,7 @@ def check_prompt(prompt: str, where: str) -> None:
     if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError(f"{where}: {shown(prompt)[:60]!r} is not valid text: write it in UTF-8")
     if not has_text(prompt):
-        what = "is empty" if not prompt.strip() else f"holds nothing that can be seen ({ascii(prompt)[1:41]})"
+        what = "is empty" if not prompt.strip() else f"holds nothing that can be seen ({ascii(prompt)[1:-1][:40]})"
         raise InputError(f"{where} {what}: write what the video should show")
 
 

@@ -211,7 +211,7 @@ BAD = {
     "UTF-16 without a mark": ("a.txt", "abc".encode("utf-16-le"), "byte order mark"),
     "UTF-32": ("a.txt", "abc".encode("utf-32"), "UTF-32"),
     "half UTF-16": ("a.txt", b"\xff\xfe\x00\x80\x01", "UTF-8"),
-    "an entity": ("a.txt", "fine\n&nbsp;\n", "line 2 holds nothing that can be seen"),
+    "an entity": ("a.txt", "fine\n&nbsp;\n", r"line 2 holds nothing that can be seen \(&nbsp;\)"),
     "no width": ("a.txt", "\u200b\u200d\ufeff", "line 1 holds nothing that can be seen"),
     "control characters": ("a.txt", "fine\n\n\x01\x02\n", "line 3 holds nothing"),
     "a filler": ("a.jsonl", '{"prompt": "\u3164"}', "line 1 holds nothing"),
