@@ -273,9 +273,7 @@ def _report(
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", weights.source, len(dropped))
-    if untrained and to_be_trained:
-        log.info("%d parameters of %d hybrid layers are new", len(untrained), len(settings.layers))
-    elif untrained:
+    if untrained and not to_be_trained:
         log.warning(
             "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
             len(untrained),
