@@ -471,7 +471,10 @@ class Trainer:
     def _bar(self) -> Iterator[tuple[ProgressBar, TaskID]]:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
         with ProgressBar(*columns, disable=not self._accelerator.is_main_process) as bar:
-            yield bar, bar.add_task("training", total=self._settings.steps, figures="")
+            yield (
+                bar,
+                bar.add_task("training", total=self._settings.steps, completed=self.state.progress.step, figures=""),
+            )
 
 
 @contextmanager
