@@ -315,7 +315,7 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
     if "prompt" not in columns:
         raise InputError(
             f"{shown(path)} line {line} does not name the columns of a table: begin with a line such as prompt or "
-            "prompt,seed,name, or name plain text .txt"
+            "prompt,seed,name; prompts without columns belong in a .txt, one per line"
         )
     if len(set(columns)) < len(columns):
         raise InputError(f"{shown(path)} line {line} names a column twice: every column needs a name of its own")

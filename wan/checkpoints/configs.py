@@ -112,7 +112,9 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no {path.name} in {path.parent}: give the folder of a model") from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path} ({error.strerror}): it must be a readable JSON file") from error
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror}): check its permissions, or download it again"
+        ) from error
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError includes bad JSON, bad UTF-8 and repeated names

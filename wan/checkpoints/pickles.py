@@ -110,7 +110,9 @@ def read_pickle(path: Path) -> dict[object, Any]:
         except _DAMAGED as error:
             raise damaged(path, NO_PICKLE) from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
+        raise CheckpointError(
+            f"{path} holds a value of type {type(loaded).__name__}, not a dictionary of tensors: save it as one"
+        )
     return loaded
 
 
