@@ -96,7 +96,7 @@ def image_of(run: InferenceRun, job: PromptJob) -> dict[str, str]:
 
 
 def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> dict[str, Any]:
-    """What a record says of a video's file.
+    """Facts about a video's file, for its record.
 
     Args:
         path: of the file, complete.
@@ -187,7 +187,7 @@ def _config_of(part: Any) -> dict[str, Any]:
 
 
 def _tokenizer_state(tokenizer: Any) -> object:
-    """What a tokenizer knows, but for how it was last told to pad and cut."""
+    """State of a tokenizer, without its latest settings of padding and cutting."""
     if not tokenizer.is_fast:
         return tokenizer.get_vocab()
     state = json.loads(tokenizer.backend_tokenizer.to_str())

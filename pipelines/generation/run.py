@@ -131,7 +131,7 @@ class _Maker:
     failed: int = 0
 
     def made_with(self, job: PromptJob) -> dict[str, Any]:
-        """What a job's video is made with, its image as it is now."""
+        """Settings, weights and image of a job's video, the image as it is now."""
         return self.identity | image_of(self.run, job)
 
     def is_finished(self, job: PromptJob, *, quiet: bool = False) -> bool:
@@ -289,7 +289,7 @@ def generate_one(
 
 
 def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:
-    """What made a video: prompt, settings, weights, device, versions, and the memory it took."""
+    """Origin of a video: prompt, settings, weights, device, versions, and the memory it took."""
     on_gpu = run.device.type == "cuda"
     return {
         "prompt": job.prompt,

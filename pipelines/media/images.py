@@ -36,16 +36,16 @@ Picture = Image.Image | NDArray[np.uint8] | Tensor | Path | str
 """One picture: of PIL, uint8 [H, W], [H, W, 3] or [H, W, 4] of NumPy, a tensor [3, H, W], or a file."""
 
 BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels: white."""
+"""Colour behind transparent pixels: white."""
 MAX_HEAD_BYTES = 65536
-"""How much of an unknown file is searched for what it is."""
+"""Bytes of an unknown file that are searched for its kind."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is read: half a gigabyte of RGB."""
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "ICNS"),
     *("PCX", "SGI", "PSD", "QOI", "DDS", "SUN", "FITS"),
 )
-"""What Pillow may try: no format that starts other programs, as EPS does."""
+"""Formats that Pillow may try: no format that starts other programs, as EPS does."""
 ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose further frames are no other pictures: depth maps, layers, sizes."""
 RAW_SUFFIXES = (".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
@@ -69,7 +69,7 @@ PILLOW_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, RuntimeError),
     *(OverflowError, ZeroDivisionError, MemoryError, struct.error, Image.DecompressionBombError),
 )
-"""What Pillow's readers raise for damaged files; only calls of them stand under it."""
+"""Errors of Pillow's readers for damaged files; only calls of them stand under it."""
 
 
 def read_image(path: Path, height: int, width: int, *, quiet: bool = False) -> Tensor:
@@ -103,7 +103,7 @@ def check_images(paths: Iterable[Path]) -> None:
 
 
 def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
-    """What a viewer shows of an image file, as RGB.
+    """Open an image file as a viewer shows it, as RGB.
 
     Raises:
         InputError: see `read_image`.
@@ -200,7 +200,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _what_it_is(content: bytes) -> str:
-    """What a file that Pillow does not know may be, and what to do about it."""
+    """Name the likely kind of a file that Pillow does not know, and the cure."""
     start = content[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     cure = "which is not read: convert it to PNG or JPEG"
     if content.startswith(b"version https://git-lfs"):
@@ -227,7 +227,7 @@ def _damaged(name: str, error: Exception) -> InputError:
 
 
 def _tiff_tags(image: Image.Image) -> dict[int, object]:
-    """What a TIFF says of its values; nothing for other pictures."""
+    """Tags of a TIFF that describe its values; nothing for other pictures."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return {}
     try:
@@ -237,7 +237,7 @@ def _tiff_tags(image: Image.Image) -> dict[int, object]:
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """What a viewer shows of a picture, as RGB; the module says what is done.
+    """Convert a picture to RGB as a viewer shows it; the module lists the steps.
 
     Raises:
         InputError: damaged, without pixels, or of values whose range is not known.

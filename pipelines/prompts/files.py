@@ -285,7 +285,7 @@ def _record(path: Path, place: str, value: Any) -> _Record:
 
 
 def _delimiter(header: str, suffix: str) -> str:
-    """What divides the columns of a file whose name says that it is a table."""
+    """The delimiter of a file whose name says that it is a table."""
     preferred = "\t" if suffix == ".tsv" else ","
     counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
     return preferred if counts[preferred] else max(DELIMITERS, key=lambda delimiter: counts[delimiter])

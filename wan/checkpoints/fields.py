@@ -28,7 +28,7 @@ HYBRID: dict[str, Field] = {
     "lora_alpha": LORA_ALPHA,
     "ffn_lora": one_of("none", "hybrid", "all"),
 }
-"""What a hybrid model has besides."""
+"""Settings that only hybrid models have."""
 TRAINED_MEMORY = "trained_memory"
 MEMORY: dict[str, Field] = {
     "window_frames": optional(whole(1, 1 << 24)),
@@ -37,7 +37,7 @@ MEMORY: dict[str, Field] = {
 }
 """The memory of the softmax layers in training, see `arl2.trained_memory.TrainedMemory`."""
 OPTIONAL_HYBRID: dict[str, Field] = {TRAINED_MEMORY: optional(settings_of(MEMORY))}
-"""What it may leave out."""
+"""Settings that a hybrid model may leave out."""
 RELEASED: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "in_dim": 16,
@@ -47,7 +47,7 @@ RELEASED: dict[str, Any] = {
     "eps": 1e-6,
     "model_type": "t2v",
 }
-"""What all released models have alike, and leave out of lists of sizes."""
+"""Values that all released models share, and leave out of lists of sizes."""
 NATIVE_TEXT_DIM = 4096
 # Settings of other programs' classes, which must say that what they stand for is not used.
 NATIVE_NEUTRAL: dict[str, Field] = {

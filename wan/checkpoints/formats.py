@@ -280,5 +280,5 @@ def _not_a_transformer(path: Path, what: str) -> CheckpointError:
 
 
 def num_blocks_in(state: Collection[str]) -> int:
-    """How many blocks the names of a transformer's parameters speak of."""
+    """Count the blocks in the names of a transformer's parameters."""
     return len({match[1] for name in state if (match := _BLOCK_NUMBER.match(name))})

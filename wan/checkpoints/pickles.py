@@ -75,7 +75,7 @@ def _require_intact(path: Path, size: int, changed_ns: int) -> None:
 
 
 def read_pickle(path: Path) -> dict[object, Any]:
-    """What a `.pt` file holds: names to tensors, numbers, texts, containers of these, and `Opaque` data.
+    """Read the content of a `.pt` file: names to tensors, numbers, texts, containers of these, and `Opaque` data.
 
     Raises:
         CheckpointError: damaged, no dictionary, or holding classes and functions that are no plain data.

@@ -1,4 +1,4 @@
-"""What a tensor of weights may be: dense, of a floating type that we compute with, and finite."""
+"""Requirements on tensors of weights: dense, of a floating type that we compute with, and finite."""
 
 import re
 from collections.abc import Iterable, Mapping
