@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @end_together
-@entry_point("finished videos are kept; start the same command again to go on")
+@entry_point()
 def main() -> int:
     """Parse, check, load, generate. Status 1 if some videos failed, 2 for bad input."""
     run = plan_run(inference_parser().parse_args())

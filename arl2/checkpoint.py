@@ -20,6 +20,7 @@ from arl2.initial_values import initial_values
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
 from arl2.statement import (
     GATES,
+    check_heads,
     found_settings,
     hybrid_layer_of,
     is_hybrid_part,
@@ -195,6 +196,7 @@ def plan_hybrid(
     trained = {name: value for name, value in model.state_dict().items() if name not in untrained}
     require_fit(trained, state, type(model).__name__, weights.source)  # before memory is taken for sizes that do not
     require_record(weights.record, config | {k: v for k, v in stored.items() if v is not None}, weights.source)
+    check_heads(config, weights.record, weights.source)
     if untrained:
         one_layer, every_part = config | {"num_layers": 1}, replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
         state = state | initial_values(lambda: _new_model(one_layer, every_part), untrained, config["num_layers"], seed)
@@ -290,9 +292,7 @@ def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", plan.source, len(dropped))
-    if untrained and to_be_trained:
-        log.info("%d parameters of %d hybrid layers are new", len(untrained), len(layers))
-    elif untrained:
+    if untrained and not to_be_trained:
         log.warning(
             "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
             len(untrained),

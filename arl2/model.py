@@ -74,6 +74,18 @@ class HybridSettings:
         if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
             raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
 
+    def __str__(self) -> str:
+        """For messages: "hybrid layers 0, 2 with adapters of rank 16 (alpha 32), also on the feed-forwards there"."""
+        text = f"hybrid layers {', '.join(map(str, self.layers))}" if self.layers else "softmax in all layers"
+        if self.lora_rank is None:
+            return text
+        places = {
+            FFNLoRA.NONE: "",
+            FFNLoRA.HYBRID: ", also on the feed-forwards there",
+            FFNLoRA.ALL: ", also on the feed-forwards of all blocks",
+        }
+        return f"{text} with adapters of rank {self.lora_rank} (alpha {self.lora_alpha:g}){places[self.ffn_lora]}"
+
     def ffn_lora_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the blocks with adapters on their feed-forward."""
         if self.lora_rank is None or self.ffn_lora is FFNLoRA.NONE:

@@ -5,12 +5,14 @@
 - Feed-forward adapters come in pairs, on both linears of a block, and sit on all blocks or on the hybrid ones.
 - What config.json claims (hybrid_layers, lora_rank, ffn_lora, sizes) is what the weights hold. A claim alone converts
   nothing. Files without a config are told by their names.
+- Without a record, which would say the number of heads, sizes of a known model come with its heads.
 - What a file of ours records of itself (`HybridWanModel.record`) agrees with both.
 - The request (`HybridSettings` from a user) agrees with what the weights hold: a subset of their hybrid layers, their
   rank, their alpha, their feed-forward adapters. Only on weights without hybrid layers it is a conversion.
 - A parameter has one type in all blocks, and the hybrid's own have one type but for A_log and dt_bias.
 """
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -25,8 +27,11 @@ from wan.checkpoints.formats import TransformerWeights, num_blocks_in
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import ALPHA
 from wan.checkpoints.tensors import printable, require_same_type, summarize_names
+from wan.config import WAN_SIZES
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import shown
+
+log = logging.getLogger(__name__)
 
 GATES = ("A_log", "dt_bias")
 LAYER_PARTS = (
@@ -247,3 +252,38 @@ def stored_alpha(weights: TransformerWeights) -> float | None:
     """
     said = (weights.record | weights.config).get(ALPHA)
     return None if said is None else float(check_settings({ALPHA: said}, {ALPHA: LoRAAlpha}, weights.source)[ALPHA])
+
+
+def check_heads(config: Mapping[str, Any], record: Mapping[str, Any], source: str | Path) -> None:
+    """Compare the number of heads, which weights do not show, with that of known models of the same sizes.
+
+    A record of the weights has been compared with the config already; then nothing is left to guess.
+
+    Args:
+        config: all sizes of the model.
+        record: of the weight file, empty for files of other origin.
+
+    Raises:
+        CheckpointError: the sizes are those of a known model, but for the heads.
+    """
+    if "num_heads" in record:
+        return
+    heads, dim = config["num_heads"], config["dim"]
+    for name, known in WAN_SIZES.items():
+        others = known.keys() - {"num_heads", "text_len"}
+        if known["num_heads"] != heads and all(config[size] == dict(known)[size] for size in others):
+            raise CheckpointError(
+                f"{source}: the config says num_heads {heads}, the {name} model of these sizes has "
+                f"{known['num_heads']}: correct num_heads, or use the config of these weights"
+            )
+    widths = {known["dim"] // known["num_heads"] for known in WAN_SIZES.values() if known["dim"] == dim}
+    widths = widths or {known["dim"] // known["num_heads"] for known in WAN_SIZES.values()}
+    if dim // heads not in widths:
+        log.warning(
+            "%s: num_heads %d gives heads of %d channels, known models have %s; weights do not show it, so check "
+            "num_heads in their config.json",
+            source,
+            heads,
+            dim // heads,
+            " or ".join(map(str, sorted(widths))),
+        )

@@ -39,7 +39,8 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
     and 143 after SIGTERM. A second signal ends the process at once.
 
     Args:
-        how_to_go_on: what to say after a signal; an `Interrupted` with a text of its own goes before.
+        how_to_go_on: what to say after a signal; an `Interrupted` with a text of its own goes before, and so
+            does what `on_interruption_say` said.
     """
 
     def decorate(main: Callable[[], int]) -> Callable[[], int]:
@@ -49,13 +50,13 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
             logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
             with interruptible(how_to_go_on) as interruption:
                 try:
-                    return _flushed(_status_of(main, how_to_go_on, interruption), handler.lost)
+                    return _flushed(_status_of(main, interruption), handler.lost)
                 except BaseException as error:
                     # Imports and callbacks of libraries that a signal breaks off end in errors of their own.
                     if interruption.first is None and not isinstance(error, KeyboardInterrupt):
                         _flushed(0)  # argparse's help
                         raise
-                    return _interrupted(error, interruption.first or signal.SIGINT, how_to_go_on)
+                    return _interrupted(error, interruption.first or signal.SIGINT, interruption.how_to_go_on)
 
         return run
 
@@ -69,7 +70,7 @@ def _interrupted(error: BaseException, number: int, how_to_go_on: str) -> int:
     return EXIT_SIGNAL + (error.signal_number if isinstance(error, Interrupted) else number)
 
 
-def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interruption) -> int:
+def _status_of(main: Callable[[], int], interruption: Interruption) -> int:
     """What `main` answers, or the status of the error that ended it, which has been told."""
     try:
         return main()
@@ -87,7 +88,7 @@ def _status_of(main: Callable[[], int], how_to_go_on: str, interruption: Interru
         # Rich answers a broken pipe with an exit of its own.
         if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):
             _discard(sys.stdout)
-            _tell(f"error: nobody reads the output any more (broken pipe): {how_to_go_on}")
+            _tell(f"error: nobody reads the output any more (broken pipe): {interruption.how_to_go_on}")
             return EXIT_FAILURE
         # The project's own writes name their file; this is for caches of libraries.
         if isinstance(error, OSError) and error.errno in _LOST_WRITES:

@@ -124,11 +124,13 @@ class Parser(argparse.ArgumentParser):
         *,
         group: "argparse._ArgumentGroup | None" = None,
         const: Any = _UNSET,
+        shows_default: bool = True,
     ) -> None:
         """Add a flag that sets a field of the config; type, range and default are the field's.
 
         Args:
             field: its dotted name, such as "memory.window_frames".
+            shows_default: whether the help ends with the field's default; not for what the help says otherwise.
             const: what a flag without a value sets.
         """
         assert self._kind is not None
@@ -136,13 +138,20 @@ class Parser(argparse.ArgumentParser):
         self._paths[flag[2:]] = field
         add = (group or self).add_argument
         default = None if self._reads_config else field_default(self._kind, field)
+        shown_default = field_default(self._kind, field) if shows_default else None
+        unless = " unless the config sets it" if self._reads_config else ""
         if const is not _UNSET:
             add(flag, action="store_true", const=const, default=None, help=_about(help))
         elif declared(hint).kind is bool:
-            add(flag, action="switch", default=default, help=_about(help, default=field_default(self._kind, field)))
+            add(flag, action="switch", default=default, help=_about(help, default=shown_default, unless=unless))
         else:
-            about = _about(help, hint, field_default(self._kind, field))
+            about = _about(help, hint, shown_default, unless)
             add(flag, default=default, help=about, **value_options(hint, flag))
+
+    def default_of(self, field: str) -> Any:
+        """The default of a field of the config, by its dotted name."""
+        assert self._kind is not None
+        return field_default(self._kind, field)
 
     def add_value(
         self, flag: str, hint: Any, help: str, *, group: "argparse._ArgumentGroup | None" = None, **options: Any
@@ -290,9 +299,9 @@ def field_default(kind: type, field: str) -> Any:
     return None if found.default is dataclasses.MISSING else found.default
 
 
-def _about(text: str, hint: Any = None, default: Any = None) -> str:
-    """A flag's help with its range and default."""
+def _about(text: str, hint: Any = None, default: Any = None, unless: str = "") -> str:
+    """A flag's help with its range and default, and when that does not count."""
     is_text = hint is None or declared(hint).kind in (str, Path)
     parts = [] if is_text else [wanted(hint).removesuffix(", or null")]
-    parts += [f"default {shown(default)}"] if default not in (None, []) else []
+    parts += [f"default {shown(default)}{unless}"] if default not in (None, []) else []
     return (f"{text} ({'; '.join(parts)})" if parts else text).replace("%", "%%")

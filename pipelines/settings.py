@@ -64,9 +64,12 @@ def parse_overrides(kind: type, overrides: Sequence[str]) -> dict[str, Any]:
         name = name.strip()
         if not (equals and name):
             raise InputError(f"{shown(text)} is no setting: give key=value")
-        if not value_text.strip():
-            raise InputError(f"{name} has no value: give {name}=value, or {name}=null for none")
         nested: dict[str, Any] = {}
+        if not value_text.strip():
+            _put_raw(nested, name.split("."), None)
+            hints = [declaration(kind, key) for key in _leaves(current_names(nested, kind, name), kind)]
+            null = f", or {name}=null for none" if any(declared(hint).optional for hint in hints) else ""
+            raise InputError(f"{name} has no value: give {name}=value{null}")
         _put_raw(nested, name.split("."), parse(value_text, name))
         for key, value in _leaves(current_names(nested, kind, name), kind).items():
             # A text is taken as it stands: run_folder=2024 needs no quotes.

@@ -45,11 +45,14 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         if not path.is_file():
-            cause = "is a folder" if path.is_dir() else "is not there"
+            there = "is no regular file" if path.exists() else "is not there"
+            cause = "is a folder" if path.is_dir() else there
             raise InputError(f"no {what} file {path}: it {cause}; see configs/ for those that come with the project")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{what} {path} is larger than 1 MiB: give a YAML file of settings")
         data = path.read_bytes()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise InputError(f"cannot read {what} {path} ({error}): check the path") from error
     try:

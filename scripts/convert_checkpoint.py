@@ -47,8 +47,9 @@ def parse() -> argparse.Namespace:
     sizes.add_argument("--size", choices=WAN_SIZES, help="sizes of the transformer, for a bare weight file")
     add("--use_ema", action="store_true", help="take generator_ema of a file that has both")
     setting("--hybrid_layers", "layers", "convert to hybrid in these layers, untrained")
-    setting("--lora_rank", "lora_rank", "rank of the adapters")
-    setting("--lora_alpha", "lora_alpha", "of adapters; weights do not store it")
+    setting("--lora_rank", "lora_rank", "rank of the adapters; by default that of the source")
+    alpha = "scale of the adapters times their rank; by default that of the source, or 32 where it does not say"
+    setting("--lora_alpha", "lora_alpha", alpha, shows_default=False)
     setting("--ffn_lora_all_layers", "ffn_lora", "adapters on the feed-forward of every block", const=FFNLoRA.ALL)
     add("--merge_ffn_lora", action="store_true", help="fold feed-forward adapters into their linear layers")
     parser.add_seed("of new parameters")

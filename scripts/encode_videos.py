@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.errors import InputError
-from wan.utils.files import check_writable, content_hash
+from wan.utils.files import check_writable, content_hash, no_empty_folder_left
 from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,6 @@ def main() -> int:
     require_room(Estimate({"tensors of one picture": encoding}), device, pictures, "lower height and width")
     rank, world_size = rank_and_world_size()
     folder, part = own_folder(arguments.output_folder)
-    check_writable(folder)
     videos = find_videos(arguments.data_path)[rank::world_size]
     model_folder = Path(config.model_folder)
     sizes = transformer_config(model_folder)
@@ -166,7 +166,10 @@ def main() -> int:
         "fps": config.fps,
         "dtype": str(dtype),
     }
-    with LatentWriter(folder, settings, pending=("vae", "text_encoder"), part=part) as writer:
+    with ExitStack() as stack:
+        stack.enter_context(no_empty_folder_left(folder))
+        check_writable(folder)
+        writer = stack.enter_context(LatentWriter(folder, settings, pending=("vae", "text_encoder"), part=part))
         vae = load_vae(model_folder, dtype=dtype, device=device)
         encoder = load_text_encoder(model_folder, dtype=dtype, device=device, **text_len)
         writer.complete({"vae": vae_fingerprint(vae), "text_encoder": text_encoder_fingerprint(encoder)})

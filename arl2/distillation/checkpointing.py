@@ -8,7 +8,7 @@ checkpoints/step-00000100/trainables.safetensors    official names
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -146,8 +146,11 @@ def _reason(error: InputError) -> str:
     return (str(cause).splitlines() or [type(cause).__name__])[0] if cause is not None else "it is of another kind"
 
 
-def require_same_run(folder: Path, fingerprint: Fingerprint) -> None:
+def require_same_run(folder: Path, fingerprint: Fingerprint, apart_from: Collection[str] = ()) -> None:
     """Make sure that the checkpoints in a folder, if there are any, are of this very run.
+
+    Args:
+        apart_from: names that are not compared; neither are others that runs of earlier versions did not note.
 
     Raises:
         InputError: they are not.
@@ -155,7 +158,11 @@ def require_same_run(folder: Path, fingerprint: Fingerprint) -> None:
     """
     newest = newest_checkpoint(folder)
     if newest is not None:
-        _require_same(newest, _read_page(newest)[1], fingerprint)
+        before = _read_page(newest)[1]
+        known = {name: value for name, value in current_names(before).items() if name not in apart_from}
+        if apart_from:
+            fingerprint = {name: value for name, value in fingerprint.items() if name in known}
+        _require_same(newest, known, fingerprint)
 
 
 def stored_fingerprint(folder: Path) -> Fingerprint | None:
@@ -166,6 +173,27 @@ def stored_fingerprint(folder: Path) -> Fingerprint | None:
     """
     newest = newest_checkpoint(folder)
     return None if newest is None else _read_page(newest)[1]
+
+
+def stored_progress(folder: Path) -> Progress | None:
+    """The progress of the run whose checkpoints are in a folder; None without checkpoints.
+
+    Raises:
+        CheckpointError: the newest is damaged.
+    """
+    newest = newest_checkpoint(folder)
+    return None if newest is None else _read_page(newest)[0]
+
+
+def require_within(progress: Progress, steps: int, checkpoints: Path) -> None:
+    """Make sure that a run is not longer than it is to be.
+
+    Raises:
+        InputError: it is.
+    """
+    if progress.step > steps:
+        newest = newest_checkpoint(checkpoints)
+        raise InputError(f"{newest} is beyond steps {steps}: give more steps, or delete it")
 
 
 def _require_same(checkpoint: Path, before: Fingerprint, now: Fingerprint) -> None:
@@ -271,6 +299,25 @@ def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def check_fit(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
+    """Hold values to the tensors that they are for, all names and shapes equal.
+
+    Raises:
+        CheckpointError: they differ, or the values are not finite numbers.
+    """
+    differing = _differing(targets, state)
+    if differing:
+        raise CheckpointError(
+            f"{source} does not fit the parameters to train: {summarize_names(differing)}: give weights of a model of "
+            "the same size and layers"
+        )
+    name = next((name for name, value in state.items() if not value.is_floating_point()), None)
+    if name is None:
+        name = first_not_finite(state)
+    if name is not None:
+        raise CheckpointError(f"{source} is damaged: {name} holds values that are no finite numbers; make it again")
+
+
 @torch.no_grad()
 def copy_tensors_(targets: Mapping[str, Tensor], state: StateDict, source: Path) -> None:
     """Copy values into tensors, all names and shapes equal.
@@ -278,14 +325,7 @@ def copy_tensors_(targets: Mapping[str, Tensor], state: StateDict, source: Path)
     Raises:
         CheckpointError: they are not, or the values are not finite numbers.
     """
-    differing = _differing(targets, state)
-    if differing:
-        raise CheckpointError(f"{source} does not fit the parameters to train: {summarize_names(differing)}")
-    name = next((name for name, value in state.items() if not value.is_floating_point()), None)
-    if name is None:
-        name = first_not_finite(state)
-    if name is not None:
-        raise CheckpointError(f"{source} is damaged: {name} holds values that are no finite numbers; make it again")
+    check_fit(targets, state, source)
     for name, target in targets.items():
         target.copy_(state[name])
 

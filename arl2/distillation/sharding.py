@@ -34,10 +34,12 @@ class ShardedLoading:
 
     Attributes:
         model: the plan's; its backbone is on the meta device until `shard`.
+        report: what happened to the weights.
     """
 
     def __init__(self, plan: HybridPlan, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self._source, self._device = plan.model, plan.source, device
+        self.model, self.report = plan.model, plan.report
+        self._source, self._device = plan.source, device
         self._state = own_storage(plan.state, plan.source)
         plan.state.clear()  # what is loaded is not to be kept twice
         self._log_report = partial(log_report, plan, to_be_trained=True)

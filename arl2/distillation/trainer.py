@@ -33,6 +33,7 @@ from arl2.distillation.checkpointing import (
     first_not_finite,
     load_state,
     newest_checkpoint,
+    require_within,
     save_state,
     truncate_losses,
 )
@@ -240,8 +241,7 @@ class Trainer:
         if newest is not None:
             load_state(self.state, newest, self._fingerprint)
         progress = self.state.progress
-        if progress.step > self._settings.steps:
-            raise InputError(f"{newest} is beyond steps {self._settings.steps}: give more steps, or delete it")
+        require_within(progress, self._settings.steps, self._folder / CHECKPOINTS)
         with self._held():
             if self._is_main:
                 truncate_losses(self._folder / LOSSES, progress.step)
@@ -471,7 +471,10 @@ class Trainer:
     def _bar(self) -> Iterator[tuple[ProgressBar, TaskID]]:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
         with ProgressBar(*columns, disable=not self._accelerator.is_main_process) as bar:
-            yield bar, bar.add_task("training", total=self._settings.steps, figures="")
+            yield (
+                bar,
+                bar.add_task("training", total=self._settings.steps, completed=self.state.progress.step, figures=""),
+            )
 
 
 @contextmanager

@@ -23,6 +23,14 @@ from wan.utils.files import check_writable
 from wan.utils.ranges import check_ranges
 from wan.vae.wan_vae import spatial_stride
 
+WHERE_IT_PAYS = {
+    "--compile": "by default on a GPU with Triton",
+    "--cuda_graphs": "by default on a GPU",
+    "--overlap_decoding": "by default on a GPU",
+    "--kernels": "by default on a GPU with Triton and CUDA graphs, in half precision",
+}
+"""Defaults of switches that a config leaves open, see `SpeedConfig.on`."""
+
 
 def inference_parser() -> Parser:
     """The flags of inference.py; those that the config also has go before it."""
@@ -57,8 +65,10 @@ def inference_parser() -> Parser:
     model.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
     layers = "layers with hybrid attention; by default those of the checkpoint"
     setting("--hybrid_layers", "hybrid.layers", layers, group=model)
-    setting("--lora_rank", "hybrid.lora_rank", "rank of the adapters", group=model)
-    setting("--lora_alpha", "hybrid.lora_alpha", "scale of the adapters times their rank", group=model)
+    rank = "rank of the adapters; by default that of the checkpoint"
+    setting("--lora_rank", "hybrid.lora_rank", rank, group=model)
+    alpha = "scale of the adapters times their rank; by default that of the checkpoint, or 32 where it does not say"
+    setting("--lora_alpha", "hybrid.lora_alpha", alpha, group=model, shows_default=False)
     everywhere = "adapters on the feed-forward of every block"
     setting("--ffn_lora_all_layers", "hybrid.ffn_lora", everywhere, group=model, const=FFNLoRA.ALL)
     memory = group("memory of the softmax layers")
@@ -81,17 +91,18 @@ def inference_parser() -> Parser:
 def add_speed_flags(parser: Parser) -> None:
     """Add the flags that set the fields of a config's `speed`."""
     group = parser.add_argument_group("speed")
-    on_gpu = "by default on a GPU"
     for flag, about in {
-        "--compile": f"compile the transformer's blocks; {on_gpu}",
-        "--cuda_graphs": f"record passes as CUDA graphs; {on_gpu}",
+        "--compile": "compile the transformer's blocks",
+        "--cuda_graphs": "record passes as CUDA graphs",
         "--fast_vae": "decode with the fast form of the VAE",
-        "--overlap_decoding": f"decode beside the next block's denoising; for inference {on_gpu}",
+        "--overlap_decoding": "decode beside the next block's denoising",
         "--fp8": "linear layers in FP8: faster, less exact; Ada or Hopper GPUs",
         "--tiny_vae": "decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact",
-        "--kernels": f"our Triton kernels between products; {on_gpu}, in half precision",
+        "--kernels": "our Triton kernels between products",
     }.items():
-        parser.add_setting(flag, f"speed.{flag[2:]}", about, group=group)
+        field = f"speed.{flag[2:]}"
+        is_open = flag in WHERE_IT_PAYS and parser.default_of(field) is None
+        parser.add_setting(flag, field, about + (f"; {WHERE_IT_PAYS[flag]}" if is_open else ""), group=group)
 
 
 @dataclass(frozen=True)

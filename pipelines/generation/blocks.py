@@ -1,4 +1,4 @@
-"""What the pipeline hands out: blocks of frames, whole videos, and the error of a block that is not finite."""
+"""Results of the pipeline: blocks of frames, whole videos, and the error of a block that is not finite."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,7 @@ class VideoBlock:
 
 @dataclass
 class VideoOutput(BaseOutput):
-    """What a call returns.
+    """Result of a call.
 
     Attributes:
         frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;

@@ -158,7 +158,7 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     @property
     def flow_model(self) -> FlowModel:
-        """What computes the transformer's passes: itself, or its fast form."""
+        """Model that computes the transformer's passes: itself, or its fast form."""
         return self._fast or self.transformer
 
     @property

@@ -75,7 +75,7 @@ def image_of(run: InferenceRun, job: PromptJob) -> dict[str, str]:
 
 
 def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> dict[str, Any]:
-    """What a record says of a video's file.
+    """Facts about a video's file, for its record.
 
     Args:
         path: of the file, complete.
@@ -84,13 +84,14 @@ def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> d
     return {"frames": frames, "height": height, "width": width, "fps": fps, "sha256": content_hash(path)}
 
 
-def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames: int) -> bool:
+def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames: int, *, quiet: bool = False) -> bool:
     """Whether a whole video is there that was made with some settings. A damaged one is not, with a warning.
 
     Args:
         video, record: the files.
         made_with: settings, weights and image.
         frames: that the video should have.
+        quiet: do not warn; for a video that was looked at before.
 
     Raises:
         InputError: the record tells of other settings, weights or image, cannot be read, or is not there; or a folder
@@ -113,7 +114,8 @@ def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames:
         )
         _require_whole(video, found, frames)
     except _DamagedError as error:
-        log.warning("%s: made again", error)
+        if not quiet:
+            log.warning("%s: made again", error)
         return False
     return True
 

@@ -34,10 +34,11 @@ from pipelines.prompts.jobs import PromptJob, shard_jobs
 from pipelines.provenance import device_name, versions
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive
-from wan.utils.signals import check_interrupted
+from wan.utils.signals import check_interrupted, on_interruption_say
 
 log = logging.getLogger(__name__)
 
+GO_ON_WITH_VIDEOS = "finished videos are kept; start the same command again to go on"
 MEASURED_PACKAGES = ("diffusers", "transformers")
 
 
@@ -91,6 +92,7 @@ def generate(
     mine = shard_jobs(run.jobs, rank, world_size)
     todo = [job for job in mine if not maker.is_finished(job)]
     if len(todo) < len(mine):
+        on_interruption_say(GO_ON_WITH_VIDEOS)
         log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
     if todo and pipeline.flow_model is not pipeline.transformer:
         pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
@@ -129,11 +131,14 @@ class _Maker:
     failed: int = 0
 
     def made_with(self, job: PromptJob) -> dict[str, Any]:
-        """What a job's video is made with, its image as it is now."""
+        """Settings, weights and image of a job's video, the image as it is now."""
         return self.identity | image_of(self.run, job)
 
-    def is_finished(self, job: PromptJob) -> bool:
+    def is_finished(self, job: PromptJob, *, quiet: bool = False) -> bool:
         """Whether a job's video needs no making.
+
+        Args:
+            quiet: do not warn of a damaged one again.
 
         Raises:
             InputError: it was made with other settings, weights or image.
@@ -141,7 +146,7 @@ class _Maker:
         if self.anew:
             return False
         paths = video_path(self.run, job), record_path(self.run, job)
-        finished = is_finished(*paths, self.made_with(job), num_pixel_frames(self.run, self.pipeline))
+        finished = is_finished(*paths, self.made_with(job), num_pixel_frames(self.run, self.pipeline), quiet=quiet)
         if finished and lock_path(self.run, job).exists():
             # Of a process that was killed at its very end, or is at it.
             with suppress(LockedError), self._lock(job):
@@ -159,7 +164,7 @@ class _Maker:
             InputError: as for `is_finished`, and what cannot be written.
         """
         with self._lock(job, on_wait):
-            if self.is_finished(job):
+            if self.is_finished(job, quiet=True):
                 log.info("%s was finished by another process", video_path(self.run, job))
                 return
             blocks = progress.add_task(job.name[:40], total=generated_blocks(self.run))
@@ -168,6 +173,8 @@ class _Maker:
             except NonFiniteBlockError as error:
                 self.failed += 1
                 log.error("%s: %s; going on with the next video", job.name, error)
+            else:
+                on_interruption_say(GO_ON_WITH_VIDEOS)
             finally:
                 progress.remove_task(blocks)
 
@@ -282,7 +289,7 @@ def generate_one(
 
 
 def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:
-    """What made a video: prompt, settings, weights, device, versions, and the memory it took."""
+    """Origin of a video: prompt, settings, weights, device, versions, and the memory it took."""
     on_gpu = run.device.type == "cuda"
     return {
         "prompt": job.prompt,

@@ -36,16 +36,16 @@ Picture = Image.Image | NDArray[np.uint8] | Tensor | Path | str
 """One picture: of PIL, uint8 [H, W], [H, W, 3] or [H, W, 4] of NumPy, a tensor [3, H, W], or a file."""
 
 BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels: white."""
+"""Colour behind transparent pixels: white."""
 MAX_HEAD_BYTES = 65536
-"""How much of an unknown file is searched for what it is."""
+"""Bytes of an unknown file that are searched for its kind."""
 MAX_PIXELS = 178_956_970
 """Largest picture that is read: half a gigabyte of RGB."""
 FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "ICNS"),
     *("PCX", "SGI", "PSD", "QOI", "DDS", "SUN", "FITS"),
 )
-"""What Pillow may try: no format that starts other programs, as EPS does."""
+"""Formats that Pillow may try: no format that starts other programs, as EPS does."""
 ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose further frames are no other pictures: depth maps, layers, sizes."""
 RAW_SUFFIXES = (".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
@@ -69,7 +69,7 @@ PILLOW_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, RuntimeError),
     *(OverflowError, ZeroDivisionError, MemoryError, struct.error, Image.DecompressionBombError),
 )
-"""What Pillow's readers raise for damaged files; only calls of them stand under it."""
+"""Errors of Pillow's readers for damaged files; only calls of them stand under it."""
 
 
 def read_image(path: Path, height: int, width: int, *, quiet: bool = False) -> Tensor:
@@ -103,7 +103,7 @@ def check_images(paths: Iterable[Path]) -> None:
 
 
 def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
-    """What a viewer shows of an image file, as RGB.
+    """Open an image file as a viewer shows it, as RGB.
 
     Raises:
         InputError: see `read_image`.
@@ -112,6 +112,7 @@ def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = _identified(path, file)
+        raw_mode = _raw_mode(image)
         upright = _upright(image, shown(path))
         pages = _num_pages(image)
     if not quiet:
@@ -119,6 +120,7 @@ def open_image(path: Path, *, quiet: bool = False) -> Image.Image:
             log.warning("%s: %s", shown(path), " ".join(message.split()))
         if pages > 1:
             log.warning("%s holds %d pictures (an animation or pages): the first is taken", shown(path), pages)
+        _warn_if_dark(path, image, raw_mode)
     return _shown_colours(upright, _tiff_tags(image), shown(path))
 
 
@@ -142,6 +144,30 @@ def _identified(path: Path, file: BinaryIO) -> Image.Image:
     if DNG_VERSION in _tiff_tags(image) or path.suffix.lower() in RAW_SUFFIXES:
         raise InputError(f"{shown(path)} is camera raw, which is not read: convert it to PNG or JPEG")
     return image
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """The layout of a PNG's values in its file, such as "RGB;16B", which Pillow forgets once it has read them."""
+    tiles = getattr(image, "tile", [])
+    return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
+def _warn_if_dark(path: Path, image: Image.Image, raw_mode: str) -> None:
+    """Warn of 16-bit pictures whose values would fit into 8 bits, since they come out nearly black."""
+    largest = 0
+    if image.mode.startswith("I;16"):
+        largest = int(np.asarray(image).max())
+    elif raw_mode in ("RGB;16B", "RGBA;16B") and not np.asarray(image)[..., :3].any():
+        # Pillow keeps the high byte of every value; read as of the other byte order, the file gives the low one.
+        with Image.open(path, formats=["PNG"]) as again:
+            again.tile = [tile._replace(args=raw_mode.replace("16B", "16L")) for tile in again.tile]
+            largest = int(np.asarray(again)[..., :3].max())
+    if 0 < largest <= 255:
+        log.warning(
+            "%s has 16 bits per value, and no value is above %d, so it is nearly black: save an 8-bit picture as 8-bit",
+            shown(path),
+            largest,
+        )
 
 
 def _num_pages(image: Image.Image) -> int:
@@ -174,7 +200,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _what_it_is(content: bytes) -> str:
-    """What a file that Pillow does not know may be, and what to do about it."""
+    """Name the likely kind of a file that Pillow does not know, and the cure."""
     start = content[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     cure = "which is not read: convert it to PNG or JPEG"
     if content.startswith(b"version https://git-lfs"):
@@ -201,7 +227,7 @@ def _damaged(name: str, error: Exception) -> InputError:
 
 
 def _tiff_tags(image: Image.Image) -> dict[int, object]:
-    """What a TIFF says of its values; nothing for other pictures."""
+    """Tags of a TIFF that describe its values; nothing for other pictures."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return {}
     try:
@@ -211,7 +237,7 @@ def _tiff_tags(image: Image.Image) -> dict[int, object]:
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """What a viewer shows of a picture, as RGB; the module says what is done.
+    """Convert a picture to RGB as a viewer shows it; the module lists the steps.
 
     Raises:
         InputError: damaged, without pixels, or of values whose range is not known.

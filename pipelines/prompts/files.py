@@ -8,7 +8,8 @@ The fields of an object and the columns of a table are `prompt`, and optionally 
 first frame) and `name` (of the output files). Other fields are refused.
 
 A file whose name ends in .jsonl, .ndjson, .json, .csv or .tsv must be what the ending says. Any other file is text
-unless all of it is of another kind. The encoding is UTF-8, or UTF-16 with a byte order mark.
+unless all of it is of another kind. Text that begins as JSON or as a table, and is none, is refused. The encoding is
+UTF-8, or UTF-16 with a byte order mark.
 """
 
 import csv
@@ -22,19 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.prompts.names import find_file, shown
+from pipelines.prompts.tables import DELIMITERS, FIELDS, header_delimiter, headless_reason, looks_like_json
 from wan.text import has_text
 from wan.utils.errors import InputError
 from wan.utils.files import RepeatedNameError, parse_json
 
 log = logging.getLogger(__name__)
 
-FIELDS = ("prompt", "seed", "image", "name")
 SEED_LIMIT = 2**63
 MAX_NAME_BYTES = 200
 """Longest name of a request: file systems take 255 bytes, and endings and temporary names need some."""
 MAX_FILE_BYTES = 2**28
 FILE_CURE = "give a text file with one prompt per line, JSON lines or a CSV"
-DELIMITERS = ",\t;"
 LINE_SUFFIXES, TABLE_SUFFIXES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 RESERVED_NAMES = {
     "con",
@@ -103,7 +103,7 @@ def read_prompt_file(path: Path, with_images: bool = False) -> list[PromptReques
         InputError: the file cannot be read or a line is not a request; the message names the line.
     """
     lines = read_lines(path)
-    records = _records(path, lines)
+    records = _records(path, lines, with_images)
     if records is None:
         records = [_text_record(path, number, line, with_images) for number, line in lines]
     if not records:
@@ -141,27 +141,36 @@ def _read_text(path: Path, what: str, cure: str, bytes_in_names: bool) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _records(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record] | None:
-    """The records of a file that is JSON or a table; None if it is text."""
+def _records(path: Path, lines: Sequence[tuple[int, str]], with_images: bool) -> list[_Record] | None:
+    """The records of a file that is JSON or a table; None if it is text.
+
+    Raises:
+        InputError: it is broken JSON, or a table that cannot be read.
+    """
     suffix = path.suffix.lower()
     if suffix in LINE_SUFFIXES:
         return _json_lines(path, lines)
-    if suffix == ".json" and not _means_json(path, lines):
+    first = lines[0][1].lstrip()
+    is_list = first.startswith("[")
+    if suffix == ".json" and (is_list or not _means_json(path, lines)):
         return _json_document(path, lines)
     if suffix in TABLE_SUFFIXES:
         return _table(path, lines, _delimiter(lines[0][1], suffix))
-    first = lines[0][1].lstrip()
-    if first.startswith("[") and _is_list_of_requests(lines):
+    if is_list and (_is_list_of_requests(lines) or looks_like_json(lines)):
         return _json_document(path, lines)
-    if _means_json(path, lines):
+    if _means_json(path, lines) or (is_list and all(_is_list_of_requests([line]) for line in lines)):
         return _json_lines(path, lines)
     if first.startswith("{") and _is_json_object(_joined(lines)):
         return _json_document(path, lines)
-    delimiter = _header_delimiter(lines)
+    if looks_like_json(lines):
+        # It is none, so this raises the error that names the line.
+        return _json_document(path, lines)
+    delimiter = header_delimiter(lines)
     if delimiter is not None:
         return _table(path, lines, delimiter)
-    if first.strip().casefold() == "prompt" and len(lines) > 1:
-        log.warning("%s: the first line, %r, is taken for a prompt: name a table .csv", shown(path), first.strip())
+    reason = headless_reason(lines, with_images)
+    if reason is not None:
+        raise InputError(f"{shown(path)} {reason}")
     return None
 
 
@@ -190,21 +199,24 @@ def _is_list_of_requests(lines: Sequence[tuple[int, str]]) -> bool:
         return True
     except ValueError:
         return False
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict | str) for item in value)
+    # Numbers alone are text in brackets.
+    return isinstance(value, list) and (not value or any(isinstance(item, dict | str | list) for item in value))
 
 
 def _means_json(path: Path, lines: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file is JSON lines: all lines are objects, or look like it and at least one is."""
+    """Whether a file is JSON lines: all lines are objects, or look like it and at least one is.
+
+    Raises:
+        InputError: some lines are objects, and others are plain text.
+    """
     plain = [number for number, line in lines if not line.lstrip().startswith("{")]
     are_objects = [line.lstrip().startswith("{") and _is_json_object(line) for _, line in lines]
     if any(are_objects) and plain:
-        log.warning(
-            "%s: line %d is JSON, line %d is not: all lines are taken for prompts as they are",
-            shown(path),
-            lines[are_objects.index(True)][0],
-            plain[0],
+        raise InputError(
+            f"{shown(path)}: line {lines[are_objects.index(True)][0]} is JSON, line {plain[0]} is not: write all "
+            "lines as JSON, or none"
         )
-    return any(are_objects) and not plain
+    return any(are_objects)
 
 
 def _json_lines(path: Path, lines: Sequence[tuple[int, str]]) -> list[_Record]:
@@ -248,37 +260,11 @@ def _record(path: Path, place: str, value: Any) -> _Record:
     return _Record(place, value)
 
 
-def _split_row(line: str, delimiter: str) -> list[str]:
-    try:
-        return next(csv.reader([line], delimiter=delimiter, strict=True))
-    except (csv.Error, StopIteration):
-        return [line]
-
-
 def _delimiter(header: str, suffix: str) -> str:
-    """What divides the columns of a file whose name says that it is a table."""
+    """The delimiter of a file whose name says that it is a table."""
     preferred = "\t" if suffix == ".tsv" else ","
     counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
     return preferred if counts[preferred] else max(DELIMITERS, key=lambda delimiter: counts[delimiter])
-
-
-def _header_delimiter(lines: Sequence[tuple[int, str]]) -> str | None:
-    """What divides the columns of a text file that is a table; None if it is not one.
-
-    A first line of known columns makes a table. With unknown ones among them, every line must have as many columns.
-    """
-    for delimiter in DELIMITERS:
-        header = [cell.strip().casefold() for cell in _split_row(lines[0][1], delimiter)]
-        if len(header) < 2 or "prompt" not in header:
-            continue
-        if all(cell in FIELDS for cell in header):
-            return delimiter
-        are_names = all(re.fullmatch(r"[a-z_][a-z0-9_]*", cell) for cell in header)
-        if are_names and len(lines) > 1:
-            widths = {len(_split_row(line, delimiter)) for _, line in lines}
-            if widths == {len(header)}:
-                return delimiter
-    return None
 
 
 def _rows(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -305,7 +291,7 @@ def _table(path: Path, lines: Sequence[tuple[int, str]], delimiter: str) -> list
     if "prompt" not in columns:
         raise InputError(
             f"{shown(path)} line {line} does not name the columns of a table: begin with a line such as prompt or "
-            "prompt,seed,name, or give plain text another ending than that of a table"
+            "prompt,seed,name; prompts without columns belong in a .txt, one per line"
         )
     if len(set(columns)) < len(columns):
         raise InputError(f"{shown(path)} line {line} names a column twice: every column needs a name of its own")
@@ -373,7 +359,7 @@ def check_prompt(prompt: str, where: str) -> None:
     if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError(f"{where}: {shown(prompt)[:60]!r} is not valid text: write it in UTF-8")
     if not has_text(prompt):
-        what = "is empty" if not prompt.strip() else f"holds nothing that can be seen ({ascii(prompt)[1:41]})"
+        what = "is empty" if not prompt.strip() else f"holds nothing that can be seen ({ascii(prompt)[1:-1][:40]})"
         raise InputError(f"{where} {what}: write what the video should show")
 
 

@@ -1,4 +1,4 @@
-"""What each prompt becomes: a seed and a file name that depend on nothing but itself."""
+"""Jobs from prompts: a seed and a file name that depend on nothing but itself."""
 
 import hashlib
 import re

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arl2.checkpoint import build_hybrid, plan_hybrid
-from arl2.distillation.checkpointing import copy_tensors_, require_same_run, stored_fingerprint
+from arl2.checkpoint import LoadReport, build_hybrid, plan_hybrid
+from arl2.distillation.checkpointing import Progress, copy_tensors_, require_same_run, stored_fingerprint
 from arl2.distillation.data import Samples
 from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
@@ -41,10 +41,11 @@ from pipelines.training.config import (
 )
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
+from pipelines.training.resume import check_resume, check_start, stage1_values
 from pipelines.training.room import check_room
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights, summarize_names
-from wan.utils.errors import CheckpointError, InputError
+from wan.checkpoints.loading import fingerprint_of
+from wan.utils.errors import InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
 from wan.utils.ranks import raise_together
@@ -133,13 +134,33 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
+    progress: Progress | None = None
+    with ending_together(accelerator):
+        progress = check_resume(config, data)
+        check_start(config)
     loading = begin_sharded_loading(config, accelerator.device) if config.shard else None
-    model = build_model(config, accelerator.device) if loading is None else loading.model
+    model, report = build_model(config, accelerator.device) if loading is None else (loading.model, loading.report)
+    if progress is None:
+        log_new_parameters(config, model, report)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model), loading)
+    if progress is not None and progress.step == config.steps:
+        log.info(
+            "the run in %s is complete at step %d: %s", config.run_folder, progress.step, how_to_go_further(config)
+        )
     trainer.run()
     model.set_trained_memory(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+
+
+def how_to_go_further(config: TrainingConfig) -> str:
+    """The way to train longer than a run that is complete."""
+    if config.optimizer.decay == "constant":
+        return f"to train longer, give more steps, such as steps={2 * config.steps}"
+    return (
+        "its learning rate has come to its end; to train longer, start anew with more steps and another run_folder, "
+        f"such as steps={2 * config.steps} run_folder={config.run_folder}-longer"
+    )
 
 
 def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
@@ -236,11 +257,11 @@ def precision_of(dtype: torch.dtype) -> str:
     return "bf16" if dtype is torch.bfloat16 else "no"
 
 
-def build_model(config: TrainingConfig, device: torch.device) -> HybridWanModel:
-    """The hybrid model on the teacher's weights; frozen."""
+def build_model(config: TrainingConfig, device: torch.device) -> tuple[HybridWanModel, LoadReport]:
+    """The hybrid model on the teacher's weights, frozen, and what happened to them."""
     weights, sizes, hybrid = model_parts(config)
     dtype = weights_dtype(config, device)
-    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=device, seed=config.seed, to_be_trained=True)[0]
+    return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=device, seed=config.seed, to_be_trained=True)
 
 
 def begin_sharded_loading(config: TrainingConfig, device: torch.device) -> ShardedLoading:
@@ -253,6 +274,14 @@ def model_parts(config: TrainingConfig) -> tuple[TransformerWeights, dict[str, A
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
     return weights, sizes, config.hybrid(sizes["num_layers"])
+
+
+def log_new_parameters(config: TrainingConfig, model: HybridWanModel, report: LoadReport) -> None:
+    """Log how many parameters start from their initial values."""
+    taken_over = stage1_parameters(model) if init_from(config) else {}
+    number = len(set(report.untrained) - taken_over.keys())
+    if number:
+        log.info("%d parameters of %d hybrid layers are new", number, len(report.settings.layers))
 
 
 def new_objective(config: TrainingConfig, model: HybridWanModel) -> Objective:
@@ -282,12 +311,8 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     file = init_from(config)
     if file is None:
         return
-    state = as_state_dict(read_weights(file), file)
     wanted = stage1_parameters(model)
-    missing = wanted.keys() - state.keys()
-    if missing:
-        raise CheckpointError(f"{file} lacks {summarize_names(missing)}: name layers that stage 1 trained")
-    copy_tensors_(wanted, {name: state[name] for name in wanted}, file)
+    copy_tensors_(wanted, stage1_values(file, wanted), file)
 
 
 def write_run_page(

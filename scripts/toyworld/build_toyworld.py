@@ -59,6 +59,7 @@ from arl2.toyworld.world.latents import (
     toy_text_encoder,
     world_tokenizer,
 )
+from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
@@ -259,6 +260,7 @@ def build_few_step(build: Build) -> Result:
 
     kept = build.progress("few_step", settings, every=100)
     student = distil_few_step(settings, teacher, data, few_step_sampler(), keep, kept)
+    student.set_trained_memory(TrainedMemory(num_frames=data.latents_NFCHW.shape[1]))
     save_model(student, build.work / "few_step")
     kept.finish()
     return {"quality": {"trajectory_loss": losses[-1], "losses": losses}}

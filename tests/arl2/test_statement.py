@@ -14,8 +14,11 @@ from tiny_models import HYBRID, TINY, tiny_model
 from arl2.checkpoint import build_hybrid, read_generator, save_generator, save_hybrid_weights
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_settings, is_hybrid_part
-from wan.checkpoints.formats import diffusers_name, read_transformer, transformer_config
+from wan.checkpoints.fields import RELEASED
+from wan.checkpoints.formats import TransformerWeights, diffusers_name, read_transformer, transformer_config
 from wan.checkpoints.loading import StateDict
+from wan.config import wan_size
+from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -127,6 +130,34 @@ def test_what_weights_do_not_show_is_recorded_beside_them(name: str, value: Any,
     for load in (build, HybridWanModel.from_pretrained):
         with pytest.raises(CheckpointError, match=f"{name}|A_log"):
             load(folder)
+
+
+def test_heads_that_weights_do_not_show_are_those_of_known_sizes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy = wan_size("toy")
+    with torch.device("meta"):
+        names = CausalWanModel(**RELEASED | toy).state_dict()
+    state = {name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in names.items()}
+    for changes, words in (
+        ({}, None),
+        ({"num_heads": 6}, "num_heads 6, the toy model of these sizes has 3"),
+        ({"num_heads": 6, "num_layers": 7}, "num_heads 6 gives heads of 32 channels, known models have 64"),
+    ):
+        caplog.clear()
+        sizes = dict(toy) | changes
+        kept = {n: v for n, v in state.items() if not n.startswith("blocks.7.") or sizes["num_layers"] == 8}
+        weights = TransformerWeights(kept, "here", config=sizes)
+
+        def load(weights: TransformerWeights = weights) -> None:
+            build_hybrid(weights, {}, HybridSettings(), dtype=None, device=torch.device("cpu"))
+
+        if words is not None and "of these sizes" in words:
+            with pytest.raises(CheckpointError, match=words):
+                load()
+        else:
+            load()
+            assert [words in record.getMessage() for record in caplog.records] == ([True] if words else [])
 
 
 def test_a_bare_file_has_its_alpha_and_layers_recorded(model: HybridWanModel, tmp_path: Path) -> None:

@@ -138,6 +138,22 @@ def pipeline() -> CausalVideoPipeline:
     return random_pipeline("toy", HybridSettings((0,)), vae_config=TOY_VAE | {"dim": 4})
 
 
+def test_a_softmax_model_with_a_record_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    pipeline = random_pipeline("toy", HybridSettings(), vae_config=TOY_VAE | {"dim": 4})
+    pipeline.transformer.set_trained_memory(FULL)
+    pipeline.save_pretrained(tmp_path)
+    again = CausalVideoPipeline.from_pretrained(tmp_path)
+    again.resolve_memory(MemoryConfig(MemoryKind.window, 21, 0))
+    assert not caplog.records
+    again.resolve_memory(MemoryConfig(MemoryKind.window, 6, 0))
+    assert "this model was trained with full memory, on videos of 21 latent frames" in caplog.text
+
+
+def test_the_softmax_model_that_ships_says_what_it_was_trained_with() -> None:
+    config = transformer_config(ROOT / "models" / "toyworld")
+    assert config["trained_memory"] == FULL.as_plain()
+
+
 def test_a_softmax_model_without_a_record_is_not_warned_of() -> None:
     assert MemoryConfig(MemoryKind.window, 6, 0).warning(None, is_hybrid=False) is None
     assert "trained with a window" in str(MemoryConfig(MemoryKind.full).warning(WINDOW, is_hybrid=False))

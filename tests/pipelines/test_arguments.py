@@ -154,8 +154,25 @@ def test_help_groups_flags_and_shows_ranges_and_defaults(capsys: pytest.CaptureF
     assert stopped.value.code == 0
     for part in ("memory of the softmax layers:", "speed:", "--cuda_graphs, --no_cuda_graphs", "key=value"):
         assert part in text
-    assert "(an integer from 1 to 1000000; default 21)" in text and "default 'trained'" in text
+    assert "(an integer from 1 to 1000000; default 21 unless the config sets it)" in text
+    assert "default 'trained' unless the config sets it" in text
+    assert "by default that of the checkpoint, or 32 where it does not say (a number from 0 to 1000000)" in text
     assert "--config_path" not in text and "--cuda-graphs" not in text
+
+
+def test_help_says_of_switches_what_is_so_without_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (
+        ("inference", "by default on a GPU"),
+        ("benchmark", "(default false unless the config sets it)"),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit):
+            import_module(name).main()
+        assert f"decode beside the next block's denoising{';' if words[0] == 'b' else ''} {words} --fp8" in " ".join(
+            capsys.readouterr().out.split()
+        )
 
 
 def test_training_takes_the_common_flags(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

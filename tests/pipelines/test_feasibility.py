@@ -158,7 +158,7 @@ def test_a_step_takes_at_least_the_estimate_and_not_much_more(
     sizes = TransformerSizes.of(transformer_config(world / "model"))
     estimate = room_for_training(config, sizes, tuple(data[0][0].shape), torch.float32, 1)
     accelerator = training.new_accelerator(config)
-    model = training.build_model(config, CPU)
+    model = training.build_model(config, CPU)[0]
     trainer = training.new_trainer(config, data, accelerator, training.new_objective(config, model))
     measured = peak_bytes(trainer.run)
     needed = estimate.total - estimate.parts["weights"] - estimate.parts["what trains"] // 2

@@ -240,7 +240,11 @@ def test_what_is_no_config_is_refused_in_one_line(case: str, file: Path) -> None
 
 
 def test_a_folder_and_names_that_cannot_be(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none.yaml", "is not there")):
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.yaml", "is not there"),
+        (Path("/dev/null"), "no config file /dev/null: it is no regular file; see configs/"),
+    ):
         with pytest.raises(InputError, match=message):
             load_config(Stage1Config, path)
     for name in ("a\0b", "x" * 5000):
@@ -278,7 +282,9 @@ def test_settings_go_before_the_file_and_the_file_before_defaults(file: Path) ->
     [
         (["steps"], "'steps' is no setting: give key=value"),
         (["=3"], "'=3' is no setting"),
-        (["steps="], "steps has no value"),
+        (["steps="], "steps has no value: give steps=value"),
+        (["checkpoint_path="], "give checkpoint_path=value, or checkpoint_path=null for none"),
+        (["stepps="], "unknown setting 'stepps'"),
         (["stepz=3"], "unknown setting 'stepz': did you mean steps?"),
         (["memory.knid=full"], "did you mean memory.kind?"),
         (["steps.x=3"], "steps"),
@@ -294,6 +300,7 @@ def test_settings_that_cannot_be_understood(overrides: list[str], message: str, 
     file.write_text("steps: 5\n")
     with pytest.raises(InputError) as refused:
         load_config(Stage2Config, file, overrides)
+    assert ("null" in str(refused.value)) == ("null" in message or "null" in overrides[0])
     assert message in str(refused.value) and len(str(refused.value)) < 1000 and "\n" not in str(refused.value)
 
 

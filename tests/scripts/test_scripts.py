@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from tiny_models import HYBRID, tiny_model
 
 from arl2.checkpoint import save_generator
-from arl2.model import HybridWanModel
+from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.checkpoints.formats import read_transformer
 
@@ -41,6 +42,21 @@ def test_a_checkpoint_goes_round_the_formats(monkeypatch: pytest.MonkeyPatch, tm
     assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / "e.pt", "--merge_ffn_lora") == 0
     merged = read_transformer(tmp_path / "e.pt").state
     assert "blocks.0.ffn.0.weight" in merged and not any("ffn.0.lora" in name for name in merged)
+
+
+def test_a_conversion_says_in_words_what_it_wrote(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name, settings, words in (
+        ("a", HYBRID, "hybrid layers 0, 2 with adapters of rank 3 (alpha 6), also on the feed-forwards there"),
+        ("b", replace(HYBRID, ffn_lora=FFNLoRA.ALL), "(alpha 6), also on the feed-forwards of all blocks"),
+        ("c", HybridSettings((1,)), "hybrid layers 1"),
+        ("d", HybridSettings(), "softmax in all layers"),
+    ):
+        tiny_model(settings, torch.float32).save_pretrained(tmp_path / name)
+        assert call(monkeypatch, convert_checkpoint, tmp_path / name, tmp_path / f"{name}.pt") == 0
+        assert f"{words}" in caplog.records[-1].getMessage() and "HybridSettings" not in caplog.text
 
 
 def test_conversions_that_cannot_be(

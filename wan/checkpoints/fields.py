@@ -30,7 +30,7 @@ HYBRID: dict[str, Any] = {
     "lora_alpha": LoRAAlpha,
     "ffn_lora": Literal["none", "hybrid", "all"],
 }
-"""What a hybrid model has besides."""
+"""Settings that only hybrid models have."""
 TRAINED_MEMORY = "trained_memory"
 
 
@@ -45,7 +45,7 @@ class MemoryRecord:
 
 MEMORY = declarations(MemoryRecord)
 OPTIONAL_HYBRID: dict[str, Any] = {TRAINED_MEMORY: MemoryRecord | None}
-"""What it may leave out."""
+"""Settings that a hybrid model may leave out."""
 RELEASED: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "in_dim": 16,
@@ -55,7 +55,7 @@ RELEASED: dict[str, Any] = {
     "eps": 1e-6,
     "model_type": "t2v",
 }
-"""What all released models have alike, and leave out of lists of sizes."""
+"""Values that all released models share, and leave out of lists of sizes."""
 NATIVE_TEXT_DIM = 4096
 # Settings of other programs' classes, which must say that what they stand for is not used.
 NATIVE_NEUTRAL: dict[str, Any] = {

@@ -110,7 +110,7 @@ def native_config(diffusers_config: Mapping[str, Any], source: str | Path = "con
     c = diffusers_config
     if c.get("image_dim") is not None or c.get("added_kv_proj_dim") is not None:
         raise CheckpointError(
-            "this is an image-to-video transformer with an image branch: only text-to-video is supported"
+            f"{source} is an image-to-video transformer with an image branch: give a text-to-video model"
         )
     c = check_settings(c, DIFFUSERS, source, needed=DIFFUSERS.keys() - set(DIFFUSERS_OPTIONAL))
     return {
@@ -152,10 +152,11 @@ def require_sizes(config: Mapping[str, Any], source: str | Path) -> None:
     dim, heads = config["dim"], config["num_heads"]
     if dim % heads or dim // heads % 2:
         raise CheckpointError(
-            f"{source}: dim {dim} does not divide into num_heads {heads} of an even number of channels"
+            f"{source}: dim {dim} does not divide into num_heads {heads} of an even number of channels: "
+            "correct it, or download it again"
         )
     if config["patch_size"][0] != 1:
-        raise CheckpointError(f"{source}: patch_size {config['patch_size']} has several frames, only 1 is built")
+        raise CheckpointError(f"{source}: patch_size {config['patch_size']} has several frames: give a model with 1")
 
 
 def stated_config(folder: Path) -> dict[str, Any]:
@@ -178,7 +179,9 @@ def stated_config(folder: Path) -> dict[str, Any]:
         found = check_settings(config, SIZES | NATIVE_NEUTRAL, path, needed=("dim", "num_layers"))
         sizes = {name: value for name, value in found.items() if name in SIZES}
         return _with_patches(RELEASED | {"text_dim": NATIVE_TEXT_DIM} | sizes)
-    raise CheckpointError(f"{path} describes a {printable(kind)}, not a Wan text-to-video transformer")
+    raise CheckpointError(
+        f"{path} describes a {printable(kind)}, not a Wan text-to-video transformer: give the folder of one"
+    )
 
 
 def _with_patches(config: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +224,9 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
             raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop' if use_ema else 'give'} --use_ema")
         inner = weights[key]
         if not isinstance(inner, Mapping):
-            raise CheckpointError(f"{path}: {key!r} is a {type(inner).__name__}, not a dictionary of tensors")
+            raise CheckpointError(
+                f"{path}: {key!r} is of type {type(inner).__name__}, not a dictionary of tensors: save it as one"
+            )
         return TransformerWeights(_named(inner, path), str(path), causal=True, record=record)
     if use_ema:
         raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop --use_ema")
@@ -255,7 +260,9 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
     if any(name.startswith("condition_embedder.") for name in named):
         named = {native_name(name): value for name, value in named.items()}
     if len(named) != len(state):
-        raise CheckpointError(f"{path}: several entries have one name once wrappers are removed")
+        raise CheckpointError(
+            f"{path}: several entries have one name once wrappers are removed: save the weights without wrappers"
+        )
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1 and path.suffix == ".safetensors":
         raise CheckpointError(
@@ -273,5 +280,5 @@ def _not_a_transformer(path: Path, what: str) -> CheckpointError:
 
 
 def num_blocks_in(state: Collection[str]) -> int:
-    """How many blocks the names of a transformer's parameters speak of."""
+    """Count the blocks in the names of a transformer's parameters."""
     return len({match[1] for name in state if (match := _BLOCK_NUMBER.match(name))})

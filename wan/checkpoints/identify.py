@@ -36,7 +36,7 @@ _MAGIC = (
 
 
 def family(names: Iterable[str]) -> str:
-    """What a weight file seems to hold, told by its names."""
+    """The likely content of a weight file, told by its names."""
     names = list(names)
     for pattern, what in _FAMILIES:
         if any(pattern.search(name) for name in names):

@@ -51,7 +51,7 @@ def read_weights(path: str | Path) -> dict[Any, Any]:
             return read_pickle(path) if path.suffix in SUFFIXES else dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError, OverflowError, KeyError, AttributeError, TypeError) as error:
         raise damaged(path, str(error)) from error
-    raise CheckpointError(f"{path} is no weight file: expected .safetensors, .pt or .pth")
+    raise CheckpointError(f"{path} is no weight file: give one that ends in .safetensors, .pt or .pth")
 
 
 def require_weight_file(path: Path) -> None:
@@ -93,7 +93,9 @@ def weight_map(index_path: Path) -> dict[str, str]:
         raise CheckpointError(f"{index_path} has no weight_map of names to files: download it again")
     for shard in shards.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index_path} names a shard outside its folder: {printable(shard)}")
+            raise CheckpointError(
+                f"{index_path} names a shard outside its folder, {printable(shard)}: download it again"
+            )
     return shards
 
 
@@ -124,7 +126,7 @@ def read_folder(folder: Path, names: Sequence[str]) -> tuple[StateDict, Path]:
     """
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
-        raise CheckpointError(f"no weights in {folder}: expected {names[0]}, or its shards with an index")
+        raise CheckpointError(f"no weights in {folder}: put {names[0]} there, or its shards with their index")
     if len(files) > 1:
         raise CheckpointError(f"{folder} holds both {files[0].name} and {files[1].name}: remove the one that is old")
     return as_state_dict(read_weights(files[0]), files[0]), files[0]
@@ -138,7 +140,10 @@ def as_state_dict(weights: Mapping[Any, Any], source: str | Path) -> StateDict:
     """
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{source}: entry {printable(name)} has a {type(name).__name__} for a name, not text")
+            raise CheckpointError(
+                f"{source}: the name {printable(name)} is of type {type(name).__name__}, not text: give names "
+                "to tensors and nothing else"
+            )
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise CheckpointError(
@@ -224,7 +229,8 @@ def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
         parts = [f"missing {summarize_names(missing)}"] if missing else []
         parts += [f"unexpected {summarize_names(unexpected)}"] if unexpected else []
         raise CheckpointError(
-            f"{source} does not fit {what}: {'; '.join(parts)}: it is damaged or of another model or size"
+            f"{source} does not fit {what}: {'; '.join(parts)}: it is damaged or of another model or size; download "
+            "it again, or check the model folder"
         )
     require_floating(state, source)
     wrong = {name for name, value in expected.items() if value.shape != state[name].shape}

@@ -75,7 +75,7 @@ def _require_intact(path: Path, size: int, changed_ns: int) -> None:
 
 
 def read_pickle(path: Path) -> dict[object, Any]:
-    """What a `.pt` file holds: names to tensors, numbers, texts, containers of these, and `Opaque` data.
+    """Read the content of a `.pt` file: names to tensors, numbers, texts, containers of these, and `Opaque` data.
 
     Raises:
         CheckpointError: damaged, no dictionary, or holding classes and functions that are no plain data.
@@ -110,7 +110,9 @@ def read_pickle(path: Path) -> dict[object, Any]:
         except _DAMAGED as error:
             raise damaged(path, NO_PICKLE) from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
+        raise CheckpointError(
+            f"{path} holds a value of type {type(loaded).__name__}, not a dictionary of tensors: save it as one"
+        )
     return loaded
 
 

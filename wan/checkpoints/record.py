@@ -1,4 +1,4 @@
-"""What a weight file of ours says of how its weights were made: the arguments that the model was built with.
+"""Records in our weight files of how their weights were made: the arguments that the model was built with.
 
 Weights do not show the number of heads, the epsilon of norms, the scale of adapters or the memory that the model was
 trained with. Files record them where other loaders do not look, and loading compares the record with the config.

@@ -1,4 +1,4 @@
-"""What a tensor of weights may be: dense, of a floating type that we compute with, and finite."""
+"""Requirements on tensors of weights: dense, of a floating type that we compute with, and finite."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,9 @@ def require_floating(state: Mapping[str, Tensor], source: str | Path) -> None:
     for name, value in state.items():
         if value.is_quantized or value.dtype not in DTYPES:
             what, cure = describe_dtype(value.dtype), "convert it to float32, float16 or bfloat16"
-        elif value.layout is not torch.strided or value.is_nested:
+        elif value.is_nested:
+            what, cure = "a nested tensor", "store every part as a dense tensor under a name of its own"
+        elif value.layout is not torch.strided:
             what, cure = f"a {str(value.layout).removeprefix('torch.')} tensor", "store it dense"
         elif value.is_meta:
             what, cure = "a tensor without values (meta device)", "save the model where its weights are"

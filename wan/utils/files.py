@@ -120,6 +120,19 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"the disk of {folder} is full ({free >> 20} MiB free): free some space")
 
 
+@contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """Remove a folder and its parents after an error inside, as far as they were made inside and are empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def check_target(path: Path) -> None:
     """Make sure that a file can be written or replaced; its folder is made if need be.
 

@@ -87,6 +87,12 @@ def interruptible(how_to_go_on: str) -> Iterator["Interruption"]:
             sys.unraisablehook = former_hook
 
 
+def on_interruption_say(how_to_go_on: str) -> None:
+    """Change the text of the `Interrupted` to come; without an `interruptible` context around this does nothing."""
+    if _current:
+        _current[-1].how_to_go_on = how_to_go_on
+
+
 def check_interrupted() -> None:
     """Raise `Interrupted` if a signal came and its exception was lost, as imports and callbacks of libraries may do.
 
@@ -100,17 +106,18 @@ class Interruption:
     """What signals call.
 
     Attributes:
+        how_to_go_on: text of the exception that a signal raises.
         first: the number of the first signal that came.
     """
 
     def __init__(self, how_to_go_on: str) -> None:
-        self._how_to_go_on = how_to_go_on
+        self.how_to_go_on = how_to_go_on
         self.first: int | None = None
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""
         if self.first is not None:
-            raise Interrupted(self._how_to_go_on, self.first)
+            raise Interrupted(self.how_to_go_on, self.first)
 
     def forget(self) -> None:
         """Take the next signal for the first one."""
@@ -119,7 +126,7 @@ class Interruption:
     def __call__(self, number: int) -> None:
         if self.first is None:
             self.first = number
-            raise Interrupted(self._how_to_go_on, number)
+            raise Interrupted(self.how_to_go_on, number)
         # On Ctrl-C torchrun sends the processes that it started, which the terminal told already, a SIGTERM.
         if number == self.first or "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.SIG_DFL)

@@ -21,6 +21,7 @@ from arl2.distillation.checkpointing import (
     stored_fingerprint,
     truncate_losses,
 )
+from pipelines.training import run as training_run
 from pipelines.training.config import Stage1Config
 from pipelines.training.run import build_model, new_objective
 from wan.utils.errors import CheckpointError, InputError
@@ -150,7 +151,7 @@ def go_on(monkeypatch: pytest.MonkeyPatch, world: Path, run: Path, *settings: st
 def state(world: Path) -> TrainingState:
     """What checkpoints of the world's run are loaded into."""
     config = Stage1Config(model_folder=str(world / "model"))
-    trainables = new_objective(config, build_model(config, torch.device("cpu"))).parameters_to_train()
+    trainables = new_objective(config, build_model(config, torch.device("cpu"))[0]).parameters_to_train()
     average = {name: value.detach().clone() for name, value in trainables.items()}
     return TrainingState(trainables, torch.optim.AdamW(trainables.values()), average, Progress())
 
@@ -280,6 +281,54 @@ def test_what_stage_two_starts_from_is_checked_too(
     (start / NEWEST / TENSORS).unlink()
     assert train(monkeypatch, world, 2, folder, f"init_from={start}") == 2
     assert f"{start / NEWEST / TENSORS} is damaged" in one_line(capsys)
+
+
+def test_files_to_go_on_from_are_checked_before_models_load(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied_run(world, tmp_path)
+    monkeypatch.setattr(training_run, "build_model", lambda *_, **__: pytest.fail("a model was built"))
+    for settings, message in (
+        (("seed=5",), "(seed was 0, is 5)"),
+        (("steps=3",), "is beyond steps 3"),
+        (("layers=[0]",), "layers was"),
+    ):
+        assert go_on(monkeypatch, world, run, *settings) == 2 and message in one_line(capsys)
+    (run / NEWEST / "state.json").write_text("{")
+    assert go_on(monkeypatch, world, run) == 2 and "state.json is damaged" in one_line(capsys)
+    (tmp_path / "a.txt").write_text("words")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+    state = load_file(world / "run" / NEWEST / TENSORS)
+    save_file({name: value[..., :1].contiguous() for name, value in state.items()}, tmp_path / "small.safetensors")
+    for name, message in (
+        ("none", "neither a stage-1 run nor its trainables"),
+        ("a.txt", "is no weight file"),
+        ("other.safetensors", "lacks blocks.0.self_attn"),
+        ("other.pt", "lacks blocks.0.self_attn"),
+        ("small.safetensors", "does not fit the parameters to train"),
+    ):
+        two = (f"run_folder={tmp_path / 'two'}", f"init_from={tmp_path / name}")
+        assert train(monkeypatch, world, 2, *two) == 2 and message in one_line(capsys)
+
+
+@pytest.mark.parametrize(("decay", "cure"), [("constant", "steps=4"), ("cosine", "steps=4 run_folder=")])
+def test_a_complete_run_says_so_and_nothing_of_new_parameters(
+    decay: str,
+    cure: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    settings = ("steps=2", f"optimizer.decay={decay}", "optimizer.warmup_steps=0")
+    assert go_on(monkeypatch, world, tmp_path / "run", *settings) == 0
+    assert "are new" in caplog.text and "is complete" not in caplog.text
+    caplog.clear()
+    assert go_on(monkeypatch, world, tmp_path / "run", *settings) == 0
+    said = [record.getMessage() for record in caplog.records if "is complete at step 2" in record.getMessage()]
+    assert len(said) == 1 and cure in said[0] and "are new" not in caplog.text
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_a_damaged_video_or_record_is_made_again(
     DAMAGES[damage](video_path(run, broken), record_path(run, broken))
     assert generate(run, pipeline) == 0
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(set(warnings))
     assert warnings and all("made again" in warning and broken.name in warning for warning in warnings)
     assert videos_in(run.output_folder) == whole and names_in(run.output_folder) == {".mp4", ".json"}
     assert video_path(run, other).stat().st_mtime_ns == before, "the whole one stays"

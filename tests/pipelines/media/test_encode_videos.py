@@ -358,5 +358,12 @@ def test_what_cannot_work_fails_before_models_load(
             assert run(*settings) == 2
             assert message in capsys.readouterr().err
         assert run(videos="nowhere") == 2
+        for file in (tmp_path / "videos").glob("*.txt"):
+            file.rename(file.with_suffix(".caption"))
+        assert run(folder="new/data") == 2 and "no captioned videos" in capsys.readouterr().err
+        for file in (tmp_path / "videos").glob("*.caption"):
+            file.rename(file.with_suffix(".txt"))
+    assert run("num_output_frames=6", folder="new/data") == 2 and not (tmp_path / "new").exists()
+    capsys.readouterr()
     assert run("num_output_frames=6") == 2
     assert "none of 5 videos" in capsys.readouterr().err and not (tmp_path / "data" / INDEX).exists()

@@ -297,6 +297,37 @@ def test_values_without_a_known_range_are_refused(values: NDArray[np.generic], m
         open_image(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("factor", [1, 256])
+def test_8_bit_values_in_a_16_bit_file_are_warned_of(
+    channels: int, factor: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = np.zeros((5, 7, channels), np.uint16)
+    values[..., : min(channels, 3)] = np.arange(35).reshape(5, 7, 1) * 6 * factor
+    values[..., 3:] = 65535
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(values))
+    open_image(tmp_path / "a.png", quiet=True)
+    assert not caplog.records
+    picture = np.asarray(open_image(tmp_path / "a.png"))
+    assert abs(int(picture.max()) - int(values[..., :3].max()) // 256) <= 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (factor == 1)
+    assert all("a.png has 16 bits per value, and no value is above 204" in line for line in said)
+
+
+def png_of_16_bits(values: NDArray[np.uint16]) -> bytes:
+    """A PNG of [H, W, 1, 3 or 4], which Pillow cannot write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, channels = values.shape
+    kind = {1: 0, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def test_camera_raw_is_refused(tmp_path: Path) -> None:
     RGB.save(tmp_path / "a.tif", tiffinfo=DNG)
     RGB.save(tmp_path / "b.tif")

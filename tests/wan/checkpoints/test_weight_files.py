@@ -123,9 +123,9 @@ def test_code_in_a_pickle_does_not_run_and_is_named(function: Any, name: str, zi
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({1: torch.ones(1)}, "a int for a name"),
-        ({("a", 1): torch.ones(1)}, "a tuple for a name"),
-        ({None: torch.ones(1)}, "NoneType for a name"),
+        ({1: torch.ones(1)}, "the name 1 is of type int, not text: give"),
+        ({("a", 1): torch.ones(1)}, "of type tuple, not text"),
+        ({None: torch.ones(1)}, "of type NoneType, not text"),
         ({"model": {"a": torch.ones(1)}}, "'model' is a dict"),
         ({"a": [1.0]}, "'a' is a list"),
         ({"a": np.ones(2)}, "'a' is a numpy"),
@@ -190,7 +190,7 @@ def test_a_folder_with_two_sets_of_weights_is_refused(tmp_path: Path) -> None:
         (lambda: torch.ones(2, 2).to_sparse_csr(), "sparse_csr"),
         (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "qint8"),
         (lambda: torch.ones(2, device="meta"), "meta"),
-        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]), "strided"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]), "a nested tensor, not a dense"),
     ],
 )
 def test_tensors_that_are_no_weights_are_refused_by_name_and_type(make: Callable[[], Tensor], words: str) -> None:
