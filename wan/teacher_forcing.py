@@ -1,5 +1,8 @@
 """Parallel training forward: all blocks denoised at once, each after the given clean blocks before it."""
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,58 @@ def teacher_forced_flow(
     Raises:
         InputError: the frames do not divide into blocks.
     """
+    sequence = _sequence(model, noisy_BFCHW, timesteps_BF, frames_per_block, clean_BFCHW, window_frames, sink_frames)
+    views = model.parallel_views(sequence.layout)
+    flow = model(sequence.latents_BFCHW, sequence.timesteps_BF, text, views, sequence.frames_F).flow
+    assert flow is not None
+    return flow[:, -noisy_BFCHW.shape[1] :]
+
+
+def teacher_forced_layers(
+    model: CausalWanModel,
+    noisy_BFCHW: Tensor,
+    timesteps_BF: Tensor,
+    text: Tensor | TextKV,
+    frames_per_block: int,
+    clean_BFCHW: Tensor,
+) -> Iterator[int]:
+    """Run the layers of `teacher_forced_flow` one by one; the caller may use a layer's result before the next runs.
+
+    Every `next` runs in the contexts of its caller. The flow is not computed.
+
+    Args:
+        model, noisy_BFCHW, timesteps_BF, text, frames_per_block, clean_BFCHW: see `teacher_forced_flow`.
+
+    Yields:
+        The index of the layer that has run.
+    """
+    sequence = _sequence(model, noisy_BFCHW, timesteps_BF, frames_per_block, clean_BFCHW)
+    text_kv = model.embed_text(text) if isinstance(text, Tensor) else text
+    x, rotary, _, time_BF6D = model.embed(sequence.latents_BFCHW, sequence.timesteps_BF, sequence.frames_F)
+    views = model.parallel_views(sequence.layout)
+    for layer, (block, view, kv) in enumerate(zip(model.layers(), views, text_kv, strict=True)):
+        x, _ = block(x, time_BF6D, rotary, view, kv, attend=True, remember=False)
+        yield layer
+
+
+class _Sequence(NamedTuple):
+    """All blocks of a video as one sequence, and the views' layout of it."""
+
+    latents_BFCHW: Tensor
+    timesteps_BF: Tensor
+    frames_F: Tensor
+    layout: ParallelLayout
+
+
+def _sequence(
+    model: CausalWanModel,
+    noisy_BFCHW: Tensor,
+    timesteps_BF: Tensor,
+    frames_per_block: int,
+    clean_BFCHW: Tensor | None,
+    window_frames: int | None = None,
+    sink_frames: int = 0,
+) -> _Sequence:
     num_frames, _, height, width = noisy_BFCHW.shape[1:]
     frames = torch.arange(num_frames, device=noisy_BFCHW.device)
     halves = 1 if clean_BFCHW is None else 2
@@ -42,15 +97,7 @@ def teacher_forced_flow(
     if clean_BFCHW is not None:
         latents = torch.cat([clean_BFCHW, noisy_BFCHW], dim=1)
         timesteps = torch.cat([torch.zeros_like(timesteps_BF), timesteps_BF], dim=1)
-    layout = ParallelLayout(
-        num_frames,
-        frames_per_block,
-        model.tokens_per_frame(height, width),
-        halves,
-        noisy_BFCHW.device,
-        window_frames,
-        sink_frames,
-    )
-    flow = model(latents, timesteps, text, model.parallel_views(layout), frames.repeat(halves)).flow
-    assert flow is not None
-    return flow[:, -num_frames:]
+    tokens = model.tokens_per_frame(height, width)
+    device = noisy_BFCHW.device
+    layout = ParallelLayout(num_frames, frames_per_block, tokens, halves, device, window_frames, sink_frames)
+    return _Sequence(latents, timesteps, frames.repeat(halves), layout)

@@ -91,7 +91,8 @@ def shard_backbone(model: HybridWanModel) -> None:
         register_fsdp_forward_method(block.cross_attn, "keys_values")
         fully_shard(block, ignored_params=whole)
     fully_shard(model, ignored_params=whole)
-    register_fsdp_forward_method(model, "embed_text")
+    for name in ("embed_text", "embed"):
+        register_fsdp_forward_method(model, name)
 
 
 def fill_shards(model: nn.Module, rows_of: Callable[[str, DTensor], Tensor], device: torch.device) -> None:

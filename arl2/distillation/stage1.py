@@ -28,7 +28,7 @@ from wan.memory import LayerMemory, Memory
 from wan.model import SelfAttention, TextKV
 from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
-from wan.teacher_forcing import teacher_forced_flow
+from wan.teacher_forcing import teacher_forced_layers
 
 STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
 """Name prefixes of the parameters of a hybrid layer that stage 1 trains."""
@@ -207,10 +207,15 @@ class Stage1(Objective):
         size = self.settings.frames_per_block
         noisy, times = noisy_video(batch, noise, size)
         layout = ParallelLayout(frames, size, self.model.tokens_per_frame(height, width), 2, clean.device)
-        with frozen_teacher(self.model, compiled=True), observed(self._layers) as seen:
-            teacher_forced_flow(self.model, noisy, times, batch.text_BTD, size, clean)
-        for layer, module in self._layers.items():
-            x, rotary, target = seen.pop(layer)
+        teacher = teacher_forced_layers(self.model, noisy, times, batch.text_BTD, size, clean)
+        while True:  # a layer's observation is used and freed before the teacher's next layer runs
+            with frozen_teacher(self.model, compiled=True), observed(self._layers) as seen:
+                layer = next(teacher, None)
+            if layer is None:
+                return
+            if layer not in seen:
+                continue
+            module, (x, rotary, target) = self._layers[layer], seen.pop(layer)
             output, _ = module(x, rotary, module.parallel_view(layout), attend=True, remember=False)
             passes = 2 * layout.num_blocks
             if not self.settings.loss_on_clean_pass:

@@ -85,6 +85,13 @@ ROWS = (
     TrainingRow("stage2-checkpointed-compiled", 2, checkpointing=True, compile=True),
     TrainingRow("stage1-loop", 1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2-loop-checkpointed", 2, checkpointing=True, forward_mode=ForwardMode.SEQUENTIAL),
+    TrainingRow(
+        "stage2-loop-checkpointed-cut",
+        2,
+        checkpointing=True,
+        blocks_per_graph=2,
+        forward_mode=ForwardMode.SEQUENTIAL,
+    ),
     TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2", 2),

@@ -4,14 +4,20 @@
     python scripts/profiling/benchmark_loading.py --config configs/stage2.yaml --size toy --height 64 --width 96 \\
         --device cpu --stage_settings device=cpu hybrid_layers=[0,1] shard=true
 
-Writes random weights and a random video per process, reads the weights once so that they are in the
-page cache, and starts the stage under torchrun with the config's settings.
+Writes random weights and a random video per process, reads the weights once so that they are in the page cache, and
+starts the stage under torchrun with the config's settings.
 """
+
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
 
 from pathlib import Path
 
 from rich.console import Console
 
+from pipelines.benchmark.loading import JSON_FILE, LoadingBenchmark, run_loading_benchmark
 from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 
@@ -32,8 +38,6 @@ FLAGS = {
 @entry_point()
 def main() -> int:
     """Parse, measure, report."""
-    from pipelines.benchmark.loading import JSON_FILE, LoadingBenchmark, run_loading_benchmark
-
     parser = Parser(__doc__, LoadingBenchmark)
     add = parser.add_argument
     add("--config", type=as_path, required=True, metavar="PATH", help="YAML file of the stage, see configs/")
