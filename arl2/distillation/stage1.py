@@ -149,28 +149,32 @@ class Stage1(Objective):
         """Relative errors, and the diagnostics of `measured`."""
         height, width = batch.latents_BFCHW.shape[-2:]
         with measured(self.model, self.model.tokens_per_frame(height, width)) as figures:
-            for _ in self._loop(batch, noise):
+            for _ in self._loop(batch, noise, cut_every_block=True):
                 pass
         return {"relative_error": self.relative_errors()} | figures
 
-    def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
+    def _loop(self, batch: VideoBatch, noise: BatchNoise, cut_every_block: bool = False) -> Iterator[Tensor]:
         self._forget()
         weight = self._pass_weight(batch, noise)
         memory = self.new_memory(batch, differentiable=True)
-        for graph in self._graphs(batch, noise):
+        for graph in self._graphs(batch, noise, cut_every_block):
             for layer in self._layers:
                 memory.layers[layer].detach()
                 yield weight * self._layer_error(layer, memory.layers[layer], graph)
 
-    def _graphs(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[list[Pass]]:
-        """Iterate over the teacher's passes of each graph; graphs are cut before a block is remembered."""
+    def _graphs(self, batch: VideoBatch, noise: BatchNoise, cut_every_block: bool) -> Iterator[list[Pass]]:
+        """Iterate over the teacher's passes of each graph; graphs are cut before a block is remembered.
+
+        Args:
+            cut_every_block: whatever the settings say. Without gradients that changes nothing but memory.
+        """
         settings = self.settings
         with frozen_teacher(self.model):
             text, memory = self.model.embed_text(batch.text_BTD), self.new_memory(batch)
         passes: list[Pass] = []
         for block in video_blocks(batch, settings.frames_per_block):
             passes += self._noisy_passes(block, noise, text, memory)
-            if settings.starts_graph(block.number):
+            if settings.starts_graph(block.number) or (cut_every_block and block.number > 0):
                 yield passes
                 passes = []
             if settings.loss_on_clean_pass or not block.last:

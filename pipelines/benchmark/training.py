@@ -67,12 +67,13 @@ class TrainingRow:
     Attributes:
         name: of the row.
         stage: 1 or 2.
-        checkpointing, blocks_per_graph, forward_mode, compile: as in the stage's config.
+        checkpointing, offload_checkpoints, blocks_per_graph, forward_mode, compile: as in the stage's config.
     """
 
     name: str
     stage: int
     checkpointing: bool = False
+    offload_checkpoints: bool = False
     blocks_per_graph: int | None = None
     forward_mode: ForwardMode = ForwardMode.PARALLEL
     compile: bool = False
@@ -81,6 +82,7 @@ class TrainingRow:
 ROWS = (
     TrainingRow("stage1", 1),
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
+    TrainingRow("stage2-offloaded", 2, checkpointing=True, offload_checkpoints=True),
     TrainingRow("stage1-compiled", 1, compile=True),
     TrainingRow("stage2-checkpointed-compiled", 2, checkpointing=True, compile=True),
     TrainingRow("stage1-loop", 1, forward_mode=ForwardMode.SEQUENTIAL),
@@ -298,7 +300,11 @@ def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanMode
     if row.stage == 1:
         return Stage1(model, Stage1Settings(config.frames_per_block, row.blocks_per_graph, row.forward_mode))
     settings = Stage2Settings(
-        config.frames_per_block, row.blocks_per_graph, row.forward_mode, checkpointing=row.checkpointing
+        config.frames_per_block,
+        row.blocks_per_graph,
+        row.forward_mode,
+        checkpointing=row.checkpointing,
+        offload_checkpoints=row.offload_checkpoints,
     )
     return Stage2(model, settings)
 

@@ -48,6 +48,7 @@ TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wand
 FREE_TO_CHANGE = (
     *("model_folder", "checkpoint_path", "run_folder", "data", "init_from", "layers_file", "share"),
     *("batch", "accumulation", "device", "shard", "compile", "checkpointing", "resume", "save_every", "keep"),
+    "offload_checkpoints",
     *("report_every", "sample_every", "sample_frames", "sample_fps", "tracker", "max_bad_steps"),
 )
 """Settings that may differ between the sessions of a run; what they name is told by content where it matters."""
@@ -145,7 +146,7 @@ class Stage2Config(TrainingConfig):
         layers_file, share: a file of scripts/select_layers.py, and which of its sets, such as 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
-        context, target, checkpointing: see `arl2.distillation.stage2.Stage2Settings`.
+        context, target, checkpointing, offload_checkpoints: see `arl2.distillation.stage2.Stage2Settings`.
         memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything. A
             teacher says nothing of it, so kind trained is full.
     """
@@ -163,6 +164,7 @@ class Stage2Config(TrainingConfig):
     context: Context = Context.DATA
     target: Target = Target.FLOW
     checkpointing: bool = False
+    offload_checkpoints: bool = False
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
 
     def hybrid(self, num_layers: int) -> HybridSettings:
@@ -186,6 +188,7 @@ class Stage2Config(TrainingConfig):
             context=self.context,
             target=self.target,
             checkpointing=self.checkpointing,
+            offload_checkpoints=self.offload_checkpoints,
             window_frames=self.memory.window[0],
             sink_frames=self.memory.window[1],
         )

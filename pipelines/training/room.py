@@ -15,7 +15,7 @@ from pipelines.feasibility import (
     tokens_per_frame,
     transformer_parameters,
 )
-from pipelines.training.config import GatesConfig, Stage1Config, TrainingConfig
+from pipelines.training.config import GatesConfig, Stage1Config, Stage2Config, TrainingConfig
 
 COPIES = 4
 """Of what trains, in float32: values, gradients, and the two moments of AdamW."""
@@ -59,13 +59,14 @@ def _kept_per_token(config: TrainingConfig, sizes: TransformerSizes, hybrid: Hyb
     """Numbers that a graph keeps for every token of a noisy pass and of the clean pass that remembers it.
 
     Stage 1 keeps what goes into the layers and comes out of them; stage 2 what goes into every block, and without
-    checkpointing also what its feed-forward takes and makes.
+    checkpointing also what its feed-forward takes and makes. Offloaded checkpoints leave one block's.
     """
     if isinstance(config, Stage1Config):
         return 2 * sizes.dim * len(hybrid.layers)
     first = min(hybrid.layers, default=0)  # before it nothing has a gradient
-    checkpointed = vars(config).get("checkpointing", False)
-    return (sizes.num_layers - first) * (sizes.dim if checkpointed else 2 * sizes.dim + sizes.ffn_dim)
+    if not (isinstance(config, Stage2Config) and config.checkpointing):
+        return (sizes.num_layers - first) * (2 * sizes.dim + sizes.ffn_dim)
+    return sizes.dim * (1 if config.offload_checkpoints else sizes.num_layers - first)
 
 
 def check_room(config: TrainingConfig, sizes: TransformerSizes, sample: tuple[int, ...]) -> None:

@@ -10,12 +10,14 @@ from torch import Tensor
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.losses import mean_squared_errors, mean_squares
 from arl2.distillation.objective import ForwardMode, Objective, frozen_teacher
-from arl2.distillation.stage1 import Stage1, Stage1Settings, observed, stage1_parameters
+from arl2.distillation.stage1 import Pass, Stage1, Stage1Settings, observed, stage1_parameters
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Target, stage2_parameters
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from arl2.ops import offload
 from arl2.ops.compiling import compile_blocks
 from arl2.rollout import FewStepSampler
+from wan.memory import LayerMemory
 from wan.parallel import ParallelLayout
 from wan.teacher_forcing import teacher_forced_flow
 from wan.utils.errors import InputError
@@ -318,6 +320,39 @@ def test_checkpointed_gradients_are_the_plain_ones(blocks_per_graph: int | None,
     assert_same_gradients(plain[1], checkpointed[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_offloaded_checkpoints_leave_the_device_and_change_no_gradient(
+    mode: ForwardMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_model(ALL), videos()
+    trainable(model, stage2_parameters(model))
+    noise, moved = fixed_noise(batch, (0.5,)), list[tuple[int, ...]]()
+    to_host = offload.to_host
+
+    def counted(tensor: Tensor, shape: torch.Size) -> Tensor | offload.OnHost:
+        kept = to_host(tensor, shape)
+        if isinstance(kept, offload.OnHost):
+            assert kept.values.data_ptr() != tensor.data_ptr()
+            moved.append(tuple(tensor.shape))
+        return kept
+
+    monkeypatch.setattr(offload, "to_host", counted)
+    plain, offloaded = (
+        trained(Stage2(model, Stage2Settings(3, None, mode, checkpointing=True, offload_checkpoints=on)), batch, noise)
+        for on in (False, True)
+    )
+    tokens = 6 * 9 * 2 if mode is ForwardMode.PARALLEL else 6 * 3
+    passes = 1 if mode is ForwardMode.PARALLEL else 3 + 2
+    assert moved == [(2, tokens, TINY["dim"])] * passes * TINY["num_layers"]
+    torch.testing.assert_close(plain[0], offloaded[0], rtol=0, atol=0)
+    assert_same_gradients(plain[1], offloaded[1], rtol=0, atol=0)
+
+
+def test_offloading_needs_checkpoints() -> None:
+    with pytest.raises(InputError, match="checkpointing=true"):
+        Stage2Settings(3, offload_checkpoints=True)
+
+
 @pytest.mark.parametrize("kind", ["stage 1", *Context])
 def test_mixed_precision_has_the_gradients_of_float32(kind: str) -> None:
     model, batch, found = tiny_model(ALL, torch.float32), videos(), []
@@ -386,6 +421,23 @@ def test_context_from_the_students_own_rollout_does_not_read_the_data() -> None:
     }
     assert losses[Context.SELF_ROLLOUT][0] == losses[Context.SELF_ROLLOUT][1]
     assert losses[Context.DATA][0] != losses[Context.DATA][1]
+
+
+def test_reports_of_stage1_keep_one_block_and_say_the_same() -> None:
+    model, batch = tiny_model(ALL), videos()
+    noise, kept = fixed_noise(batch), list[int]()
+
+    class Watched(Stage1):
+        def _layer_error(self, layer: int, memory: LayerMemory, graph: list[Pass]) -> Tensor:
+            kept.append(len(graph))
+            return super()._layer_error(layer, memory, graph)
+
+    objective = Watched(model, Stage1Settings(3))
+    reports = objective.reports(batch, noise)
+    assert max(kept) == 2 * len(LEVELS) + 1  # the passes between two writes, not those of three blocks
+    with torch.no_grad():
+        list(objective.losses(batch, noise))
+    assert reports["relative_error"] == pytest.approx(objective.relative_errors(), rel=1e-9)
 
 
 def test_reports_say_what_the_layers_do() -> None:

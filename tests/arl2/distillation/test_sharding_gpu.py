@@ -3,7 +3,9 @@
     python -m pytest -m gpu -n 6 tests/arl2/distillation/test_sharding_gpu.py --junitxml sharding.xml
 
 The reference computes the same two half batches one after the other, so kernels see the same shapes. Model and sizes
-are those of the toy world, whose channels the GPU's kernels take.
+are those of the toy world, whose channels the GPU's kernels take. Losses are between 0.04 and 0.3; the bounds are
+absolute. In bfloat16 the backward pass of stage 2's attention is not deterministic: two runs of one process differ by
+5e-3 of the loss (docs/results/many_gpus.md).
 """
 
 import json
@@ -95,11 +97,9 @@ def run(*arguments: Any, processes: int) -> list[dict[str, Any]]:
 
 
 def largest_difference(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
-    """Largest difference of losses relative to the loss."""
+    """Largest difference of losses."""
     assert [line["step"] for line in lines] == [line["step"] for line in others] == list(range(1, STEPS + 1))
-    return max(
-        abs(line["loss"] - other["loss"]) / abs(other["loss"]) for line, other in zip(lines, others, strict=True)
-    )
+    return max(abs(line["loss"] - other["loss"]) for line, other in zip(lines, others, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,7 @@ def stage1(data: Path) -> Path:
         ("stage1", ("forward_mode=sequential", "blocks_per_graph=2")),
         ("stage2", ("forward_mode=parallel", "checkpointing=false")),
         ("stage2", ("forward_mode=parallel", "checkpointing=true")),
+        ("stage2", ("forward_mode=parallel", "checkpointing=true", "offload_checkpoints=true")),
         ("stage2", ("forward_mode=sequential", "checkpointing=false")),
         ("stage2", ("forward_mode=sequential", "checkpointing=true", "blocks_per_graph=2")),
         ("stage2", ("forward_mode=sequential", "checkpointing=true", "context=self_rollout")),
@@ -140,7 +141,7 @@ def test_two_sharded_processes_equal_one(
         both.append(f"init_from={request.getfixturevalue('stage1')}")
     reference = run(what, data, tmp_path / "one", *both, processes=1)
     difference = largest_difference(run(what, data, tmp_path / "two", *both, processes=2), reference)
-    record_property("largest_relative_difference", difference)
+    record_property("largest_difference", difference)
     assert difference <= TOLERANCES[dtype]
 
 
@@ -159,5 +160,5 @@ def test_a_killed_run_goes_on_on_another_number_of_gpus(
     process.communicate()
     lines = run("stage2", data, tmp_path / "broken", *settings, processes=after)
     difference = largest_difference(lines, reference)
-    record_property("largest_relative_difference", difference)
+    record_property("largest_difference", difference)
     assert difference <= TOLERANCES["float32"]
