@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.logging import RichHandler
 
-from wan.utils.errors import InputError, Interrupted, out_of_memory
+from wan.utils.errors import InputError, Interrupted, lost_peer, out_of_memory
 from wan.utils.signals import EXIT_SIGNAL, GO_ON, Interruption, interruptible
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXIT_FAILURE = 1
 EXIT_INPUT_ERROR = 2
 LESS_MEMORY = "fewer frames, window memory (memory.kind), a smaller batch or picture, or bfloat16 take less"
+START_ALL_AGAIN = "start the same command again, on all nodes, to go on"
 _LOST_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -80,6 +81,10 @@ def _status_of(main: Callable[[], int], interruption: Interruption) -> int:
         _tell(f"error: {error}")
         return error.exit_status
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
+        # First, since torchrun sends the processes of a node that is left alone a signal, too.
+        if rank_and_world_size()[1] > 1 and lost_peer(error):
+            _tell(f"error: another process of this run is gone ({_summary(error)}): {START_ALL_AGAIN}")
+            return EXIT_FAILURE
         if interruption.first is not None:
             raise
         if out_of_memory(error):

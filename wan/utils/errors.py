@@ -38,3 +38,19 @@ def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     in_words = isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY_WORDS)
     return in_words or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+_LOST_PEER_WORDS = (
+    *("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe"),
+    *("failed to recv", "remote process exited", "peer process", "nccl communicator was aborted", "timed out waiting"),
+)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process of a distributed run is gone or does not answer."""
+    from torch import distributed
+
+    if distributed.is_available() and isinstance(error, distributed.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST_PEER_WORDS)

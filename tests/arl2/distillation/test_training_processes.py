@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from arl2.distillation import checkpointing as training_state
 from arl2.distillation.sharding import TENSOR_CLASSES, show_tensors
 from arl2.model import HybridWanModel
 from pipelines.training import run as training
+from wan.checkpoints.formats import TransformerWeights
 
 HALF_A_BATCH = ("batch=1", "steps=4")
 
@@ -49,6 +51,38 @@ def test_two_processes_equal_one_with_the_double_batch(root: Path, stage: int, s
     assert_same_losses(root / f"one{stage}", folder)
     one, two = (path / "export" / "diffusion_pytorch_model.safetensors" for path in (root / f"one{stage}", folder))
     assert one.stat().st_size == two.stat().st_size
+
+
+def test_a_sharded_student_generates_its_context_as_a_whole_one_does(root: Path) -> None:
+    settings = ("context=self_rollout", "steps=2", "checkpointing=true")
+    run(root, 2, f"run_folder={root / 'rollout1'}", *settings)
+    run(root, 2, f"run_folder={root / 'rollout2'}", *settings, "batch=1", "shard=true", processes=2)
+    assert_same_losses(root / "rollout1", root / "rollout2")
+
+
+def stop_on_nan(layer: str) -> None:
+    """Make the weights of a layer, as they are read, hold one NaN in the last row."""
+    read = training.read_transformer
+
+    def read_transformer(*arguments: object) -> TransformerWeights:
+        weights = read(*arguments)
+        weights.state[layer] = weights.state[layer].clone()
+        weights.state[layer][-1, -1] = float("nan")
+        return weights
+
+    training.read_transformer = read_transformer
+
+
+def test_a_value_that_is_not_finite_on_one_rank_ends_both(root: Path) -> None:
+    name = "blocks.1.ffn.0.weight"
+    settings = (f"run_folder={root / 'nan'}", "batch=1", "steps=2", "shard=true")
+    processes = start(root, 2, *settings, processes=2, before=partial(stop_on_nan, name))
+    for rank, process in enumerate(processes):
+        process.join(120)
+        said = (root / f"stderr-{rank}.txt").read_text()
+        assert process.exitcode == 2, said
+        assert ("NaN or infinite" in said and name in said) if rank == 1 else "another process" in said
+    assert not list((root / "nan").rglob("*.safetensors"))
 
 
 def test_a_killed_run_of_two_processes_goes_on_on_one(root: Path) -> None:
