@@ -1,7 +1,6 @@
 """Training on several nodes: two torchrun agents on loopback, one of which dies."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from paths import ROOT
 from training_world import build_world, command, losses, run
@@ -31,18 +31,21 @@ class Agents:
         self.processes = []
         for path in self._files:
             with path.open("w") as file:
-                process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, start_new_session=True)
+                process = subprocess.Popen(line, env=environment, stdout=file, stderr=file)
             self.processes.append(process)
 
     def output(self, number: int) -> str:
         """What an agent and its process said."""
         return self._files[number].read_text()
 
-    def kill(self) -> None:
-        """Kill what still runs, processes included."""
-        for process in self.processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    def kill(self, *numbers: int) -> None:
+        """Kill nodes: agents and the processes that they started, which have sessions of their own."""
+        for process in (self.processes[number] for number in numbers):
+            with suppress(psutil.NoSuchProcess):
+                agent = psutil.Process(process.pid)
+                for one in (*agent.children(recursive=True), agent):
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
             process.wait()
 
 
@@ -58,13 +61,13 @@ def test_when_a_node_dies_the_other_says_so_and_the_same_command_goes_on(victim:
         while not list((folder / "checkpoints").glob("step-*")):
             assert all(process.poll() is None for process in agents.processes) and time.monotonic() < deadline
             time.sleep(0.01)
-        os.killpg(agents.processes[victim].pid, signal.SIGKILL)
+        agents.kill(victim)
         assert agents.processes[1 - victim].wait(timeout=120) != 0
         said = agents.output(1 - victim)
         assert "error: another process of this run is gone" in said, said
         assert not (folder / "export").exists(), "killed too late to show anything"
     finally:
-        agents.kill()
+        agents.kill(0, 1)
     agents = Agents(root, f"run_folder={folder}", *settings)
     try:
         # The agent that holds the meeting point ends first, and the other one only after a while.
@@ -72,6 +75,6 @@ def test_when_a_node_dies_the_other_says_so_and_the_same_command_goes_on(victim:
             assert time.monotonic() < deadline + 120, agents.output(0) + agents.output(1)
             time.sleep(0.1)
     finally:
-        agents.kill()
+        agents.kill(0, 1)
     for line, same in zip(losses(root / "one"), losses(folder), strict=True):
         assert same == pytest.approx(line, rel=1e-4, abs=1e-8)
