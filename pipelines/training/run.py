@@ -165,7 +165,7 @@ def how_to_go_further(config: TrainingConfig) -> str:
 
 def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
     """The memory that the softmax layers have in a training; stage 1 learns from a teacher that sees everything."""
-    window_frames, sink_frames = config.memory.window if isinstance(config, Stage2Config) else (None, 0)
+    window_frames, sink_frames = config.student_memory().window if isinstance(config, Stage2Config) else (None, 0)
     return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
