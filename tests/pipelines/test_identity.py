@@ -222,3 +222,24 @@ def test_scores_that_are_all_alike_are_said(
     assert call(select_layers) == 0
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == ["all layers score 0.5: the sets are the first layers, and no choice"]
+
+
+def test_rollouts_that_were_interrupted_have_the_values_of_an_unbroken_run(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(generate_latents, "--output_folder", "whole") == 0
+    honest, rolled = generate_latents.Teacher.roll_out, []
+
+    def stop_at_the_second(*arguments: Any) -> torch.Tensor:
+        rolled.append(arguments)
+        if len(rolled) == 2:
+            raise KeyboardInterrupt
+        return honest(*arguments)
+
+    monkeypatch.setattr(generate_latents.Teacher, "roll_out", stop_at_the_second)
+    assert call(generate_latents) == 130 and len(LatentDataset([Path("made")])) == 1
+    assert call(generate_latents) == 0 and len(rolled) == 3
+    assert len(list(Path("made").glob("shard-*"))) == 2, "what was there when it stopped has a shard of its own"
+    whole, made = LatentDataset([Path("whole")]), LatentDataset([Path("made")])
+    assert len(made) == len(whole) == 2
+    assert all(torch.equal(*pair) for place in range(2) for pair in zip(whole[place], made[place], strict=True))
