@@ -58,7 +58,13 @@ class MemoryConfig:
 
     @property
     def window(self) -> tuple[int | None, int]:
-        """Frames of the window, None for everything, and of the sink; everything for a kind that is not resolved."""
+        """Frames of the window, None for everything, and of the sink.
+
+        Raises:
+            ValueError: the kind is not resolved: only a model says what it means.
+        """
+        if self.kind is MemoryKind.trained:
+            raise ValueError("memory of kind trained has no window: resolve it first")
         return (self.window_frames, self.sink_frames) if self.kind is MemoryKind.window else (None, 0)
 
     def resolved(self, trained: TrainedMemory | None) -> "MemoryConfig":
@@ -96,12 +102,13 @@ class MemoryConfig:
         return None
 
     def check(self, frames_per_block: int) -> None:
-        """Make sure that a block fits.
+        """Make sure that a block fits; a kind that is not resolved does.
 
         Raises:
             InputError: the window is too small.
         """
-        check_window(*self.window, frames_per_block)
+        if self.kind is not MemoryKind.trained:
+            check_window(*self.window, frames_per_block)
 
 
 @dataclass

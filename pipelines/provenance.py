@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from arl2 import __version__
+from arl2.model import HybridWanModel
+from wan.checkpoints.fields import HYBRID, SIZES
 from wan.checkpoints.loading import fingerprint_of
-from wan.text import TextEncoder
+from wan.text import SPECIAL_TOKENS, TextEncoder
 from wan.vae.wan_vae import WanVAE
 
 PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
@@ -32,6 +34,13 @@ TEXT_FIELDS = (
     "layer_norm_epsilon",
     "feed_forward_proj",
 )
+TOKENIZER_SETTINGS = {
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": "False",
+    **{f"{role}_token": token for role, token in zip(("pad", "eos", "unk"), SPECIAL_TOKENS, strict=True)},
+}
+"""What shapes tokens beside the state of a fast tokenizer, with the values of UMT5's."""
 TEXT_SIZES = ("d_model", "d_ff", "num_layers", *TEXT_FIELDS)
 """Sizes of a text encoder in transformers' configuration; what `TEXT_FIELDS` lacks shows in the weights."""
 
@@ -57,11 +66,24 @@ def vae_fingerprint(vae: WanVAE) -> str:
 
 
 def text_encoder_fingerprint(encoder: TextEncoder) -> str:
-    """Hash of all that embeddings depend on: weights in their type now, structure, vocabulary and length."""
+    """Hash of a text encoder: weights in their type now, structure, vocabulary and length; see `text_fingerprints`."""
     structure = encoder.model.config.to_dict()
     about = {name: structure.get(name) for name in TEXT_FIELDS} | {"text_len": encoder.text_len}
     vocabulary = encoder.tokenizer.get_vocab() if encoder.tokenizer is not None else {}
     return _hash(fingerprint_of(encoder.model.state_dict()), about | {"vocabulary": vocabulary})
+
+
+def text_fingerprints(encoder: TextEncoder) -> dict[str, str]:
+    """All that embeddings depend on: the encoder's fingerprint, and that of its tokenizer if it has one."""
+    found = {"text_encoder": text_encoder_fingerprint(encoder)}
+    return found if encoder.tokenizer is None else found | {"tokenizer": tokenizer_fingerprint(encoder.tokenizer)}
+
+
+def architecture_of(model: HybridWanModel) -> dict[str, Any]:
+    """What a transformer computes beside its weights: sizes, and the settings of hybrid layers where it has some."""
+    record, hybrid = model.record(), model.hybrid
+    names = [*SIZES, *(HYBRID if hybrid.lora_rank is not None else ["hybrid_layers"] if hybrid.layers else [])]
+    return {name: record[name] for name in names}
 
 
 def part_fingerprint(part: nn.Module) -> str:
@@ -76,11 +98,14 @@ def part_fingerprint(part: nn.Module) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of what a tokenizer knows, but for how it was last told to pad and cut."""
+    """Hash of all that a tokenizer does to a text, but for the lengths to which it was last told to pad and cut."""
+    settings = {name: str(getattr(tokenizer, name, value)) for name, value in TOKENIZER_SETTINGS.items()}
+    # Fingerprints of earlier versions did not have these: usual ones leave them as they were.
+    unusual = [settings] if settings != TOKENIZER_SETTINGS else []
     if not tokenizer.is_fast:
-        return _hash(tokenizer.get_vocab())
+        return _hash(tokenizer.get_vocab(), *unusual)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _hash({name: value for name, value in state.items() if name not in ("padding", "truncation")})
+    return _hash({name: value for name, value in state.items() if name not in ("padding", "truncation")}, *unusual)
 
 
 def _hash(*parts: object) -> str:

@@ -30,7 +30,8 @@ from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.pickles import SUFFIXES as PICKLE_SUFFIXES
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_folder, remove_abandoned
+from wan.utils.files import atomic_folder, check_writable, no_empty_folder_left, remove_abandoned
+from wan.utils.locks import exclusive
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,27 @@ def save(model: HybridWanModel, target: Path) -> None:
 
 @entry_point()
 def main() -> int:
-    """Parse, read, fit, write."""
+    """Parse, read, fit, write; one process at a time writes a target."""
     arguments = parse()
-    remove_abandoned(arguments.target)
-    if arguments.target.exists():
-        raise InputError(f"{arguments.target} exists: choose another target or remove it")
-    if arguments.target.suffix in PICKLE_SUFFIXES and arguments.target.suffix != ".pt":
-        raise InputError(f"{arguments.target}: weights are written as .pt or .safetensors, or into a folder")
+    target: Path = arguments.target
+    if target.suffix in PICKLE_SUFFIXES and target.suffix != ".pt":
+        raise InputError(f"{target}: weights are written as .pt or .safetensors, or into a folder")
+    with no_empty_folder_left(target.parent):
+        check_writable(target.parent)
+        with exclusive(target.with_name(f".{target.name}.lock"), str(target)):
+            remove_abandoned(target)
+            if target.exists():
+                raise InputError(f"{target} exists: choose another target or remove it")
+            convert(arguments)
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Read, fit, write.
+
+    Raises:
+        InputError: the source is missing or damaged, or its sizes are not known, or contradict the flags.
+    """
     weights = read_transformer(arguments.source, arguments.use_ema)
     if arguments.model_folder is not None:
         config = transformer_config(arguments.model_folder)
@@ -97,7 +112,6 @@ def main() -> int:
     save(model, arguments.target)
     memory = f", trained with {model.trained_memory}" if model.trained_memory else ""
     log.info("wrote %s: %s%s", arguments.target, report.settings, memory)
-    return 0
 
 
 if __name__ == "__main__":

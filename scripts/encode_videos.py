@@ -37,7 +37,7 @@ from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config
 from pipelines.media.reader import CaptionedVideo, UnusableVideoError, encode_frames, find_videos, read_clip
 from pipelines.prompts.names import shown
-from pipelines.provenance import text_encoder_fingerprint, vae_fingerprint
+from pipelines.provenance import text_fingerprints, vae_fingerprint
 from pipelines.settings import load_config
 from wan.checkpoints.formats import transformer_config
 from wan.text import TextEncoder, load_text_encoder
@@ -169,10 +169,12 @@ def main() -> int:
     with ExitStack() as stack:
         stack.enter_context(no_empty_folder_left(folder))
         check_writable(folder)
-        writer = stack.enter_context(LatentWriter(folder, settings, pending=("vae", "text_encoder"), part=part))
+        writer = stack.enter_context(
+            LatentWriter(folder, settings, pending=("vae", "text_encoder", "tokenizer"), part=part)
+        )
         vae = load_vae(model_folder, dtype=dtype, device=device)
         encoder = load_text_encoder(model_folder, dtype=dtype, device=device, **text_len)
-        writer.complete({"vae": vae_fingerprint(vae), "text_encoder": text_encoder_fingerprint(encoder)})
+        writer.complete({"vae": vae_fingerprint(vae)} | text_fingerprints(encoder))
         skipped, failed = encode_all(videos, config, vae, encoder, writer, quiet=rank != 0)
         if videos and not writer.keys:
             raise InputError(f"none of {len(videos)} videos could be used: the warnings above say why")

@@ -21,7 +21,7 @@ import argparse
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from rich.progress import Progress
@@ -32,12 +32,12 @@ from arl2.distillation.latent_writer import LatentWriter, SampleInfo
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
-from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
-from pipelines.provenance import text_encoder_fingerprint
+from pipelines.provenance import architecture_of, text_fingerprints
 from pipelines.settings import load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of_file
@@ -49,6 +49,9 @@ from wan.utils.ranges import Bounds
 from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
+
+KNOWN_LATER = ("weights", "architecture", "memory", "text_encoder", "tokenizer")
+"""What a data set depends on that the model's files say, see `Teacher.made_by`."""
 
 
 def parse() -> argparse.Namespace:
@@ -94,7 +97,8 @@ class Teacher:
         use_ema: see `read_transformer`.
 
     Attributes:
-        made_by: fingerprints of the weights.
+        made_by: what latents and embeddings depend on beside the config: fingerprints of the weights and of the
+            tokenizer, the settings of the transformer, and the memory that the config means for it.
 
     Raises:
         CheckpointError, InputError: weights that are missing or damaged, or do not fit.
@@ -109,9 +113,12 @@ class Teacher:
         self.encoder: TextEncoder = load_text_encoder(
             model_folder, text_len=self.model.config.text_len, dtype=dtype, device=device
         )
-        self.made_by = {
+        self._memory = self._resolved(config)
+        self.made_by: dict[str, Any] = {
             "weights": fingerprint_of_file(weights.state),
-            "text_encoder": text_encoder_fingerprint(self.encoder),
+            "architecture": architecture_of(self.model),
+            "memory": asdict(self._memory),
+            **text_fingerprints(self.encoder),
         }
         self._config, self._device = config, device
         self._sampler = FewStepSampler.from_steps(
@@ -120,6 +127,16 @@ class Teacher:
         stride = spatial_stride(model_folder)
         self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
 
+    def _resolved(self, config: InferenceConfig) -> MemoryConfig:
+        """The memory that a config means for the model; one that training did not meet is warned of."""
+        trained = self.model.trained_memory
+        warning = config.memory.warning(trained, bool(self.model.hybrid.layers))
+        if warning is not None:
+            log.warning("%s", warning)
+        memory = config.memory.resolved(trained)
+        memory.check(config.frames_per_block)
+        return memory
+
     def roll_out(self, seed: int, text_BTD: Tensor) -> Tensor:
         """The latents of a video, [1, F, C, h, w]."""
         config, model = self._config, self.model
@@ -127,7 +144,7 @@ class Teacher:
         latents = torch.empty(1, config.num_output_frames, *self._shape, device=self._device)
         blocks = num_blocks(config.num_output_frames, config.frames_per_block)
         with model.as_teacher():
-            memory, text = model.memory_for(latents, *config.memory.window), model.embed_text(text_BTD)
+            memory, text = model.memory_for(latents, *self._memory.window), model.embed_text(text_BTD)
             made = rollout(model, self._sampler, noise, text, memory, blocks, context_noise=config.context_noise)
             for block in made:
                 latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
@@ -168,8 +185,9 @@ def main() -> int:
     folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
-    settings |= {"source": "rollouts", "dtype": str(dtype)}
-    with LatentWriter(folder, settings, pending=("weights", "text_encoder"), part=part) as writer:
+    backend = require_backend(config.attention_backend, device, dtype)
+    settings |= {"source": "rollouts", "dtype": str(dtype), "attention_backend": backend.value}
+    with LatentWriter(folder, settings, pending=KNOWN_LATER, part=part) as writer:
         teacher = Teacher(config, arguments.use_ema, dtype, device)
         writer.complete(teacher.made_by)
         failed = generate_all(jobs, teacher, writer, arguments.prune, quiet=rank_and_world_size()[0] != 0)

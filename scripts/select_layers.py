@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid
+from arl2.checkpoint import build_hybrid, plan_hybrid
 from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
@@ -52,7 +52,7 @@ from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
-from pipelines.provenance import text_encoder_fingerprint
+from pipelines.provenance import architecture_of, text_fingerprints
 from pipelines.records import Records, open_records
 from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
@@ -130,11 +130,17 @@ def plan(arguments: argparse.Namespace, config: InferenceConfig) -> list[PromptJ
     """Videos to make.
 
     Raises:
-        InputError: a flag that is missing or cannot work, or a config with a window.
+        InputError: a flag that is missing or cannot work, a config with a window, or videos of a single block.
     """
     needed(arguments, "checkpoint_path")
     if config.memory.kind is MemoryKind.window:
         raise InputError("replacement compares models with full memory: set memory.kind to full")
+    if config.num_output_frames <= config.frames_per_block:
+        raise InputError(
+            f"videos of {config.num_output_frames} latent frames are a single block of {config.frames_per_block}, over "
+            "which a hybrid layer is the teacher's exactly, and all scores 0: give num_output_frames of two blocks at "
+            "least"
+        )
     requests = read_requests(needed(arguments, "data_path"))
     times = -(-arguments.num_videos // len(requests))
     return plan_jobs(repeat_requests(requests, times)[: arguments.num_videos], arguments.seed)
@@ -168,16 +174,19 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
     check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
-    settings |= {"seed": arguments.seed, "dtype": str(dtype)}
+    backend = require_backend(config.attention_backend, device, dtype)
+    settings |= {"seed": arguments.seed, "dtype": str(dtype), "attention_backend": backend.value}
+    settings["memory"] = asdict(replace(config.memory, kind=MemoryKind.full))
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
         weights = read_transformer(str(config.checkpoint_path))
         model_folder = Path(config.model_folder)
-        sizes = {name: value for name, value in transformer_config(model_folder).items() if name == "text_len"}
-        encoder = load_text_encoder(model_folder, **sizes, dtype=dtype, device=device)
+        sizes = transformer_config(model_folder)
+        text_len = {name: value for name, value in sizes.items() if name == "text_len"}
+        encoder = load_text_encoder(model_folder, **text_len, dtype=dtype, device=device)
         # Formats order names each in its own way.
         settings["weights"] = fingerprint_of_file(weights.state)
-        settings["text_encoder"] = text_encoder_fingerprint(encoder)
-        records.made_with(settings)
+        settings["architecture"] = architecture_of(plan_hybrid(weights, sizes, HybridSettings()).model)
+        records.made_with(settings | text_fingerprints(encoder))
         missing = [job for job in jobs if records.find(job.name) is None]
         if missing:
             score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records)
@@ -241,6 +250,8 @@ def main() -> int:
     if rank_and_world_size()[0]:
         return 0  # it trained gates with the others; one of them writes
     selection = Selection(arguments.method, scores)
+    if len(set(scores.values())) == 1 < len(scores):
+        log.warning("all layers score %g: the sets are the first layers, and no choice", next(iter(scores.values())))
     selection.write(arguments.yaml)
     table = Table("layer", "score", *(f"{share} %" for share in SHARES))
     for layer, score in sorted(scores.items()):

@@ -187,13 +187,19 @@ class TextEncoder:
         if len(ids) <= kept:
             return
         self._known_cuts.add(prompt)
-        lost = prompt[whole["offset_mapping"][kept][0] :] if tokenizer.is_fast else tokenizer.decode(ids[kept:])
+        number, from_the_left = len(ids) - kept, tokenizer.truncation_side == "left"
+        if tokenizer.is_fast:
+            places = whole["offset_mapping"]
+            lost = prompt[: places[number - 1][1]] if from_the_left else prompt[places[kept][0] :]
+        else:
+            lost = tokenizer.decode(ids[:number] if from_the_left else ids[kept:])
         log.warning(
-            "the prompt '%s' is too long: of its %d tokens the text encoder takes %d, the last %d are dropped: '%s'",
+            "the prompt '%s' is too long: of its %d tokens the text encoder takes %d, the %s %d are dropped: '%s'",
             _shortened(prompt),
             len(ids),
             kept,
-            len(ids) - kept,
+            "first" if from_the_left else "last",
+            number,
             _shortened(lost.strip()),
         )
 

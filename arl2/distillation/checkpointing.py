@@ -276,7 +276,8 @@ def _read(checkpoint: Path, file: str, wanted: Mapping[str, Tensor]) -> StateDic
     differing = _differing(wanted, state)
     differing |= {name for name in wanted.keys() & state.keys() if wanted[name].dtype != state[name].dtype}
     if differing:
-        raise damaged(checkpoint, file, f"{summarize_names(differing)} does not fit the parameters to train")
+        other = "" if wanted.keys() ^ state.keys() else ", unless the model's config.json was changed: then put it back"
+        raise damaged(checkpoint, file, f"{summarize_names(differing)} does not fit the parameters to train{other}")
     name = first_not_finite(state)
     if name is not None:
         raise damaged(checkpoint, file, f"{name} is not finite")

@@ -153,7 +153,8 @@ class LatentWriter:
             )
         self._require_same({"part": self._part}, {"part": self._index.get("part", WHOLE)})
         there = self._index["settings"]
-        self._require_same(self._settings, {name: there[name] for name in there.keys() - self._pending})
+        now = {name: value for name, value in self._settings.items() if name not in self._pending}
+        self._require_same(now, {name: there[name] for name in there.keys() - self._pending})
         self._before = {sample.key: sample for sample in samples_of(self._index)}
         self._read_shards()
         sound_texts = {name for name in {one.text for one in self._before.values()} if self._has_text(name)}
@@ -176,9 +177,11 @@ class LatentWriter:
             InputError: the folder holds samples of others.
         """
         self._settings |= plain(settings)
-        self._pending -= settings.keys()
+        self._pending.clear()
         if self._index:
             self._require_same(self._settings, self._index["settings"])
+            # What an earlier version did not note stays unknown: texts have their names by the settings.
+            self._settings = self._index["settings"]
 
     def _read_shards(self) -> None:
         """Note what every sound shard holds, also of those that a killed writer did not name in the index."""

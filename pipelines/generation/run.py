@@ -14,6 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from arl2.rollout import num_blocks
+from pipelines.generation.announcements import announced
 from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.blocks import NonFiniteBlockError
 from pipelines.generation.pipeline import CausalVideoPipeline
@@ -84,33 +85,15 @@ def generate(
         how many videos failed.
 
     Raises:
-        InputError: a finished video was made with other settings, weights or image.
+        InputError: a finished video was made with other settings, weights or image, or another process is about to
+            make it so.
     """
     # As the model means it, so that a video is the same one whichever way its memory was asked for.
     run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
     maker = _Maker(run, pipeline, identity_of(run, pipeline), anew)
     mine = shard_jobs(run.jobs, rank, world_size)
-    todo = [job for job in mine if not maker.is_finished(job)]
-    if len(todo) < len(mine):
-        on_interruption_say(GO_ON_WITH_VIDEOS)
-        log.info("%d of %d videos are finished already: skipped", len(mine) - len(todo), len(mine))
-    if todo and pipeline.flow_model is not pipeline.transformer:
-        pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=rank != 0) as progress:
-        bar = progress.add_task("videos", total=len(todo))
-        others: list[PromptJob] = []
-        for job in todo:
-            try:
-                maker.make(job, progress)
-            except LockedError as error:
-                log.info("%s is being made by %s: other videos first", video_path(run, job), error.holder)
-                others.append(job)
-            else:
-                progress.advance(bar)
-        for job in others:
-            maker.make(job, progress, on_wait=partial(log.info, "waiting for %s, made by %s", video_path(run, job)))
-            progress.advance(bar)
+    with announced(run.output_folder, maker.identity, {job.name: image_of(run, job) for job in mine}):
+        maker.make_all(mine, quiet=rank != 0)
     return maker.failed
 
 
@@ -152,6 +135,39 @@ class _Maker:
             with suppress(LockedError), self._lock(job):
                 pass
         return finished
+
+    def make_all(self, jobs: list[PromptJob], quiet: bool) -> None:
+        """Make what is not finished of some jobs; what another process makes comes last.
+
+        Args:
+            quiet: show no progress.
+
+        Raises:
+            InputError: as for `is_finished`, and what cannot be written.
+        """
+        run, pipeline = self.run, self.pipeline
+        todo = [job for job in jobs if not self.is_finished(job)]
+        if len(todo) < len(jobs):
+            on_interruption_say(GO_ON_WITH_VIDEOS)
+            log.info("%d of %d videos are finished already: skipped", len(jobs) - len(todo), len(jobs))
+        if todo and pipeline.flow_model is not pipeline.transformer:
+            pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=quiet) as progress:
+            bar = progress.add_task("videos", total=len(todo))
+            others: list[PromptJob] = []
+            for job in todo:
+                try:
+                    self.make(job, progress)
+                except LockedError as error:
+                    log.info("%s is being made by %s: other videos first", video_path(run, job), error.holder)
+                    others.append(job)
+                else:
+                    progress.advance(bar)
+            for job in others:
+                on_wait = partial(log.info, "waiting for %s, made by %s", video_path(run, job))
+                self.make(job, progress, on_wait=on_wait)
+                progress.advance(bar)
 
     def make(self, job: PromptJob, progress: Progress, on_wait: Callable[[str], None] | None = None) -> None:
         """Make a job's video, unless another process has finished it meanwhile.

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from arl2.checkpoint import build_hybrid, save_hybrid_weights
+from arl2.checkpoint import build_hybrid, plan_hybrid, save_hybrid_weights
 from arl2.distillation.checkpointing import copy_tensors_
 from arl2.distillation.data import ResidentLatents
 from arl2.distillation.objective import Objective
@@ -50,7 +50,14 @@ from arl2.toyworld.world.latents import encode_world, models_of, require_same_mo
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.provenance import ROOT, device_name, git_commit, text_encoder_fingerprint, vae_fingerprint
+from pipelines.provenance import (
+    ROOT,
+    architecture_of,
+    device_name,
+    git_commit,
+    text_fingerprints,
+    vae_fingerprint,
+)
 from pipelines.records import SETTINGS, claimed, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.training.config import (
@@ -157,10 +164,12 @@ class Study:
     def models(self) -> Result:
         """Fingerprints of the bundle's models."""
         vae, encoder = self._encoders(torch.device("cpu"))
+        weights = read_transformer(self.settings.model)
         return {
-            "transformer": fingerprint_of_file(read_transformer(self.settings.model).state),
+            "transformer": fingerprint_of_file(weights.state),
+            "architecture": architecture_of(plan_hybrid(weights, self.sizes, HybridSettings()).model),
             "vae": vae_fingerprint(vae),
-            "text_encoder": text_encoder_fingerprint(encoder),
+            **text_fingerprints(encoder),
         }
 
     def training_settings(self, name: str = "") -> Result:

@@ -179,8 +179,13 @@ class Stage2Config(TrainingConfig):
         rank = self.lora_rank if self.lora else None
         return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
 
+    def student_memory(self) -> MemoryConfig:
+        """What the student's softmax layers see."""
+        return self.memory.resolved(None)
+
     def objective_settings(self) -> Stage2Settings:
         """As `Stage2` takes them."""
+        window_frames, sink_frames = self.student_memory().window
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,
@@ -189,8 +194,8 @@ class Stage2Config(TrainingConfig):
             target=self.target,
             checkpointing=self.checkpointing,
             offload_checkpoints=self.offload_checkpoints,
-            window_frames=self.memory.window[0],
-            sink_frames=self.memory.window[1],
+            window_frames=window_frames,
+            sink_frames=sink_frames,
         )
 
 

@@ -11,7 +11,6 @@ from arl2.distillation.objective import LayerReports
 from arl2.distillation.trainer import LOSSES
 from arl2.model import HybridWanModel
 from arl2.rollout import SeededNoise, num_blocks, rollout
-from pipelines.config import MemoryConfig
 from pipelines.media.plots import plot_layers, plot_losses
 from pipelines.media.video import VideoWriter, to_uint8
 from pipelines.training.config import Stage2Config, TrainingConfig
@@ -52,8 +51,8 @@ class TrainingMonitor:
     def _sample(self, model: HybridWanModel, path: Path) -> None:
         with model.as_teacher():
             teacher = self._rollout(model)
-        memory = self._config.memory if isinstance(self._config, Stage2Config) else MemoryConfig()
-        videos = [teacher, self._rollout(model, *memory.window)]
+        window = self._config.student_memory().window if isinstance(self._config, Stage2Config) else ()
+        videos = [teacher, self._rollout(model, *window)]
         if self._vae is None:
             return
         pixels = [self._vae.decode(latents.to(self._vae.dtype)).float() for latents in videos]

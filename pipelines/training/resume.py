@@ -18,7 +18,7 @@ from wan.checkpoints.formats import stated_config, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights, summarize_names
 from wan.utils.errors import CheckpointError
 
-KNOWN_LATER = ("teacher", "data_values", "start")
+KNOWN_LATER = ("teacher", "architecture", "data_values", "start")
 """Entries of a run's fingerprint that take the weights, or all of the data, to compute."""
 
 

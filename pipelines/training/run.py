@@ -29,7 +29,7 @@ from pipelines.cli import choose_device
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
-from pipelines.provenance import device_name, git_commit, versions
+from pipelines.provenance import architecture_of, device_name, git_commit, versions
 from pipelines.settings import load_config
 from pipelines.training.config import (
     GatesConfig,
@@ -165,7 +165,7 @@ def how_to_go_further(config: TrainingConfig) -> str:
 
 def trained_memory(config: TrainingConfig, data: Samples) -> TrainedMemory:
     """The memory that the softmax layers have in a training; stage 1 learns from a teacher that sees everything."""
-    window_frames, sink_frames = config.memory.window if isinstance(config, Stage2Config) else (None, 0)
+    window_frames, sink_frames = config.student_memory().window if isinstance(config, Stage2Config) else (None, 0)
     return TrainedMemory(window_frames, sink_frames, num_frames=data[0][0].shape[0])
 
 
@@ -235,6 +235,7 @@ def run_fingerprint(
     fingerprint = resume_fingerprint(config, global_batch)
     fingerprint |= {"teacher": teacher, "data_samples": data.fingerprint()}
     details: dict[str, Any] = {"data_values": data.values_fingerprint(), "trained_layers": list(model.hybrid.layers)}
+    details["architecture"] = architecture_of(model)
     before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
     if isinstance(config, Stage2Config):
         start = None if config.init_from is None else fingerprint_of(stage1_parameters(model))

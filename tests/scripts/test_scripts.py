@@ -96,6 +96,29 @@ def test_a_conversion_gets_the_umask_s_mode_and_is_whole_or_absent(
     assert {path.stat().st_mode & 0o777 for path in written} <= {0o640, 0o750}
 
 
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "new/b"])
+def test_one_conversion_at_a_time_writes_a_target(
+    target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(HYBRID, torch.float32).save_pretrained(tmp_path / "a")
+    path, inner = tmp_path / target, []
+    honest = convert_checkpoint.save
+
+    def meet(model: HybridWanModel, where: Path) -> None:
+        """Start a second conversion while the first writes."""
+        inner.append(call(monkeypatch, convert_checkpoint, tmp_path / "a", path))
+        honest(model, where)
+
+    monkeypatch.setattr(convert_checkpoint, "save", meet)
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", path) == 0 and inner == [2]
+    error = capsys.readouterr().err
+    assert f"{path} is in use by process {os.getpid()}" in error and error.count("error: ") == 1
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", path) == 2 and "exists" in capsys.readouterr().err
+    assert not list(path.parent.glob(".*")), "nor is a lock left"
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "none", tmp_path / "other" / "b") == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_sizes_that_contradict_the_source_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,14 @@ def test_what_cannot_be_seen_is_no_text(prompt: str) -> None:
     assert not has_text(prompt)
 
 
+def test_what_is_cut_from_the_left_is_named(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.truncation_side = "left"
+    tokens = TextEncoder(encoder.model, tokenizer, 8).tokens(["a red disc rolls a blue disc rolls a disc"])
+    assert tokenizer.decode(tokens["input_ids"][0], skip_special_tokens=True) == "rolls a blue disc rolls a disc"
+    assert caplog.records[-1].getMessage().endswith("takes 7, the first 3 are dropped: 'a red disc'")
+
+
 def test_what_is_cut_from_a_prompt_is_reported_once(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
     fresh = TextEncoder(encoder.model, word_tokenizer(WORDS), 8)
     with caplog.at_level(logging.WARNING):

@@ -7,6 +7,10 @@ from typing import Any
 from wan.utils.errors import InputError
 
 _ABSENT = "nothing"
+NOTED_LATER = ("architecture", "tokenizer")
+"""Settings that records of earlier versions lack: there they are unknown, and accepted. They may be nested."""
+FORMER_VALUES = {("memory.kind", "trained"): "full"}
+"""What records say of settings that were not resolved: an unresolved memory was everything."""
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,10 +28,32 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, each as "name was …, is …", by name."""
-    old, new = flat(plain(before)), flat(plain(now))
+    """What differs, each as "name was …, is …", by name; see `NOTED_LATER`."""
+    old, new = (_known(flat(plain(settings))) for settings in (before, now))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name, _ABSENT) != new.get(name, _ABSENT))
-    return [f"{name} was {old.get(name, _ABSENT)}, is {new.get(name, _ABSENT)}" for name in names]
+    return [
+        f"{name} was {old.get(name, _ABSENT)}, is {new.get(name, _ABSENT)}"
+        for name in names
+        if not _is_unknown(name, old, new)
+    ]
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings under the values of today."""
+    return {
+        name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+
+
+def _is_unknown(name: str, *sides: Mapping[str, Any]) -> bool:
+    """Whether a flat name belongs to a setting of `NOTED_LATER` that one of two sides lacks as a whole."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part in NOTED_LATER:
+            whole = ".".join(parts[: place + 1])
+            return not all(any(other == whole or other.startswith(f"{whole}.") for other in side) for side in sides)
+    return False
 
 
 def require_same_settings(

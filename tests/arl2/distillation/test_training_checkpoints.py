@@ -373,3 +373,32 @@ def test_a_run_depends_on_content_and_not_on_paths(
         json.loads((run / f"checkpoints/step-{step:08d}/state.json").read_text())["fingerprint"] for step in (3, 4)
     ]
     assert fingerprints[0] == fingerprints[1] and fingerprints[0]["start"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", 1e-3), ("num_heads", 4), ("text_len", 6)])
+def test_other_settings_of_the_teacher_are_another_teacher(
+    name: str,
+    value: float,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, model = copied_run(world, tmp_path), shutil.copytree(world / "model", tmp_path / "model")
+    weights_file = next(model.glob("*.safetensors"))
+    save_file(load_file(weights_file), weights_file, metadata={"format": "pt"})  # config.json alone says
+    config, page = model / "config.json", json.loads((model / "config.json").read_text())
+    config.write_text(json.dumps(page | {name: value}))
+    flags = (f"model_folder={model}",)
+    assert go_on(monkeypatch, world, run, *flags) == 2
+    message = one_line(capsys)
+    assert f"(architecture.{name} was {page[name]}, is {value})" in message and "damaged" not in message
+    state = run / NEWEST / "state.json"
+    old = json.loads(state.read_text())
+    del old["fingerprint"]["architecture"]
+    state.write_text(json.dumps(old))
+    if name == "num_heads":
+        assert go_on(monkeypatch, world, run, *flags) == 2
+        assert "unless the model's config.json was changed" in one_line(capsys)
+    else:
+        assert go_on(monkeypatch, world, run, *flags) == 0, "a run of an earlier version does not say"

@@ -10,10 +10,12 @@ import pytest
 from forked import ForkServer, partial_of, wait_until
 from inference_world import flags_of, names_in, planned, run_inference, videos_in, write_config
 
+from pipelines.generation.announcements import announced
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import lock_path
 from pipelines.generation.run import generate
 from pipelines.media.video import count_frames
+from wan.utils.errors import InputError
 from wan.utils.files import content_hash
 from wan.utils.locks import exclusive
 
@@ -138,3 +140,39 @@ def test_a_second_demo_is_refused_by_name(
         assert demo.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "is in use by process" in error
+
+
+def test_a_run_of_other_settings_is_refused_before_it_makes_a_video(
+    server: ForkServer, config: Path, prompts: Path
+) -> None:
+    """The first comes late to the prompts that they share."""
+    out = config.parent / "out"
+    flags = flags_of(config, "--num_output_frames", 21)
+    first = server.start(*flags, "--data_path", prompts, "fps=8")
+    wait_until(lambda: partial_of(out, first))
+    (config.parent / "last.txt").write_text("shape\nblue\n")
+    second = server.start(*flags, "--data_path", config.parent / "last.txt", "fps=16")
+    assert (second.wait(), first.wait()) == (2, 0), first.errors
+    assert len(second.errors) == 1 and "(fps was 8, is 16): wait until it has ended" in second.errors[0]
+    assert f"is to be made by process {first.pid} on" in second.errors[0]
+    assert_whole(out, 3, 21)
+
+
+def test_what_is_announced_ends_with_the_run(tmp_path: Path) -> None:
+    settings = {"fps": 8}
+    with announced(tmp_path, settings, {"a": {}, "b": {"image": "x"}}):
+        with announced(tmp_path, settings, {"a": {}, "b": {"image": "x"}}), announced(tmp_path, {"fps": 16}, {"c": {}}):
+            assert len(list(tmp_path.glob(".run-*.json"))) == 3
+        for other, videos, message in (
+            ({"fps": 16}, {"a": {}}, r"a\.mp4 is to be made by process .* with other settings \(fps was 8, is 16\)"),
+            (settings, {"b": {"image": "y"}}, "image was x, is y"),
+        ):
+            with pytest.raises(InputError, match=message), announced(tmp_path, other, videos):
+                pytest.fail("it began")
+        assert len(list(tmp_path.iterdir())) == 2
+    assert not list(tmp_path.iterdir())
+    for name in (".run-dead.lock", ".run-dead.json"):  # of a run that was killed
+        (tmp_path / name).write_text('{"settings": {"fps": 1}, "videos": {"a": {}}}')
+    with announced(tmp_path, settings, {"a": {}}):
+        pass
+    assert not list(tmp_path.iterdir())
