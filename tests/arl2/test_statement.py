@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import HYBRID, TINY, tiny_model
 
@@ -17,6 +18,7 @@ from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_
 from wan.checkpoints.fields import RELEASED
 from wan.checkpoints.formats import TransformerWeights, diffusers_name, read_transformer, transformer_config
 from wan.checkpoints.loading import StateDict
+from wan.checkpoints.record import read_record
 from wan.config import wan_size
 from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
@@ -130,6 +132,27 @@ def test_what_weights_do_not_show_is_recorded_beside_them(name: str, value: Any,
     for load in (build, HybridWanModel.from_pretrained):
         with pytest.raises(CheckpointError, match=f"{name}|A_log"):
             load(folder)
+
+
+def test_a_header_that_contradicts_itself_or_is_malformed_is_refused(model: HybridWanModel, tmp_path: Path) -> None:
+    path = tmp_path / "hybrid.safetensors"
+    save_hybrid_weights(model, path)
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    record = header["arl2"]
+    for changes, words in (
+        ({"lora_alpha": "16.0"}, r"lora_alpha 16\.0, and 6\.0 in arl2: convert it again"),
+        ({"lora_alpha": "nan"}, "lora_alpha nan, and 6"),
+        *(({"arl2": text}, "settings in its header are malformed") for text in ("[]", "null", "{}", "3", "[" * 9999)),
+        ({"arl2": record.replace("{", '{"eps": 0.001, ', 1)}, "settings in its header are malformed"),
+        ({"lora_alpha": "x"}, "settings in its header are malformed"),
+    ):
+        save_file(load_file(path), tmp_path / "other.safetensors", header | changes)
+        with pytest.raises(CheckpointError, match=words):
+            read_record(tmp_path / "other.safetensors", {})
+    assert read_record(path, {})["lora_alpha"] == 6
+    with pytest.raises(CheckpointError, match="'arl2' is no dictionary of settings"):
+        read_record(tmp_path / "a.pt", {"arl2": {}})
 
 
 def test_heads_that_weights_do_not_show_are_those_of_known_sizes(
