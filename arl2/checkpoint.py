@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from arl2.initial_values import initial_values
-from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
+from arl2.model import (
+    FFNLoRA,
+    HybridSettings,
+    HybridWanModel,
+    check_layers,
+    keep_gates_in_float32,
+    warn_of_untrained,
+)
 from arl2.statement import (
     GATES,
     check_heads,
@@ -29,13 +36,14 @@ from arl2.statement import (
     resolve_settings,
     stored_alpha,
     trained_memory_of,
+    untrained_layers_of,
 )
-from wan.checkpoints.fields import HYBRID, RELEASED, SIZES, TRAINED_MEMORY
+from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, RELEASED, SIZES, TRAINED_MEMORY
 from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
 from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
 from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
-from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating, summarize_names
+from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating
 from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -70,7 +78,7 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     require_floating(added, path)
     record = read_record(path, added)
     sizes = {name: value for name, value in base.config.items() if name in SIZES}
-    hybrid = {name: record[name] for name in (*HYBRID, TRAINED_MEMORY) if name in record}
+    hybrid = {name: record[name] for name in (*HYBRID, *OPTIONAL_HYBRID) if name in record}
     source = f"{path} on {base.source}"
     return replace(base, state=base.state | added, config=sizes | hybrid, source=source, record=record)
 
@@ -186,9 +194,10 @@ def plan_hybrid(
     # What the folder of the sizes says of hybrid layers is about its own weights, which may be others.
     config = RELEASED | {name: value for name, value in config.items() if name in SIZES} | weights.config
     found, settings = _agreed_settings(weights, config, wanted)
-    stored = {name: config.pop(name, None) for name in (*HYBRID, TRAINED_MEMORY)}
+    stored = {name: config.pop(name, None) for name in (*HYBRID, *OPTIONAL_HYBRID)}
     said = weights.record | {name: value for name, value in stored.items() if value is not None}
     config[TRAINED_MEMORY] = trained_memory_of(said, weights.source)
+    marked = untrained_layers_of(said, config["num_layers"], weights.source)
     with torch.device("meta"):
         model = _new_model(config, settings)
     state, dropped = _fit_names(weights.state, model, found, settings)
@@ -200,6 +209,8 @@ def plan_hybrid(
     if untrained:
         one_layer, every_part = config | {"num_layers": 1}, replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
         state = state | initial_values(lambda: _new_model(one_layer, every_part), untrained, config["num_layers"], seed)
+    model.set_untrained_layers(marked.union(int(name.split(".")[1]) for name in untrained))  # of parts left out too
+    model.set_untrained_layers({int(name.split(".")[1]) for name in model.untrained_parameter_names()})
     report = LoadReport(settings, untrained, dropped)
     return HybridPlan(model.eval().requires_grad_(False), state, weights.source, weights.causal, report)
 
@@ -284,7 +295,7 @@ def _fit_names(
 
 def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
     """Log what happened to weights that were loaded; see `build_hybrid`."""
-    layers, untrained, dropped = plan.report.settings.layers, plan.report.untrained, plan.report.dropped
+    dropped = plan.report.dropped
     if plan.causal is False:
         log.warning(
             "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training",
@@ -292,13 +303,8 @@ def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", plan.source, len(dropped))
-    if untrained and not to_be_trained:
-        log.warning(
-            "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
-            len(untrained),
-            len(layers),
-            summarize_names(untrained),
-        )
+    if not to_be_trained:
+        warn_of_untrained(plan.model.untrained_parameter_names())
 
 
 def save_generator(model: HybridWanModel, path: Path) -> None:

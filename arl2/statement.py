@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
+from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.trained_memory import TrainedMemory
 from wan.checkpoints.configs import check_settings
-from wan.checkpoints.fields import TRAINED_MEMORY, LoRAAlpha
+from wan.checkpoints.fields import TRAINED_MEMORY, UNTRAINED, LoRAAlpha
 from wan.checkpoints.formats import TransformerWeights, num_blocks_in
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import ALPHA
@@ -192,6 +192,14 @@ def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str
     if not isinstance(settings, Mapping):
         raise CheckpointError(f"{source}: trained_memory is {shown(settings)}, it must be an object of settings")
     return TrainedMemory.from_plain(settings, source).as_plain()
+
+
+def untrained_layers_of(config: Mapping[str, Any], num_layers: int, source: str | Path) -> set[int]:
+    """The layers that a conversion wrote and no training has met since; none where it is not said."""
+    try:
+        return set(check_layers(config.get(UNTRAINED) or (), num_layers))
+    except InputError as error:
+        raise CheckpointError(f"{source}: {UNTRAINED}: {error}") from error
 
 
 def resolve_settings(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from arl2 import __version__
+from wan.checkpoints.fields import UNTRAINED
 from wan.checkpoints.loading import fingerprint_of
 from wan.text import TextEncoder
 from wan.vae.wan_vae import WanVAE
@@ -71,7 +72,8 @@ def part_fingerprint(part: nn.Module) -> str:
     if config is None:
         return _hash(weights)
     if isinstance(config, Mapping):  # diffusers', which holds every argument of the class
-        return _hash(weights, {name: value for name, value in config.items() if not name.startswith("_")})
+        # Whether layers are trained says nothing that the weights do not.
+        return _hash(weights, {k: value for k, value in config.items() if not k.startswith("_") and k != UNTRAINED})
     return _hash(weights, {name: vars(config).get(name) for name in TEXT_SIZES})
 
 
