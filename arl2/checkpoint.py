@@ -18,6 +18,7 @@ import torch
 
 from arl2.initial_values import initial_values
 from arl2.model import (
+    DEFAULT_LORA_ALPHA,
     FFNLoRA,
     HybridSettings,
     HybridWanModel,
@@ -63,7 +64,7 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     Raises:
         CheckpointError: missing, damaged, or hybrid weights for a model that has some already.
     """
-    if checkpoint is None or not _holds_hybrid_alone(Path(checkpoint)):
+    if checkpoint is None or not holds_hybrid_alone(Path(checkpoint)):
         return read_transformer(checkpoint or folder, use_ema)
     base, path = read_transformer(folder, use_ema), Path(checkpoint)
     found = found_settings(base.state, base.source)
@@ -83,8 +84,8 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     return replace(base, state=base.state | added, config=sizes | hybrid, source=source, record=record)
 
 
-def _holds_hybrid_alone(path: Path) -> bool:
-    """Whether a file has no other names; told by its header."""
+def holds_hybrid_alone(path: Path) -> bool:
+    """Whether a file has no names that the softmax model has; told by its header."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     names, _ = read_header(path)
@@ -238,6 +239,11 @@ def _agreed_settings(
         log.info("%s does not say the alpha of its adapters: %g is taken", source, wanted.lora_alpha)
     wanted = replace(wanted, layers=check_layers(wanted.layers, num_layers))
     settings = resolve_settings(found, wanted, source, num_layers=num_layers, alpha=alpha)
+    if settings.lora_rank is None and wanted.lora_alpha != DEFAULT_LORA_ALPHA:
+        raise InputError(
+            f"lora_alpha {wanted.lora_alpha:g} would do nothing: {source} has no adapters and none are asked for; "
+            "give hybrid layers and lora_rank, or drop it"
+        )
     if not settings.layers and (settings.lora_rank is None or settings.ffn_lora is not FFNLoRA.ALL):
         asked = {"lora_rank": wanted.lora_rank, "ffn_lora": wanted.ffn_lora is FFNLoRA.ALL or None}
         names = [name for name, value in asked.items() if value]

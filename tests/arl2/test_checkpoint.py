@@ -255,7 +255,7 @@ def test_the_scale_of_stored_adapters_is_not_overruled_in_silence(tmp_path: Path
     model.save_pretrained(tmp_path)
     weights = read_transformer(tmp_path)
     assert build(weights).hybrid.lora_alpha == HYBRID.lora_alpha
-    with pytest.raises(InputError, match=r"alpha 6.0, --lora_alpha says 5.0"):
+    with pytest.raises(InputError, match=r"alpha 6.0, lora_alpha says 5.0"):
         build(weights, HybridSettings(lora_alpha=5.0))
 
 
@@ -265,7 +265,7 @@ def test_other_families_and_code_are_refused(softmax: StateDict, tmp_path: Path)
         ({"token_embedding.weight": torch.zeros(1)}, "a text encoder"),
         ({"encoder.conv1.weight": torch.zeros(1)}, "a VAE"),
         ({"generator": 3}, "int"),
-        ({"generator_ema": softmax}, "--use_ema"),
+        ({"generator_ema": softmax}, "give use_ema"),
         ({"a": torch.zeros(1), "step": 5}, "'step' is a int"),
         ([1, 2], "list"),
     ):

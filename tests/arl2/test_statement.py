@@ -219,7 +219,7 @@ def test_a_malformed_header_is_refused(text: str, model: HybridWanModel, tmp_pat
     [
         (HybridSettings((0, 2)), HybridSettings(lora_rank=4), "without adapters"),
         (HybridSettings((0, 2)), HybridSettings((0, 2), 4), "without adapters"),
-        (HYBRID, HybridSettings(ffn_lora=FFNLoRA.ALL), "--ffn_lora_all_layers"),
+        (HYBRID, HybridSettings(ffn_lora=FFNLoRA.ALL), "ffn_lora all"),
         (HYBRID, HybridSettings((1,)), "not in"),
         (HYBRID, HybridSettings(lora_rank=5), "rank 3"),
         (HybridSettings(), HybridSettings((1,), 25), "above the model's 24 channels"),
@@ -336,3 +336,20 @@ def test_settings_of_weights_that_are_not_whole_are_not_guessed(model: HybridWan
     del state["blocks.0.self_attn.phi_v.weight"]
     with pytest.raises(CheckpointError, match=r"the checkpoint: block 0 .* lacks blocks.0.self_attn.phi_v.weight"):
         found_settings(state)
+
+
+@pytest.mark.parametrize("hybrid", [HYBRID, HybridSettings((0, 2))])
+def test_advice_on_layers_is_in_words_of_no_entry_point_and_works(hybrid: HybridSettings, tmp_path: Path) -> None:
+    tiny_model(hybrid, F32).save_pretrained(tmp_path)
+    whole = "all of these, or name none" if hybrid.lora_rank else "a subset of these"
+    with pytest.raises(InputError, match=rf"hybrid in layers \[0, 2\], not in \[1\]: ask for {whole}$") as told:
+        build(tmp_path, HybridSettings((0, 1)))
+    assert "--" not in str(told.value)
+    assert build(tmp_path, HybridSettings((0, 2))).hybrid.layers == build(tmp_path).hybrid.layers == (0, 2)
+    if hybrid.lora_rank is None:
+        assert build(tmp_path, HybridSettings((2,))).hybrid.layers == (2,)
+    for wanted in (HybridSettings((0,)), HybridSettings(lora_rank=7), HybridSettings(ffn_lora=FFNLoRA.ALL)):
+        if hybrid.lora_rank is not None:
+            with pytest.raises(InputError) as told:
+                build(tmp_path, wanted)
+            assert "--" not in str(told.value)
