@@ -334,7 +334,9 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         trial = tokenizer(TRIAL_TEXT)["input_ids"]
         ids = [*tokenizer.get_vocab().values(), *trial]
-    except Exception as error:  # Both libraries raise of any class, tokenizers mere `Exception`.
+    except MemoryError:
+        raise
+    except Exception as error:  # both libraries raise of any class, tokenizers mere `Exception`
         raise CheckpointError(
             f"cannot read the tokenizer in {folder} ({type(error).__name__}): it is damaged, incomplete or not a UMT5 "
             "tokenizer; download it again"
