@@ -85,6 +85,9 @@ def _status_of(main: Callable[[], int], interruption: Interruption) -> int:
     except (RuntimeError, MemoryError, OSError, SystemExit) as error:
         if interruption.first is not None:
             raise
+        # A progress bar that ends on a closed terminal.
+        if isinstance(error, OSError) and isinstance(error.__context__, Interrupted):
+            raise error.__context__ from None
         if out_of_memory(error):
             _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")
             return EXIT_FAILURE

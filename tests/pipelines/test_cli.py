@@ -63,12 +63,20 @@ def ends_in_an_input_error() -> int:
     return 0
 
 
+def loses_its_terminal() -> int:
+    try:
+        raise Interrupted("step 3 is saved", signal.SIGHUP)
+    finally:
+        raise OSError(errno.EIO, "Input/output error")
+
+
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has 80 GiB.\nSee documentation")
 CPU = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 ANSWERS = {
     "Ctrl-C": (send(signal.SIGINT), 130, f"interrupted: {GO_ON}"),
     "SIGTERM": (send(signal.SIGTERM), 143, f"interrupted: {GO_ON}"),
     "a closed terminal": (send(signal.SIGHUP), 129, f"interrupted: {GO_ON}"),
+    "a bar on a closed terminal": (loses_its_terminal, 129, "interrupted: step 3 is saved"),
     "a text of its own": (raises(Interrupted("step 3 is saved", signal.SIGTERM)), 143, "interrupted: step 3 is saved"),
     "Python's own": (raises(KeyboardInterrupt()), 130, f"interrupted: {GO_ON}"),
     "a lost one": (swallows, 130, f"interrupted: {GO_ON}"),
