@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from arl2.initial_values import initial_values
-from arl2.model import FFNLoRA, HybridSettings, HybridWanModel, check_layers, keep_gates_in_float32
+from arl2.model import (
+    DEFAULT_LORA_ALPHA,
+    FFNLoRA,
+    HybridSettings,
+    HybridWanModel,
+    check_layers,
+    keep_gates_in_float32,
+    warn_of_untrained,
+)
 from arl2.statement import (
     GATES,
     check_heads,
@@ -29,13 +37,14 @@ from arl2.statement import (
     resolve_settings,
     stored_alpha,
     trained_memory_of,
+    untrained_layers_of,
 )
-from wan.checkpoints.fields import HYBRID, RELEASED, SIZES, TRAINED_MEMORY
+from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, RELEASED, SIZES, TRAINED_MEMORY
 from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
 from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
 from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
-from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating, summarize_names
+from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating
 from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -55,7 +64,7 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     Raises:
         CheckpointError: missing, damaged, or hybrid weights for a model that has some already.
     """
-    if checkpoint is None or not _holds_hybrid_alone(Path(checkpoint)):
+    if checkpoint is None or not holds_hybrid_alone(Path(checkpoint)):
         return read_transformer(checkpoint or folder, use_ema)
     base, path = read_transformer(folder, use_ema), Path(checkpoint)
     found = found_settings(base.state, base.source)
@@ -70,13 +79,13 @@ def read_generator(folder: Path, checkpoint: str | Path | None, use_ema: bool = 
     require_floating(added, path)
     record = read_record(path, added)
     sizes = {name: value for name, value in base.config.items() if name in SIZES}
-    hybrid = {name: record[name] for name in (*HYBRID, TRAINED_MEMORY) if name in record}
+    hybrid = {name: record[name] for name in (*HYBRID, *OPTIONAL_HYBRID) if name in record}
     source = f"{path} on {base.source}"
     return replace(base, state=base.state | added, config=sizes | hybrid, source=source, record=record)
 
 
-def _holds_hybrid_alone(path: Path) -> bool:
-    """Whether a file has no other names; told by its header."""
+def holds_hybrid_alone(path: Path) -> bool:
+    """Whether a file has no names that the softmax model has; told by its header."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     names, _ = read_header(path)
@@ -186,9 +195,10 @@ def plan_hybrid(
     # What the folder of the sizes says of hybrid layers is about its own weights, which may be others.
     config = RELEASED | {name: value for name, value in config.items() if name in SIZES} | weights.config
     found, settings = _agreed_settings(weights, config, wanted)
-    stored = {name: config.pop(name, None) for name in (*HYBRID, TRAINED_MEMORY)}
+    stored = {name: config.pop(name, None) for name in (*HYBRID, *OPTIONAL_HYBRID)}
     said = weights.record | {name: value for name, value in stored.items() if value is not None}
     config[TRAINED_MEMORY] = trained_memory_of(said, weights.source)
+    marked = untrained_layers_of(said, config["num_layers"], weights.source)
     with torch.device("meta"):
         model = _new_model(config, settings)
     state, dropped = _fit_names(weights.state, model, found, settings)
@@ -200,6 +210,8 @@ def plan_hybrid(
     if untrained:
         one_layer, every_part = config | {"num_layers": 1}, replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
         state = state | initial_values(lambda: _new_model(one_layer, every_part), untrained, config["num_layers"], seed)
+    model.set_untrained_layers(marked.union(int(name.split(".")[1]) for name in untrained))  # of parts left out too
+    model.set_untrained_layers({int(name.split(".")[1]) for name in model.untrained_parameter_names()})
     report = LoadReport(settings, untrained, dropped)
     return HybridPlan(model.eval().requires_grad_(False), state, weights.source, weights.causal, report)
 
@@ -227,6 +239,11 @@ def _agreed_settings(
         log.info("%s does not say the alpha of its adapters: %g is taken", source, wanted.lora_alpha)
     wanted = replace(wanted, layers=check_layers(wanted.layers, num_layers))
     settings = resolve_settings(found, wanted, source, num_layers=num_layers, alpha=alpha)
+    if settings.lora_rank is None and wanted.lora_alpha != DEFAULT_LORA_ALPHA:
+        raise InputError(
+            f"lora_alpha {wanted.lora_alpha:g} would do nothing: {source} has no adapters and none are asked for; "
+            "give hybrid layers and lora_rank, or drop it"
+        )
     if not settings.layers and (settings.lora_rank is None or settings.ffn_lora is not FFNLoRA.ALL):
         asked = {"lora_rank": wanted.lora_rank, "ffn_lora": wanted.ffn_lora is FFNLoRA.ALL or None}
         names = [name for name, value in asked.items() if value]
@@ -284,7 +301,7 @@ def _fit_names(
 
 def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
     """Log what happened to weights that were loaded; see `build_hybrid`."""
-    layers, untrained, dropped = plan.report.settings.layers, plan.report.untrained, plan.report.dropped
+    dropped = plan.report.dropped
     if plan.causal is False:
         log.warning(
             "%s is the bidirectional Wan 2.1: it loads, but generates block by block only after causal training",
@@ -292,13 +309,8 @@ def log_report(plan: HybridPlan, to_be_trained: bool = False) -> None:
         )
     if dropped:
         log.info("%s is hybrid in more layers than asked for: %d parameters left out", plan.source, len(dropped))
-    if untrained and not to_be_trained:
-        log.warning(
-            "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
-            len(untrained),
-            len(layers),
-            summarize_names(untrained),
-        )
+    if not to_be_trained:
+        warn_of_untrained(plan.model.untrained_parameter_names())
 
 
 def save_generator(model: HybridWanModel, path: Path) -> None:

@@ -1,7 +1,8 @@
 """The causal Wan transformer with hybrid attention in some of its layers."""
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,12 +17,15 @@ from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
 from arl2.trained_memory import TrainedMemory
+from wan.checkpoints.fields import UNTRAINED
 from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
 from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
-from wan.checkpoints.tensors import require_finite
+from wan.checkpoints.tensors import require_finite, summarize_names
 from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=HybridAttention)
 DEFAULT_LORA_ALPHA = 32.0
@@ -35,6 +39,17 @@ class FFNLoRA(StrEnum):
     NONE = "none"
     HYBRID = "hybrid"
     ALL = "all"
+
+
+def warn_of_untrained(names: Sequence[str]) -> None:
+    """Say of parameters, if there are any, that they are of no use yet."""
+    if names:
+        log.warning(
+            "conversion: %d parameters of %d hybrid layers are UNTRAINED (%s): train them with train_stage1.py",
+            len(names),
+            len({name.split(".")[1] for name in names}),
+            summarize_names(names),
+        )
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -97,8 +112,8 @@ class HybridWanModel(CausalWanModel):
     """`CausalWanModel` with hybrid attention in `hybrid_layers` and with adapters if a rank is given.
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
-    `HybridSettings` and `trained_memory`, see `arl2.trained_memory.TrainedMemory`, as plain values so that they can be
-    stored in a `config.json`.
+    `HybridSettings`, `trained_memory`, see `arl2.trained_memory.TrainedMemory`, and `untrained_layers`, whose hybrid
+    parameters no training has met, as plain values so that they can be stored in a `config.json`.
     """
 
     # Their rounding changes the half-life of the memory; `from_pretrained` honours this list in any dtype.
@@ -126,6 +141,7 @@ class HybridWanModel(CausalWanModel):
         lora_alpha: float = DEFAULT_LORA_ALPHA,
         ffn_lora: str = "hybrid",
         trained_memory: Mapping[str, int | None] | None = None,
+        untrained_layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -172,9 +188,20 @@ class HybridWanModel(CausalWanModel):
         """Note the memory of the softmax layers in training, which is stored with the weights."""
         self.register_to_config(trained_memory=memory.as_plain())
 
+    def set_untrained_layers(self, layers: Collection[int]) -> None:
+        """Note the layers whose hybrid parameters are initial values, which is stored with the weights."""
+        self.register_to_config(untrained_layers=sorted(layers) or None)
+
+    def untrained_parameter_names(self) -> list[str]:
+        """Names of the hybrid parameters of the layers that are noted as untrained."""
+        layers = set(self.config.untrained_layers or ())
+        return [name for name in self.hybrid_parameter_names() if int(name.split(".")[1]) in layers]
+
     def record(self) -> dict[str, Any]:
-        """Record stored with weights: the constructor's arguments as plain values."""
+        """Record stored with weights: the constructor's arguments as plain values; no mark where all is trained."""
         config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        if config[UNTRAINED] is None:
+            del config[UNTRAINED]
         return {name: list(value) if isinstance(value, list | tuple) else value for name, value in config.items()}
 
     def save_pretrained(
@@ -233,6 +260,8 @@ class HybridWanModel(CausalWanModel):
             record = read_record(file, {})
             check_record(record, file)
             require_record(record, model.record(), file)
+            model.set_untrained_layers(record.get(UNTRAINED) or model.config.untrained_layers or ())
+        warn_of_untrained(model.untrained_parameter_names())
         require_finite(model.state_dict(), folder)
         return model
 

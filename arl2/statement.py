@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
+from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.trained_memory import TrainedMemory
 from wan.checkpoints.configs import check_settings
-from wan.checkpoints.fields import TRAINED_MEMORY, LoRAAlpha
+from wan.checkpoints.fields import TRAINED_MEMORY, UNTRAINED, LoRAAlpha
 from wan.checkpoints.formats import TransformerWeights, num_blocks_in
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import ALPHA
@@ -194,6 +194,14 @@ def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str
     return TrainedMemory.from_plain(settings, source).as_plain()
 
 
+def untrained_layers_of(config: Mapping[str, Any], num_layers: int, source: str | Path) -> set[int]:
+    """The layers that a conversion wrote and no training has met since; none where it is not said."""
+    try:
+        return set(check_layers(config.get(UNTRAINED) or (), num_layers))
+    except InputError as error:
+        raise CheckpointError(f"{source}: {UNTRAINED}: {error}") from error
+
+
 def resolve_settings(
     found: HybridSettings,
     wanted: HybridSettings,
@@ -215,31 +223,36 @@ def resolve_settings(
     """
     layers = wanted.layers or found.layers
     lacking = sorted(set(layers) - set(found.layers))
+    all_or_none = found.ffn_lora is FFNLoRA.HYBRID and found.lora_rank is not None
     if found.layers and lacking:
-        raise InputError(
-            f"{source} is hybrid in layers {list(found.layers)}, not in {lacking}: "
-            "name a subset of its layers in --hybrid_layers"
-        )
+        some = "all of these, or name none" if all_or_none else "a subset of these"
+        raise InputError(f"{source} is hybrid in layers {list(found.layers)}, not in {lacking}: ask for {some}")
     if found.lora_rank is None:
         if found.layers and wanted.lora_rank is not None:
             raise InputError(
-                f"{source} has hybrid layers without adapters, --lora_rank says {wanted.lora_rank}: drop "
-                "--lora_rank, or train adapters from the softmax model (train_stage2.py)"
+                f"{source} has hybrid layers without adapters, lora_rank says {wanted.lora_rank}: ask for no adapters, "
+                "or train them from the softmax model (train_stage2.py)"
             )
         return replace(wanted, layers=layers)
     if wanted.lora_rank not in (None, found.lora_rank):
-        raise InputError(f"{source} has adapters of rank {found.lora_rank}, --lora_rank says {wanted.lora_rank}")
+        raise InputError(
+            f"{source} has adapters of rank {found.lora_rank}, lora_rank says {wanted.lora_rank}: give what it has"
+        )
     if alpha is not None:
         if wanted.lora_alpha not in (DEFAULT_LORA_ALPHA, alpha):
-            raise InputError(f"{source} has adapters of alpha {alpha}, --lora_alpha says {wanted.lora_alpha}")
+            raise InputError(
+                f"{source} has adapters of alpha {alpha}, lora_alpha says {wanted.lora_alpha}: give what it has"
+            )
         wanted = replace(wanted, lora_alpha=alpha)
     on_all = found.ffn_lora is FFNLoRA.ALL or len(found.ffn_lora_layers(0)) == num_layers
     if wanted.ffn_lora is FFNLoRA.ALL and not on_all:
-        raise InputError(f"{source} has no adapters on the feed-forward of every block: drop --ffn_lora_all_layers")
-    if found.ffn_lora is FFNLoRA.HYBRID and layers != found.layers:
         raise InputError(
-            f"{source} has feed-forward adapters on its hybrid layers {list(found.layers)}: "
-            "they cannot be dropped, so --hybrid_layers must name all of them"
+            f"{source} has no adapters on the feed-forward of every block: do not ask for them (ffn_lora all)"
+        )
+    if all_or_none and layers != found.layers:
+        raise InputError(
+            f"{source} has feed-forward adapters on its hybrid layers {list(found.layers)}, which cannot be dropped: "
+            "ask for all of these layers, or name none"
         )
     return replace(wanted, layers=layers, lora_rank=found.lora_rank, ffn_lora=found.ffn_lora)
 

@@ -36,8 +36,8 @@ _LOST_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Callable[[], int]]:
     """Let an entry point answer what a person can act on with one line on standard error, without a traceback.
 
-    The status is 2 for bad input and a full disk, 1 where memory ran out or nobody reads the output, 130 after Ctrl-C
-    and 143 after SIGTERM. A second signal ends the process at once.
+    The status is 2 for bad input and a full disk, 1 where memory ran out or nobody reads the output, 130 after Ctrl-C,
+    143 after SIGTERM and 129 after SIGHUP. A second signal ends the process at once.
 
     Args:
         how_to_go_on: what to say after a signal; an `Interrupted` with a text of its own goes before, and so
@@ -47,6 +47,9 @@ def entry_point(how_to_go_on: str = GO_ON) -> Callable[[Callable[[], int]], Call
     def decorate(main: Callable[[], int]) -> Callable[[], int]:
         @functools.wraps(main)
         def run() -> int:
+            # PyTorch quiets its loggers at the end of its import; one that a signal breaks off logs at Python's end.
+            if not logging.getLogger("torch").level:
+                logging.getLogger("torch").setLevel(logging.WARNING)
             handler = _LogHandler(show_path=False)
             logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
             with interruptible(how_to_go_on) as interruption:
@@ -87,6 +90,9 @@ def _status_of(main: Callable[[], int], interruption: Interruption) -> int:
             return EXIT_FAILURE
         if interruption.first is not None:
             raise
+        # A progress bar that ends on a closed terminal.
+        if isinstance(error, OSError) and isinstance(error.__context__, Interrupted):
+            raise error.__context__ from None
         if out_of_memory(error):
             _tell(f"error: out of memory ({_summary(error)}): {LESS_MEMORY}")
             return EXIT_FAILURE

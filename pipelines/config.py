@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Self
 
 import torch
@@ -14,7 +15,7 @@ from pipelines.settings import load_config as load_config
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import Bounds, Falling, LayerIndices, Length, PathText
 
 Frames = Annotated[int, Bounds(1, 10**6)]
@@ -78,6 +79,27 @@ class MemoryConfig:
         if trained is None or trained.window_frames is None:
             return replace(self, kind=MemoryKind.full)
         return MemoryConfig(MemoryKind.window, trained.window_frames, trained.sink_frames)
+
+    def fitting(self, trained: TrainedMemory | None, frames_per_block: int, source: str | Path) -> "MemoryConfig":
+        """As `resolved`, and checked.
+
+        Args:
+            source: of the record, for messages.
+
+        Raises:
+            InputError: the window cannot hold a block.
+        """
+        memory = self.resolved(trained)
+        try:
+            memory.check(frames_per_block)
+        except InputError as error:
+            if self.kind is not MemoryKind.trained:
+                raise
+            raise CheckpointError(
+                f"{source} was trained with {trained}, says its trained_memory, which cannot hold a block of "
+                f"{frames_per_block} frames: correct that, or give frames_per_block or memory.kind"
+            ) from error
+        return memory
 
     def warning(self, trained: TrainedMemory | None, is_hybrid: bool) -> str | None:
         """What to say of running a model with this memory; None where it is what the model was trained with.

@@ -157,14 +157,19 @@ def room_for_generation(
     Args:
         batch: videos at a time.
         decodes: whether they are decoded, block by block; else all their latents are kept.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was trained with a memory that cannot hold a block.
     """
     folder, stride = Path(config.model_folder), spatial_stride(Path(config.model_folder))
     hybrid = config.hybrid.settings()
-    stored = StoredModel.at(Path(config.checkpoint_path or folder))
+    source = Path(config.checkpoint_path or folder)
+    stored = StoredModel.at(source)
     layers = hybrid.layers or (tuple(range(sizes.num_layers)) if stored is None else stored.layers)
     hybrid = HybridSettings(layers, hybrid.lora_rank, hybrid.lora_alpha, hybrid.ffn_lora)
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
-    window_frames, _ = config.memory.resolved(None if stored is None else stored.memory).window
+    trained = None if stored is None else stored.memory
+    window_frames, _ = config.memory.fitting(trained, config.frames_per_block, source).window
     frames = window_frames if window_frames is not None else config.num_output_frames
     block = config.frames_per_block * tokens
     parts = {

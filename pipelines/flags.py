@@ -214,8 +214,10 @@ class Parser(argparse.ArgumentParser):
         action: argparse.Action | None = None
         taken = 0
         for index, argument in enumerate(arguments):
-            if argument == "--":
-                return flags + arguments[index:], settings
+            if argument == "--":  # from here on nothing is a flag
+                rest = arguments[index + 1 :]
+                known = [one for one in rest if self._reads_config and _SETTING.match(one)]
+                return [*flags, "--", *(one for one in rest if one not in known)], settings + known
             if argument.startswith("--"):
                 name, equals, value = argument.partition("=")
                 name = self._current(name)
@@ -235,11 +237,38 @@ class Parser(argparse.ArgumentParser):
             one = self._aliases.get(one, one)
             if one in self._option_string_actions:
                 return one
+        if self._kind is not None and self._reads_config:
+            field = _field_called(self._kind, with_underscores[2:])
+            if field is not None:
+                self.error(f"unknown flag {name}: it is a setting, give {field}=value")
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         longer = [flag for flag in known if flag.startswith(with_underscores)]
-        near = longer or difflib.get_close_matches(with_underscores, known, n=1)
+        near = longer or _nearest(with_underscores, known)
         self.error(f"unknown flag {name}" + (f": did you mean {' or '.join(near[:3])}?" if near else ""))
         raise AssertionError
+
+
+def _nearest(flag: str, known: Sequence[str]) -> list[str]:
+    """The flag that was most likely meant, if any: one that begins with the same word goes before one that looks so."""
+    close = difflib.get_close_matches(flag, known, n=len(known))
+    word = flag.split("_")[0]
+    return sorted(close, key=lambda one: one.split("_")[0] != word)[:1]
+
+
+def _field_called(kind: type, name: str) -> str | None:
+    """The dotted name of a config's field by that name, or by its last part where no other field has the same."""
+    paths = _field_paths(kind)
+    found = [path for path in paths if path == name] or [path for path in paths if path.split(".")[-1] == name]
+    return found[0] if len(found) == 1 else None
+
+
+def _field_paths(kind: type, prefix: str = "") -> list[str]:
+    paths = []
+    for name, hint in declarations(kind).items():
+        inner = declared(hint).kind
+        is_group = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        paths += _field_paths(inner, f"{prefix}{name}.") if is_group else [f"{prefix}{name}"]
+    return paths
 
 
 def _takes(action: argparse.Action | None, taken: int) -> bool:

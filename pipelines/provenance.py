@@ -16,7 +16,7 @@ from torch import nn
 
 from arl2 import __version__
 from arl2.model import HybridWanModel
-from wan.checkpoints.fields import HYBRID, SIZES
+from wan.checkpoints.fields import HYBRID, SIZES, UNTRAINED
 from wan.checkpoints.loading import fingerprint_of
 from wan.text import SPECIAL_TOKENS, TextEncoder
 from wan.vae.wan_vae import WanVAE
@@ -93,7 +93,8 @@ def part_fingerprint(part: nn.Module) -> str:
     if config is None:
         return _hash(weights)
     if isinstance(config, Mapping):  # diffusers', which holds every argument of the class
-        return _hash(weights, {name: value for name, value in config.items() if not name.startswith("_")})
+        # Whether layers are trained says nothing that the weights do not.
+        return _hash(weights, {k: value for k, value in config.items() if not k.startswith("_") and k != UNTRAINED})
     return _hash(weights, {name: vars(config).get(name) for name in TEXT_SIZES})
 
 

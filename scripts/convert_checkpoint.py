@@ -20,19 +20,20 @@ from pathlib import Path
 
 import torch
 
-from arl2.checkpoint import build_hybrid, save_generator
+from arl2.checkpoint import build_hybrid, holds_hybrid_alone, read_generator, save_generator
 from arl2.model import FFNLoRA, HybridWanModel
 from pipelines.cli import entry_point
 from pipelines.config import HybridConfig
 from pipelines.flags import Parser, as_path
 from wan.checkpoints.fields import SIZES
-from wan.checkpoints.formats import read_transformer, transformer_config
+from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.pickles import SUFFIXES as PICKLE_SUFFIXES
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder, check_writable, no_empty_folder_left, remove_abandoned
 from wan.utils.locks import exclusive
 
+WRITTEN = (".pt", ".safetensors")
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
     add("source", type=as_path, help="weights of any supported format")
     add("target", type=as_path, help=".pt, .safetensors or a folder that does not exist yet")
     sizes = parser.add_mutually_exclusive_group()
-    about = "folder with the transformer's config.json, for a bare weight file"
+    about = "folder with the transformer's config.json, for a bare weight file; hybrid weights alone are put on its own"
     sizes.add_argument("--model_folder", type=as_path, metavar="PATH", help=about)
     sizes.add_argument("--size", choices=WAN_SIZES, help="sizes of the transformer, for a bare weight file")
     add("--use_ema", action="store_true", help="take generator_ema of a file that has both")
@@ -57,9 +58,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read(source: Path, model_folder: Path | None, use_ema: bool) -> TransformerWeights:
+    """The weights to convert; hybrid ones that lack their base are put on the softmax model of `model_folder`."""
+    if not holds_hybrid_alone(source):
+        return read_transformer(source, use_ema)
+    if model_folder is None:
+        raise InputError(f"{source} holds hybrid weights alone: give the folder of its softmax model as --model_folder")
+    return read_generator(model_folder, source, use_ema)
+
+
 def save(model: HybridWanModel, target: Path) -> None:
     """Write a model in the format that the target's ending names; under its name there is a whole one or none."""
-    if target.suffix in (".pt", ".safetensors"):
+    if target.suffix in WRITTEN:
         save_generator(model, target)
         return
     with atomic_folder(target) as temporary:
@@ -71,8 +81,12 @@ def main() -> int:
     """Parse, read, fit, write; one process at a time writes a target."""
     arguments = parse()
     target: Path = arguments.target
-    if target.suffix in PICKLE_SUFFIXES and target.suffix != ".pt":
-        raise InputError(f"{target}: weights are written as .pt or .safetensors, or into a folder")
+    is_file_s = target.name.lower().endswith((*PICKLE_SUFFIXES, ".safetensors", ".json"))
+    if is_file_s and target.suffix not in WRITTEN:
+        raise InputError(
+            f"{target}: weights are written as {' or '.join(WRITTEN)}, spelled so, or into a folder of another ending: "
+            "choose one"
+        )
     with no_empty_folder_left(target.parent):
         check_writable(target.parent)
         with exclusive(target.with_name(f".{target.name}.lock"), str(target)):
@@ -89,7 +103,7 @@ def convert(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: the source is missing or damaged, or its sizes are not known, or contradict the flags.
     """
-    weights = read_transformer(arguments.source, arguments.use_ema)
+    weights = read(arguments.source, arguments.model_folder, arguments.use_ema)
     if arguments.model_folder is not None:
         config = transformer_config(arguments.model_folder)
     elif arguments.size is not None:

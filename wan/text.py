@@ -73,6 +73,8 @@ INVISIBLE_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 """Characters that Unicode counts as letters or symbols and that show nothing: fillers and the empty Braille cell."""
 SHOWN_CHARACTERS = 60
 """How much of a prompt, and of what is cut from it, a warning shows."""
+TRIAL_TEXT = "a \u2603"
+"""What a tokenizer is tried on: a word, and a character that few know."""
 # What shapes an encoder in transformers' config.json, and the names of its sizes here and there.
 _TRANSFORMERS: dict[str, Any] = {
     "vocab_size": Annotated[int, Bounds(1, 1 << 24)],
@@ -311,33 +313,57 @@ def load_text_encoder(
     folder = Path(folder)
     native = folder / NATIVE_TEXT_FILE
     if native.is_file():
-        tokenizer = _load_tokenizer(folder / NATIVE_TOKENIZER_FOLDER)
+        tokenizer = _load_tokenizer(folder / NATIVE_TOKENIZER_FOLDER, config["vocab_size"])
         model = umt5_from_native(as_state_dict(read_weights(native), native), config, native)
     elif (folder / "text_encoder" / "config.json").is_file():
-        tokenizer = _load_tokenizer(folder / "tokenizer")
-        model = _load_transformers(folder / "text_encoder")
+        sizes = _transformers_sizes(folder / "text_encoder")
+        tokenizer = _load_tokenizer(folder / "tokenizer", sizes["vocab_size"])
+        model = _load_transformers(folder / "text_encoder", sizes)
     else:
         raise CheckpointError(f"no text encoder in {folder}: expected {NATIVE_TEXT_FILE}, or text_encoder/")
     return TextEncoder(model.to(device=device, dtype=wide_range_dtype(dtype, device)), tokenizer, text_len)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer, tried on a text.
+
+    Args:
+        vocab_size: rows of the encoder's embedding, which every id must be one of.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another encoder.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"no tokenizer in {folder}: download it with scripts/download_weights.py")
     try:
         # With trust_remote_code unset, transformers asks on the terminal whether to run a folder's own code.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        trial = tokenizer(TRIAL_TEXT)["input_ids"]
+        ids = [*tokenizer.get_vocab().values(), *trial]
+    except MemoryError:
+        raise
+    except Exception as error:  # both libraries raise of any class, tokenizers mere `Exception`
         raise CheckpointError(
             f"cannot read the tokenizer in {folder} ({type(error).__name__}): it is damaged, incomplete or not a UMT5 "
             "tokenizer; download it again"
         ) from error
     if tokenizer.pad_token is None:
         raise CheckpointError(f"the tokenizer in {folder} has no padding token: it is not a UMT5 tokenizer")
+    if not trial or not 0 <= min(ids) <= max(ids) < vocab_size:
+        what = f"ids up to {max(ids)}" if trial else "no ids for a text"
+        raise CheckpointError(
+            f"the tokenizer in {folder} gives {what}, the text encoder knows 0 to {vocab_size - 1}: they are of two "
+            "models, or it is damaged; download it again"
+        )
     return tokenizer
 
 
-def _load_transformers(folder: Path) -> UMT5EncoderModel:
+def _transformers_sizes(folder: Path) -> dict[str, Any]:
+    """The sizes in transformers' config.json, under the names of `UMT5_XXL`.
+
+    Raises:
+        CheckpointError: it is missing, malformed, or of another family.
+    """
     path = folder / "config.json"
     config = read_config(path)
     if config.get("model_type") != "umt5":
@@ -346,6 +372,11 @@ def _load_transformers(folder: Path) -> UMT5EncoderModel:
         )
     # Of the many settings that transformers writes, these shape the encoder.
     found = check_settings(config, _TRANSFORMERS, path, needed=_NEEDED, others=True)
+    sizes = {ours: found[theirs] for ours, theirs in _SIZES.items()}
+    return sizes | {"dim_attn": found["d_kv"] * found["num_heads"], "shared_pos": False}
+
+
+def _load_transformers(folder: Path, sizes: Mapping[str, Any]) -> UMT5EncoderModel:
     state, file = read_folder(folder, _TRANSFORMERS_FILES)
     # The embedding is one tensor under two names; a file need hold only one of them.
     copies = [state[name] for name in _EMBEDDING_COPIES if name in state]
@@ -353,8 +384,6 @@ def _load_transformers(folder: Path) -> UMT5EncoderModel:
         if any(copy.shape != copies[0].shape or not torch.equal(copy, copies[0]) for copy in copies):
             raise CheckpointError(f"{file}: {' and '.join(_EMBEDDING_COPIES)} differ: it is damaged; download it again")
         state |= dict.fromkeys(_EMBEDDING_COPIES, copies[0])
-    sizes = {ours: found[theirs] for ours, theirs in _SIZES.items()}
-    sizes |= {"dim_attn": found["d_kv"] * found["num_heads"], "shared_pos": False}
     with torch.device("meta"):
         model = UMT5EncoderModel(umt5_config(sizes))
     return _filled(model, state, file)

@@ -46,7 +46,7 @@ from wan.utils.files import write_json, writing
 from wan.utils.json_lines import JsonLinesWriter
 from wan.utils.ranges import Bounds, Choices, Count, Fraction, Positive
 from wan.utils.ranks import OtherRankError, num_ranks, raise_together
-from wan.utils.signals import check_interrupted, on_signals
+from wan.utils.signals import SIGNALS, check_interrupted, end_at_once_on, on_signals
 
 LOSSES, CHECKPOINTS = "losses.jsonl", "checkpoints"
 DECAYS = ("constant", "cosine")
@@ -180,8 +180,8 @@ class Trainer:
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train from the newest checkpoint, or from the start, to the last step.
 
-        SIGINT and SIGTERM let the step in flight be finished and a checkpoint be written; a second one ends the process
-        at once.
+        SIGINT, SIGTERM and SIGHUP let the step in flight be finished and a checkpoint be written; a second one ends the
+        process at once.
 
         Args:
             stop: asked before every step whether to keep what there is and end early; for one process.
@@ -252,9 +252,7 @@ class Trainer:
         """Remember a signal, and leave the next one to the system: it ends the process whatever is being computed."""
         self._signal = number
         # On Ctrl-C torchrun sends the processes that it started a signal beside the terminal's.
-        both = (signal.SIGINT, signal.SIGTERM)
-        for next_one in (number,) if "TORCHELASTIC_RUN_ID" in os.environ else both:
-            signal.signal(next_one, signal.SIG_DFL)
+        end_at_once_on((number,) if "TORCHELASTIC_RUN_ID" in os.environ else SIGNALS)
 
     def _interrupted(self) -> Interrupted:
         step, steps = self.state.progress.step, self._settings.steps

@@ -277,8 +277,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
             memory: of the softmax layers; another than the model was trained with is warned of once.
         """
+        memory.fitting(self.transformer.trained_memory, self.config.frames_per_block, "this model")
         memory = self.resolve_memory(memory)
-        memory.check(self.config.frames_per_block)
         window_frames, sink_frames = memory.window
         spec = MemorySpec(
             batch_size=batch_size,

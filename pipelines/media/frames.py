@@ -57,6 +57,8 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     corner = np.array([numbers[0], numbers[1], numbers[3], numbers[4]], dtype=float)
     a, b, c, d = np.round(corner / max(np.abs(corner).max(), 1), 2)
     if (abs(a), abs(b), abs(c), abs(d)) not in ((1, 0, 0, 1), (0, 1, 1, 0)):
+        if (abs(a), abs(b)) != (abs(d), abs(c)) or a * d == b * c:
+            raise UnusableVideoError("has a display matrix that does more than turn and mirror, or shows nothing")
         raise UnusableVideoError(f"is turned by {frame.rotation} degrees, not by a multiple of 90")
     return (True, c < 0, b < 0) if a == 0 else (False, a < 0, d < 0)
 

@@ -278,7 +278,7 @@ def _to_8_bits(image: Image.Image, tags: dict[int, object], name: str) -> Image.
             limit = 4095
     # 32-bit integers up to 255 are 8-bit grey or a nearly black picture, and nothing tells which.
     if not (low >= 0 and high <= limit) or (image.mode == "I" and 0 < high <= 255):  # NaN is refused too
-        raise InputError(f"{name} has {what} from {low:g} to {high:g}, whose range is not known: {cure}")
+        raise InputError(f"{name} has {what} from {low:.9g} to {high:.9g}, whose range is not known: {cure}")
     grey = np.rint(values.astype(np.float32) * (255 / limit)).astype(np.uint8)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO and image.mode.startswith("I;16"):
         grey = 255 - grey
@@ -433,5 +433,7 @@ def _frames_of_tensor(tensor: Tensor, batch: int, height: int, width: int, strid
         raise InputError(f"an image tensor is {frames.dtype}: give floats in [-1, 1], or uint8")
     low, high = (float(value) for value in frames.aminmax())
     if not (low >= -1 and high <= 1):  # NaN too
-        raise InputError(f"an image tensor has values from {low:g} to {high:g}: give -1 to 1, such as x / 127.5 - 1")
+        raise InputError(
+            f"an image tensor has values from {low:.9g} to {high:.9g}: give -1 to 1, such as x / 127.5 - 1"
+        )
     return frames

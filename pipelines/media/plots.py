@@ -3,7 +3,6 @@
 matplotlib is imported when a chart is drawn, and only its objects are used: no global figure, no display.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.files import atomic_path, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -221,7 +220,7 @@ def read_losses(jsonl: Path) -> list[Point]:
         raise InputError(f"cannot read losses from {jsonl}: {error}") from error
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             step, loss = int(record["step"]), record["loss"]
             losses[step] = float("nan" if loss is None else loss)
         except (ValueError, KeyError, TypeError):

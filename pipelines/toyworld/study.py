@@ -495,5 +495,6 @@ class Study:
         file = self.path("export", row.name, ".safetensors")
         model = self.model_of(row)
         model.set_trained_memory(TrainedMemory(num_frames=self.data[0][0].shape[0]))
+        model.set_untrained_layers(())
         save_hybrid_weights(model, file, torch.float16)
         return file

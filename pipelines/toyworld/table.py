@@ -1,6 +1,5 @@
 """The study's results as a Markdown table and as pictures."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from arl2.toyworld.study.rows import MAIN, PARTS
 from pipelines.media.plots import heat_map, line_chart, save_png
 from wan.utils.errors import InputError
-from wan.utils.files import atomic_path
+from wan.utils.files import atomic_path, parse_json
 
 Result = dict[str, Any]
 TEACHER = "teacher"
@@ -45,7 +44,7 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
     results: dict[str, list[Result]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            page = json.loads(path.read_text())
+            page = parse_json(path.read_text())
             results.setdefault(page["name"], []).append(page)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"cannot read {path} ({error}): remove it, and run its part again") from error

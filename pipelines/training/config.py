@@ -42,6 +42,8 @@ from wan.vae.wan_vae import spatial_stride
 
 log = logging.getLogger(__name__)
 
+DEFAULT_SHARE = 75
+"""Percent of the layers that are hybrid, of the sets of a layers file."""
 TRAINING_DTYPES = ("bfloat16", "float32")
 TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wandb", "none": ""}
 """Where figures go, and what has to be installed for it."""
@@ -143,7 +145,7 @@ class Stage2Config(TrainingConfig):
 
     Attributes:
         hybrid_layers: the layers; or else
-        layers_file, share: a file of scripts/select_layers.py, and which of its sets, such as 75.
+        layers_file, share: a file of scripts/select_layers.py, and which of its sets; null for 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
         context, target, checkpointing, offload_checkpoints: see `arl2.distillation.stage2.Stage2Settings`.
@@ -155,7 +157,7 @@ class Stage2Config(TrainingConfig):
     steps: Count = 12000
     hybrid_layers: LayerIndices = field(default_factory=list)
     layers_file: PathText | None = None
-    share: Annotated[int, Bounds(1, 100)] = 75
+    share: Annotated[int, Bounds(1, 100)] | None = None
     init_from: PathText | None = None
     lora: bool = True
     lora_rank: Rank = 16
@@ -175,9 +177,13 @@ class Stage2Config(TrainingConfig):
         """
         if bool(self.hybrid_layers) == bool(self.layers_file):
             raise InputError("give the hybrid layers in one way: hybrid_layers, or layers_file with share")
-        layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share)
-        rank = self.lora_rank if self.lora else None
-        return HybridSettings(check_layers(layers, num_layers), rank, self.lora_alpha, self.ffn_lora)
+        if self.share is not None and not self.layers_file:
+            raise InputError(f"share {self.share} would do nothing: it is a set of a layers_file; give one, or drop it")
+        layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share or DEFAULT_SHARE)
+        checked = check_layers(layers, num_layers)
+        if not self.lora:
+            return HybridSettings(checked)
+        return HybridSettings(checked, self.lora_rank, self.lora_alpha, self.ffn_lora)
 
     def student_memory(self) -> MemoryConfig:
         """What the student's softmax layers see."""

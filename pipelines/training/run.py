@@ -149,6 +149,7 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
         )
     trainer.run()
     model.set_trained_memory(trained_memory(config, data))
+    model.set_untrained_layers(())
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
 

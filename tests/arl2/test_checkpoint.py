@@ -1,5 +1,6 @@
 """Weights of every format, read strictly, converted only on request, and written back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,51 @@ def test_conversion_says_what_is_untrained_and_keeps_the_rest(
     assert all(torch.equal(kept[name], value) for name, value in softmax.items())
 
 
+def test_what_a_conversion_writes_says_at_every_load_that_it_is_untrained(
+    softmax: StateDict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model(dtype=F32).save_pretrained(tmp_path / "softmax")
+    weights = TransformerWeights(softmax, "x")
+    model, _ = build_hybrid(weights, dict(TINY), HybridSettings((0, 2), 2), dtype=F32, device=CPU)
+    (told,) = [record.getMessage() for record in caplog.records if "UNTRAINED" in record.getMessage()]
+    model.save_pretrained(tmp_path / "folder")
+    save_generator(model, tmp_path / "a.pt")
+    save_generator(model, tmp_path / "a.safetensors")
+    save_hybrid_weights(model, tmp_path / "hybrid.safetensors")
+
+    def warnings(name: str, wanted: HybridSettings = HybridSettings(), **options: bool) -> list[str]:
+        caplog.clear()
+        weights = read_generator(tmp_path / "softmax", tmp_path / name)
+        sizes = {} if name == "folder" else dict(TINY)
+        again, report = build_hybrid(weights, sizes, wanted, dtype=F32, device=CPU, **options)
+        assert not report.untrained
+        again.save_pretrained(tmp_path / "again")
+        return [record.getMessage() for record in caplog.records if "UNTRAINED" in record.getMessage()]
+
+    for name in ("folder", "a.pt", "a.safetensors", "hybrid.safetensors", "again"):
+        assert warnings(name) == [told], name
+        assert not warnings(name, to_be_trained=True)
+    caplog.clear()
+    HybridWanModel.from_pretrained(tmp_path / "folder")
+    assert told in caplog.text
+    wanted = HybridSettings((2,), ffn_lora=FFNLoRA.NONE)
+    model.merge_ffn_lora()
+    model.save_pretrained(tmp_path / "folder")
+    (fewer,) = warnings("folder", wanted)
+    assert "of 1 hybrid layers are UNTRAINED" in fewer
+    model.set_untrained_layers(())
+    model.save_pretrained(tmp_path / "folder")
+    assert not warnings("folder")
+    for mark in ([7], [0, 0], 3):
+        save_file(
+            model.state_dict(),
+            tmp_path / "b.safetensors",
+            {"arl2": json.dumps(model.record() | {"untrained_layers": mark})},
+        )
+        with pytest.raises(CheckpointError, match="untrained_layers"):
+            warnings("b.safetensors")
+
+
 def test_new_parameters_depend_on_the_seed_and_not_on_the_other_layers(softmax: StateDict) -> None:
     def new(layers: tuple[int, ...], seed: int) -> torch.Tensor:
         weights = TransformerWeights(softmax, "x")
@@ -209,7 +255,7 @@ def test_the_scale_of_stored_adapters_is_not_overruled_in_silence(tmp_path: Path
     model.save_pretrained(tmp_path)
     weights = read_transformer(tmp_path)
     assert build(weights).hybrid.lora_alpha == HYBRID.lora_alpha
-    with pytest.raises(InputError, match=r"alpha 6.0, --lora_alpha says 5.0"):
+    with pytest.raises(InputError, match=r"alpha 6.0, lora_alpha says 5.0"):
         build(weights, HybridSettings(lora_alpha=5.0))
 
 
@@ -219,7 +265,7 @@ def test_other_families_and_code_are_refused(softmax: StateDict, tmp_path: Path)
         ({"token_embedding.weight": torch.zeros(1)}, "a text encoder"),
         ({"encoder.conv1.weight": torch.zeros(1)}, "a VAE"),
         ({"generator": 3}, "int"),
-        ({"generator_ema": softmax}, "--use_ema"),
+        ({"generator_ema": softmax}, "give use_ema"),
         ({"a": torch.zeros(1), "step": 5}, "'step' is a int"),
         ([1, 2], "list"),
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import HYBRID, TINY, tiny_model
 
@@ -17,6 +18,7 @@ from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_
 from wan.checkpoints.fields import RELEASED
 from wan.checkpoints.formats import TransformerWeights, diffusers_name, read_transformer, transformer_config
 from wan.checkpoints.loading import StateDict
+from wan.checkpoints.record import read_record
 from wan.config import wan_size
 from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
@@ -132,6 +134,27 @@ def test_what_weights_do_not_show_is_recorded_beside_them(name: str, value: Any,
             load(folder)
 
 
+def test_a_header_that_contradicts_itself_or_is_malformed_is_refused(model: HybridWanModel, tmp_path: Path) -> None:
+    path = tmp_path / "hybrid.safetensors"
+    save_hybrid_weights(model, path)
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+    record = header["arl2"]
+    for changes, words in (
+        ({"lora_alpha": "16.0"}, r"lora_alpha 16\.0, and 6\.0 in arl2: convert it again"),
+        ({"lora_alpha": "nan"}, "lora_alpha nan, and 6"),
+        *(({"arl2": text}, "settings in its header are malformed") for text in ("[]", "null", "{}", "3", "[" * 9999)),
+        ({"arl2": record.replace("{", '{"eps": 0.001, ', 1)}, "settings in its header are malformed"),
+        ({"lora_alpha": "x"}, "settings in its header are malformed"),
+    ):
+        save_file(load_file(path), tmp_path / "other.safetensors", header | changes)
+        with pytest.raises(CheckpointError, match=words):
+            read_record(tmp_path / "other.safetensors", {})
+    assert read_record(path, {})["lora_alpha"] == 6
+    with pytest.raises(CheckpointError, match="'arl2' is no dictionary of settings"):
+        read_record(tmp_path / "a.pt", {"arl2": {}})
+
+
 def test_heads_that_weights_do_not_show_are_those_of_known_sizes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,7 +219,7 @@ def test_a_malformed_header_is_refused(text: str, model: HybridWanModel, tmp_pat
     [
         (HybridSettings((0, 2)), HybridSettings(lora_rank=4), "without adapters"),
         (HybridSettings((0, 2)), HybridSettings((0, 2), 4), "without adapters"),
-        (HYBRID, HybridSettings(ffn_lora=FFNLoRA.ALL), "--ffn_lora_all_layers"),
+        (HYBRID, HybridSettings(ffn_lora=FFNLoRA.ALL), "ffn_lora all"),
         (HYBRID, HybridSettings((1,)), "not in"),
         (HYBRID, HybridSettings(lora_rank=5), "rank 3"),
         (HybridSettings(), HybridSettings((1,), 25), "above the model's 24 channels"),
@@ -313,3 +336,20 @@ def test_settings_of_weights_that_are_not_whole_are_not_guessed(model: HybridWan
     del state["blocks.0.self_attn.phi_v.weight"]
     with pytest.raises(CheckpointError, match=r"the checkpoint: block 0 .* lacks blocks.0.self_attn.phi_v.weight"):
         found_settings(state)
+
+
+@pytest.mark.parametrize("hybrid", [HYBRID, HybridSettings((0, 2))])
+def test_advice_on_layers_is_in_words_of_no_entry_point_and_works(hybrid: HybridSettings, tmp_path: Path) -> None:
+    tiny_model(hybrid, F32).save_pretrained(tmp_path)
+    whole = "all of these, or name none" if hybrid.lora_rank else "a subset of these"
+    with pytest.raises(InputError, match=rf"hybrid in layers \[0, 2\], not in \[1\]: ask for {whole}$") as told:
+        build(tmp_path, HybridSettings((0, 1)))
+    assert "--" not in str(told.value)
+    assert build(tmp_path, HybridSettings((0, 2))).hybrid.layers == build(tmp_path).hybrid.layers == (0, 2)
+    if hybrid.lora_rank is None:
+        assert build(tmp_path, HybridSettings((2,))).hybrid.layers == (2,)
+    for wanted in (HybridSettings((0,)), HybridSettings(lora_rank=7), HybridSettings(ffn_lora=FFNLoRA.ALL)):
+        if hybrid.lora_rank is not None:
+            with pytest.raises(InputError) as told:
+                build(tmp_path, wanted)
+            assert "--" not in str(told.value)

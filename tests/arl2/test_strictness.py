@@ -307,7 +307,9 @@ def test_undamaged_files_load_in_every_form(world: World) -> None:
         for form in FORMS:
             if (name, form) == ("softmax", "hybrid alone"):
                 continue
-            loaded = world.original(name, form, HybridSettings(lora_alpha=HYBRID.lora_alpha))
+            has_adapters = settings.lora_rank is not None
+            wanted = HybridSettings(lora_alpha=HYBRID.lora_alpha) if has_adapters else HybridSettings()
+            loaded = world.original(name, form, wanted)
             assert isinstance(loaded, Loaded), (name, form, loaded)
             assert loaded.model.hybrid.layers == settings.layers and not loaded.report.untrained
             expected = world.models[name] if form != "hybrid alone" else loaded.model

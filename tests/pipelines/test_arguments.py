@@ -61,6 +61,11 @@ def test_settings_may_stand_anywhere() -> None:
     assert arguments.prompt == "a=b" and arguments.settings == ["fps=24"]
 
 
+def test_settings_may_stand_behind_a_double_dash() -> None:
+    config = read("fps=24", "--", "height=64", "width=96")
+    assert (config.fps, config.height, config.width) == (24, 64, 96)
+
+
 @pytest.mark.parametrize("style", ["--cuda-graphs", "--cuda_graphs", "--no-cuda-graphs", "--no_cuda_graphs"])
 def test_dashes_are_understood(style: str) -> None:
     assert read(style).speed.cuda_graphs is ("no" not in style)
@@ -88,6 +93,14 @@ BAD_FLAGS = [
     ("--cuda", "did you mean --cuda_graphs?"),
     ("--lora 3", "did you mean --lora_rank or --lora_alpha?"),
     ("--xyzzy", "unknown flag --xyzzy"),
+    ("--output_path x", "unknown flag --output_path: did you mean --output_folder?"),
+    ("--model_folder x", "unknown flag --model_folder: it is a setting, give model_folder=value"),
+    ("--model-folder=x", "unknown flag --model-folder: it is a setting, give model_folder=value"),
+    ("--context_noise 0.1", "unknown flag --context_noise: it is a setting, give context_noise=value"),
+    ("--height 64", "unknown flag --height: it is a setting, give height=value"),
+    ("-- height", "'height' is no setting: give key=value"),
+    ("height=", "error: height has no value: give height=value\n"),
+    ("checkpoint_path=", "give checkpoint_path=value, or checkpoint_path=null for none"),
     ("--seed=9223372036854775808", "--seed 9223372036854775808 is out of range"),
     ("--seed 1.5", "--seed 1.5 does not fit: give an integer"),
     ("--seed x", "--seed 'x' does not fit"),
@@ -181,7 +194,7 @@ def test_training_takes_the_common_flags(monkeypatch: pytest.MonkeyPatch, capsys
         (train_stage1, [*common, "run_folder=runs/y"], "run_folder is given as a flag and as key=value"),
         (train_stage1, [*common, "--seed", "9223372036854775808"], "--seed 9223372036854775808 is out of range"),
         (train_stage2, [*common, "optimizer.warmup_steps=-5"], "optimizer.warmup_steps -5 is out of range"),
-        (train_stage2, [*common, "--steps", "3"], "unknown flag --steps"),
+        (train_stage2, [*common, "--steps", "3"], "unknown flag --steps: it is a setting, give steps=value"),
         (train_stage2, common[2:], "required: --config"),
     ):
         monkeypatch.setattr(sys, "argv", ["train", *flags])

@@ -17,7 +17,7 @@ from paths import ROOT
 
 from pipelines.cli import GO_ON, end_together, entry_point
 from wan.utils.errors import InputError, Interrupted, out_of_memory
-from wan.utils.signals import check_interrupted, on_signals
+from wan.utils.signals import SIGNALS, check_interrupted, on_signals
 
 
 def send(number: int) -> Callable[[], int]:
@@ -63,11 +63,20 @@ def ends_in_an_input_error() -> int:
     return 0
 
 
+def loses_its_terminal() -> int:
+    try:
+        raise Interrupted("step 3 is saved", signal.SIGHUP)
+    finally:
+        raise OSError(errno.EIO, "Input/output error")
+
+
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has 80 GiB.\nSee documentation")
 CPU = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 ANSWERS = {
     "Ctrl-C": (send(signal.SIGINT), 130, f"interrupted: {GO_ON}"),
     "SIGTERM": (send(signal.SIGTERM), 143, f"interrupted: {GO_ON}"),
+    "a closed terminal": (send(signal.SIGHUP), 129, f"interrupted: {GO_ON}"),
+    "a bar on a closed terminal": (loses_its_terminal, 129, "interrupted: step 3 is saved"),
     "a text of its own": (raises(Interrupted("step 3 is saved", signal.SIGTERM)), 143, "interrupted: step 3 is saved"),
     "Python's own": (raises(KeyboardInterrupt()), 130, f"interrupted: {GO_ON}"),
     "a lost one": (swallows, 130, f"interrupted: {GO_ON}"),
@@ -95,11 +104,11 @@ ANSWERS = {
 def test_one_line_and_a_status(case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.cli._discard", lambda stream: None)
     main, status, line = ANSWERS[case]
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     assert entry_point()(main)() == status
     error = capsys.readouterr().err
     assert error.startswith(line) and error.count("\n") == 1, error
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
     check_interrupted()  # nothing is left of it
 
 
@@ -122,6 +131,26 @@ def test_an_ignored_signal_stays_ignored() -> None:
         assert entry_point()(send(signal.SIGINT))() == 0
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_hangup_does_not_end_what_ends_already(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)  # would end the tests
+        return 0
+
+    assert entry_point()(main)() == 129
+
+
+def test_torch_is_quiet_even_if_its_import_was_broken_off() -> None:
+    command = (
+        "import logging; from pipelines.cli import entry_point; "
+        "entry_point()(lambda: logging.getLogger('torch._subclasses.fake_tensor').info('cache stats') or 0)()"
+    )
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout + done.stderr == ""
 
 
 def test_others_may_take_signals_for_a_while() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_a_window_of_training_is_what_is_estimated(folder: Path, tmp_path: Path)
     window = {"num_output_frames": 600, "checkpoint_path": str(tmp_path)}
     assert estimated(**window) < estimated(num_output_frames=600) / 10
     assert estimated(**window, memory=MemoryConfig(MemoryKind.full)) == estimated(num_output_frames=600)
+
+
+def test_a_trained_window_that_cannot_hold_a_block_is_found_before_loading(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    memory = {"window_frames": 2, "sink_frames": 0, "num_frames": 21}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"trained_memory": memory}))
+    sizes = TransformerSizes.of(transformer_config(folder))
+    wanted = InferenceConfig(model_folder=str(folder), height=32, width=48, checkpoint_path=str(tmp_path))
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path} was trained with a window of 2 .* block of 3 frames"):
+        room_for_generation(wanted, sizes, torch.float32)
+    room_for_generation(replace(wanted, memory=MemoryConfig(MemoryKind.full)), sizes, torch.float32)
 
 
 def test_memory_is_told() -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tiny_models import HYBRID, tiny_model
 
-from arl2.checkpoint import save_generator
+from arl2.checkpoint import save_generator, save_hybrid_weights
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.checkpoints.formats import read_transformer
@@ -73,6 +73,37 @@ def test_conversions_that_cannot_be(
         assert call(monkeypatch, convert_checkpoint, *arguments) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["x.SAFETENSORS", "x.Safetensors", "a.PT", "a.pth", "a.CKPT", "a.safetensors.index.json"]
+)
+def test_a_folder_is_not_named_as_a_weight_file_is(
+    target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "a")
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "a", tmp_path / target) == 2
+    message = capsys.readouterr().err
+    assert "written as .pt or .safetensors, spelled so" in message and len(message.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_hybrid_weights_alone_are_converted_on_their_softmax_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(HYBRID, torch.float32)
+    softmax = tiny_model(dtype=torch.float32)
+    state = {name.replace(".linear.", "."): value for name, value in model.state_dict().items()}
+    softmax.load_state_dict({name: state[name] for name in softmax.state_dict()})
+    softmax.save_pretrained(tmp_path / "softmax")
+    save_hybrid_weights(model, tmp_path / "hybrid.safetensors")
+    source, target = tmp_path / "hybrid.safetensors", tmp_path / "whole.pt"
+    assert call(monkeypatch, convert_checkpoint, source, target) == 2
+    assert "as --model_folder" in capsys.readouterr().err
+    assert call(monkeypatch, convert_checkpoint, source, target, "--model_folder", tmp_path / "softmax") == 0
+    whole = read_transformer(target).state
+    assert whole.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "b"])

@@ -46,7 +46,7 @@ def interrupted(program: Path, number: signal.Signals, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("program", [ROOT / "scripts" / "select_layers.py", ROOT / "train_stage1.py"], ids=str)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_a_program_imports(program: Path, number: signal.Signals) -> None:
     for seconds in DELAYS[1:3]:
         interrupted(program, number, seconds)
@@ -66,3 +66,14 @@ def test_a_program_that_was_told_to_ignore_signals_does() -> None:
     )
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 143 and done.stderr == f"interrupted: {GO_ON}\n"
+
+
+def test_a_program_under_nohup_outlives_its_terminal() -> None:
+    command = (
+        "import signal; from wan.utils.signals import end_on_signals; end_on_signals(); "
+        "from pipelines.cli import entry_point; signal.raise_signal(signal.SIGHUP); "
+        "entry_point()(lambda: signal.raise_signal(signal.SIGHUP) or print('done') or 0)()"
+    )
+    program = ["nohup", sys.executable, "-c", command]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "done\n"

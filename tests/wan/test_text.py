@@ -219,3 +219,42 @@ def test_tokenizers_that_cannot_be_used_are_an_error(folder: Path, monkeypatch: 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
     with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
         load_text_encoder(folder)
+
+
+def _model(**changes: object) -> dict[str, object]:
+    return {"model": json.loads(word_tokenizer(WORDS).backend_tokenizer.to_str())["model"] | changes}
+
+
+VOCABULARY = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3}
+END = {"</s>": {"id": "</s>", "ids": [4000], "tokens": ["</s>"]}}
+DAMAGED_TOKENIZERS: dict[str, tuple[str, object]] = {
+    "an unknown type of model": ("tokenizer.json", _model(type="Nope")),
+    "negative ids": ("tokenizer.json", _model(vocab={name: -n for name, n in VOCABULARY.items()})),
+    "an empty vocabulary": ("tokenizer.json", _model(vocab={})),
+    "a mark for unknown words that it does not know": ("tokenizer.json", _model(unk_token="zzz")),
+    "ids beyond the embedding": ("tokenizer.json", _model(vocab={name: n + 1000 for name, n in VOCABULARY.items()})),
+    "an end mark beyond the embedding": (
+        "tokenizer.json",
+        {
+            "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}]}
+            | {"pair": [], "special_tokens": END}
+        },
+    ),
+    "deep nesting": ("tokenizer.json", "[" * 100_000),
+    "a list of settings": ("tokenizer_config.json", "[]"),
+    "a class that is a number": ("tokenizer_config.json", {"tokenizer_class": 5}),
+    "deep nesting of settings": ("tokenizer_config.json", "[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_TOKENIZERS)
+def test_a_damaged_tokenizer_is_an_error_of_loading(name: str, folder: Path) -> None:
+    file, change = DAMAGED_TOKENIZERS[name]
+    path = folder / "tokenizer" / file
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        assert isinstance(change, dict)
+        _change(path, **change)
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .*download it again"):
+        load_text_encoder(folder)

@@ -32,6 +32,8 @@ HYBRID: dict[str, Any] = {
 }
 """Settings that only hybrid models have."""
 TRAINED_MEMORY = "trained_memory"
+UNTRAINED = "untrained_layers"
+"""Of a conversion: the layers whose new parameters no training has met."""
 
 
 @dataclass
@@ -44,7 +46,7 @@ class MemoryRecord:
 
 
 MEMORY = declarations(MemoryRecord)
-OPTIONAL_HYBRID: dict[str, Any] = {TRAINED_MEMORY: MemoryRecord | None}
+OPTIONAL_HYBRID: dict[str, Any] = {TRAINED_MEMORY: MemoryRecord | None, UNTRAINED: HYBRID["hybrid_layers"] | None}
 """Settings that a hybrid model may leave out."""
 RELEASED: dict[str, Any] = {
     "patch_size": (1, 2, 2),

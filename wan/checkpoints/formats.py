@@ -221,7 +221,7 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
         key = GENERATOR_EMA if use_ema else GENERATOR
         if key not in weights:
             other = GENERATOR if use_ema else GENERATOR_EMA
-            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop' if use_ema else 'give'} --use_ema")
+            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop' if use_ema else 'give'} use_ema")
         inner = weights[key]
         if not isinstance(inner, Mapping):
             raise CheckpointError(
@@ -229,7 +229,7 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
             )
         return TransformerWeights(_named(inner, path), str(path), causal=True, record=record)
     if use_ema:
-        raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop --use_ema")
+        raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop use_ema")
     # Arguments of a training script beside the weights; no weight lacks a dot.
     kept = {name: value for name, value in weights.items() if not (isinstance(value, Opaque) and "." not in str(name))}
     return TransformerWeights(_named(kept, path), str(path), record=record)
@@ -237,7 +237,7 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
 
 def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:
     if use_ema:
-        raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop --use_ema")
+        raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop use_ema")
     folder = transformer_folder(path)
     config = stated_config(path)
     state, file = read_folder(folder, WEIGHT_FILES)
@@ -276,7 +276,7 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
 
 
 def _not_a_transformer(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: check --checkpoint_path")
+    return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: give the weights of one")
 
 
 def num_blocks_in(state: Collection[str]) -> int:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, SIZES
 from wan.checkpoints.loading import INDEX_SUFFIX, read_header, weight_map
@@ -36,19 +34,43 @@ def read_record(path: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
     """
     if path.suffix in SUFFIXES:
         record = weights.get(RECORD, {})
-        if isinstance(record, Tensor) or not isinstance(record, dict) or not all(isinstance(n, str) for n in record):
+        is_settings = isinstance(record, dict) and all(isinstance(name, str) for name in record)
+        if not is_settings or (RECORD in weights and not record):
             raise CheckpointError(f"{path}: its entry {RECORD!r} is no dictionary of settings: convert it again")
         return dict(record)
     if path.name.endswith(INDEX_SUFFIX):
         path = path.parent / min(weight_map(path).values())
     _, metadata = read_header(path)
     try:
-        record = parse_json(metadata.get(RECORD, "{}"))
-        if not record and ALPHA in metadata:  # files written before there was a record hold this alone
-            record = {ALPHA: float(metadata[ALPHA])}
-        return {} | record
-    except (ValueError, TypeError) as error:
+        return _record_in(metadata, path)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(f"{path}: the settings in its header are malformed: convert it again") from error
+
+
+def _record_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """The record in a safetensors header, whose two places for alpha must agree.
+
+    Raises:
+        ValueError: it is no JSON object of settings, or alpha is no number.
+        CheckpointError: the header says two values of alpha.
+    """
+    record: dict[str, Any] = {}
+    if RECORD in metadata:
+        record = parse_json(metadata[RECORD])
+        if not isinstance(record, dict) or not record:
+            raise ValueError(f"{RECORD} is no object of settings")
+    if ALPHA in metadata:
+        alpha = float(metadata[ALPHA])
+        if not record:  # files written before there was a record hold this alone
+            return {ALPHA: alpha}
+        said = record.get(ALPHA)
+        if said != alpha:
+            raise CheckpointError(
+                f"{path}: its header says {ALPHA} {shown(alpha)}, and {shown(said)} in {RECORD}: convert it again"
+            )
+    return record
 
 
 def check_record(record: Mapping[str, Any], source: str | Path) -> None:

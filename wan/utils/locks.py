@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.utils.errors import InputError
-from wan.utils.files import cannot_write, host_name
+from wan.utils.files import cannot_write, host_name, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,10 @@ def _open(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise cannot_write(path, str(error)) from error
+        if path.is_dir() or path.is_symlink():
+            what = "a folder" if path.is_dir() else "a link to a file that cannot be made"
+            raise InputError(f"{path} is {what}, where the file of a lock must be: remove it") from error
+        raise cannot_write(path, error.strerror or str(error)) from error
 
 
 def _try(descriptor: int, path: Path) -> bool:
@@ -147,7 +150,7 @@ def _write_holder(descriptor: int) -> None:
 
 def _read_holder(descriptor: int) -> dict[str, Any]:
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = parse_json(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}

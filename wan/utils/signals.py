@@ -1,15 +1,18 @@
-"""Ctrl-C and SIGTERM as an exception that says how to go on, or as a call for whoever can stop at a better moment."""
+"""Signals that end a program as an exception that says how to go on, or as a call for whoever can stop better.
+
+They are Ctrl-C, SIGTERM, and the SIGHUP of a terminal that closes.
+"""
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from wan.utils.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SIGNAL = 128
 """Added to the number of the signal that ended a program."""
 GO_ON = "nothing is left half-written; start the same command again to go on"
@@ -19,10 +22,11 @@ _current: list["Interruption"] = []
 
 
 def end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end this process at once, with one line: for a program that still imports what it needs.
+    """Let a signal of `SIGNALS` end this process at once, with one line: for a program that still imports its parts.
 
     Not by an exception, which imports may lose or turn into errors of their own; nothing has begun that could be left
     half-done. A program calls it before its other imports, and an entry point takes signals from it for its time.
+    What whoever started it ignores, as nohup does SIGHUP, stays ignored.
     """
 
     def end(number: int, frame: object) -> None:
@@ -37,7 +41,7 @@ def end_on_signals() -> None:
 
 @contextmanager
 def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Let SIGINT and SIGTERM call `handler` with their number inside, in the main thread; elsewhere nothing changes.
+    """Let signals of `SIGNALS` call `handler` with their number inside, in the main thread; elsewhere nothing changes.
 
     A signal that whoever started the process chose to ignore, as nohup and shells' background jobs do, stays ignored.
     """
@@ -55,9 +59,20 @@ def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if was is None else was)
 
 
+def end_at_once_on(numbers: Iterable[int]) -> None:
+    """Leave further signals to the system, which ends the process whatever it computes.
+
+    But for those that are ignored, and SIGHUP, which is from now on: a terminal that closes sends it twice, once by its
+    shell, and nobody waits for the end.
+    """
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+
+
 @contextmanager
 def interruptible(how_to_go_on: str) -> Iterator["Interruption"]:
-    """Let the first SIGINT or SIGTERM inside raise `Interrupted`, and a second one end the process at once.
+    """Let the first of `SIGNALS` inside raise `Interrupted`, and a second one end the process at once.
 
     Args:
         how_to_go_on: the exception's text.
@@ -127,6 +142,8 @@ class Interruption:
         if self.first is None:
             self.first = number
             raise Interrupted(self.how_to_go_on, number)
+        if number == signal.SIGHUP:
+            return  # a terminal that closes sends it twice, once by its shell, and nobody waits for the end
         # On Ctrl-C torchrun sends the processes that it started, which the terminal told already, a SIGTERM.
         if number == self.first or "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(number, signal.SIG_DFL)

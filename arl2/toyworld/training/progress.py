@@ -13,6 +13,7 @@ from torch import nn
 from arl2.toyworld.training.muon import MuonWithAdam
 from wan.checkpoints.saving import write_pickle
 from wan.utils.errors import InputError
+from wan.utils.files import parse_json
 from wan.utils.settings import plain, require_same_settings
 
 _SEED_STRIDE = 1_000_003
@@ -53,7 +54,7 @@ class Progress:
         cure = "go on with those, or delete it"
         try:
             saved = torch.load(self.file, weights_only=True, map_location=next(module.parameters()).device)
-            made_with, done = json.loads(saved["of"]), int(saved["steps"])
+            made_with, done = parse_json(saved["of"]), int(saved["steps"])
             require_same_settings(made_with, self.of, f"{self.file} is of a killed training", cure)
             module.load_state_dict(saved["module"])
             optimizer.load_state_dict(saved["optimizer"])

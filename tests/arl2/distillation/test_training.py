@@ -104,6 +104,25 @@ def test_stage_two_starts_from_the_layers_of_stage_one(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_training_takes_the_mark_of_untrained_layers_off(
+    stage: int, trained_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    weights = read_transformer(trained_world / "model")
+    rank = {1: None, 2: 4}[stage]
+    model, _ = build_hybrid(weights, {}, HybridSettings((0, 1, 2), rank), dtype=torch.float32, device=cpu)
+    model.save_pretrained(tmp_path / "converted")
+    caplog.clear()
+    settings = [f"run_folder={tmp_path / 'run'}", f"checkpoint_path={tmp_path / 'converted'}", "steps=1"]
+    settings += ["init_from=null", "hybrid_layers=[0,1,2]", "lora_rank=4", "lora_alpha=32.0"] if stage == 2 else []
+    assert train(monkeypatch, trained_world, stage, *settings) == 0
+    exported = read_transformer(tmp_path / "run" / "export")
+    assert not exported.record.get("untrained_layers") and not exported.config.get("untrained_layers")
+    build_hybrid(exported, {}, HybridSettings(), dtype=torch.float32, device=cpu)
+    assert "UNTRAINED" not in caplog.text
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_compiles_the_teacher_alone(trained_world: Path, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
     """Reports, samples of other sizes and a second session included."""
     graphs = 0

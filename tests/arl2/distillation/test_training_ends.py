@@ -78,7 +78,7 @@ def messages(root: Path, processes: int = 1) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(("stage", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+@pytest.mark.parametrize(("stage", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT), (1, signal.SIGHUP)])
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, number: signal.Signals
 ) -> None:
@@ -86,6 +86,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     (process,) = start(root, stage, f"run_folder={run}", *RARELY, before=slowly)
     wait_for(lambda: has_lines(run, 3), process, root)
     os.kill(process.pid or 0, number)
+    if number == signal.SIGHUP:  # twice: by the terminal and by its shell
+        time.sleep(0.005)
+        os.kill(process.pid or 0, number)
     process.join(60)
     assert process.exitcode == 128 + number
     done = len(losses(run))

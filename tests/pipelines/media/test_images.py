@@ -289,6 +289,7 @@ def test_what_is_no_picture_is_named(case: str, tmp_path: Path) -> None:
         (np.asarray(GREY).astype(np.int32), "range is not known"),
         (np.asarray(GREY).astype(np.float32), "divide so that they lie between 0 and 1"),
         (np.full((4, 4), np.nan, np.float32), "divide"),
+        (np.full((4, 4), 1.0000002, np.float32), r"to 1\.0000002\d*, whose range"),
     ],
 )
 def test_values_without_a_known_range_are_refused(values: NDArray[np.generic], message: str, tmp_path: Path) -> None:

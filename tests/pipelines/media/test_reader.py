@@ -256,6 +256,19 @@ def test_other_angles_are_refused(tmp_path: Path) -> None:
         next(read_clip(tmp_path / "a.mp4", 32, 48, 16))
 
 
+@pytest.mark.parametrize("factors", [(0, 0), (1, 0), (1, 2)])
+def test_a_display_matrix_that_is_no_turn_is_refused_as_that(factors: tuple[int, int], tmp_path: Path) -> None:
+    values = planes(colour_blocks(32, 48), 1, False, 8, (2, 2))
+    write_planes(tmp_path / "a.mp4", values, "yuv420p", "libx264", turn=0)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"tkhd") + 4 + 40
+    for place, factor in zip((at, at + 16), factors, strict=True):
+        content[place : place + 4] = (factor << 16).to_bytes(4, "big")
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(UnusableVideoError, match="has a display matrix that does more than turn and mirror"):
+        next(read_clip(tmp_path / "a.mp4", 32, 48, 16))
+
+
 def test_interlaced_videos_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture = colour_blocks(32, 96)
     options = {"x264-params": "interlaced=1", "qp": "0"}

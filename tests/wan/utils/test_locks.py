@@ -13,6 +13,7 @@ import pytest
 from paths import ROOT
 
 from wan.utils import locks
+from wan.utils.errors import InputError
 from wan.utils.locks import LockedError, exclusive
 
 HOLD = """
@@ -70,7 +71,7 @@ def test_another_host_holds_a_lock_while_it_touches_it(tmp_path: Path, age: floa
             pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": 1}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": 1}', b"[" * 100_000])
 def test_a_lock_left_by_the_dead_does_not_hold_whatever_it_says(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".lock").write_bytes(content)
     with exclusive(tmp_path / ".lock", "it"):
@@ -116,3 +117,14 @@ def test_on_a_full_disk_a_lock_holds_without_a_name(tmp_path: Path, monkeypatch:
     with exclusive(tmp_path / ".lock", "it"), refused, exclusive(tmp_path / ".lock", "it"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link"])
+def test_what_is_no_lock_and_stands_in_its_place_is_to_be_removed(what: str, tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    if what == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nonexistent/lock")
+    with pytest.raises(InputError, match=rf"\.lock is {what}.*remove it"), exclusive(path, "it"):
+        pass
