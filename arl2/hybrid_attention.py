@@ -171,7 +171,8 @@ class HybridAttention(SelfAttention):
         """Empty state, or the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
-        return StateMemory(spec, (spec.batch_size, self.num_heads, self.head_dim, self.head_dim))
+        heads = self.num_heads // spec.head_shards
+        return StateMemory(spec, (spec.batch_size, heads, self.head_dim, self.head_dim))
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """See `SelfAttention.parallel_view`."""

@@ -59,6 +59,7 @@ class MemorySpec:
         window_frames: upper bound on the latent frames that a query sees, its own block included; None for all.
         sink_frames: first frames of the video that a window never drops.
         differentiable: whether to keep the graph of committed updates, for training; otherwise commits are in place.
+        head_shards: ranks that the heads are divided over; a memory holds one part.
     """
 
     batch_size: int
@@ -69,6 +70,7 @@ class MemorySpec:
     window_frames: int | None = None
     sink_frames: int = 0
     differentiable: bool = False
+    head_shards: int = 1
 
     def __post_init__(self) -> None:
         if self.window_frames is not None and not 0 <= self.sink_frames < self.window_frames:

@@ -103,7 +103,7 @@ class SelfAttention(AttentionLayer):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """Empty memory of this layer's kind."""
-        return new_kv_memory(spec, self.num_heads, self.head_dim)
+        return new_kv_memory(spec, self.num_heads // spec.head_shards, self.head_dim)
 
     def parallel_view(self, layout: ParallelLayout) -> Any:
         """View for a forward over all blocks at once, in place of one of a memory."""
@@ -264,6 +264,9 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         eps: epsilon of all norms.
         model_type: only "t2v", text to video.
 
+    Attributes:
+        head_shards: ranks that the heads of memories made from now on are divided over.
+
     Raises:
         InputError: the sizes are inconsistent.
     """
@@ -310,6 +313,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         )
         self.head = Head(dim, patch_channels, eps)
         self.gradient_checkpointing = False
+        self.head_shards = 1
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
@@ -382,6 +386,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
                 window_frames=window_frames,
                 sink_frames=sink_frames,
                 differentiable=differentiable,
+                head_shards=self.head_shards,
             )
         )
 
@@ -479,7 +484,10 @@ class CausalWanModel(ModelMixin, ConfigMixin):
 
     def flow(self, x_BLD: Tensor, time_BFD: Tensor, height: int, width: int) -> Tensor:
         """Velocity [B, F, C, height, width] from the tokens after the last layer."""
+        return self.unpatchify(self.head(x_BLD, time_BFD), height, width)
+
+    def unpatchify(self, patches_BLP: Tensor, height: int, width: int) -> Tensor:
+        """Latents [B, F, C, height, width] from the patches of their tokens."""
         _, rows, columns = self.patch_size
-        patches = self.head(x_BLD, time_BFD)
         pattern = "b (f h w) (r s c) -> b f c (h r) (w s)"
-        return rearrange(patches, pattern, h=height // rows, w=width // columns, r=rows, s=columns)
+        return rearrange(patches_BLP, pattern, h=height // rows, w=width // columns, r=rows, s=columns)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arl2.hybrid_attention import HybridAttention, StateView
+from arl2.hybrid_attention import HybridAttention, StateView, combine
 from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, inference_linear
+from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
@@ -45,10 +46,18 @@ class FastBlock(nn.Module):
         block: block whose parameters it shares.
         ops: operations between products; they also decide whether products are in FP8.
         compile_fn: `compiled` or `uncompiled`, applied to the functions between attentions.
+        parallel: exchange of tokens for heads; None if this rank has all of both.
     """
 
-    def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        ops: FusedOps,
+        compile_fn: Callable[[Function], Function],
+        parallel: SequenceParallel | None = None,
+    ) -> None:
         super().__init__()
+        self.parallel = parallel
         fp8 = ops.fp8
         self.block = block
         self.ops = ops
@@ -79,11 +88,16 @@ class FastBlock(nn.Module):
     ) -> tuple[DeferredResidual, Any]:
         """See `wan.model.Block.forward`; only a hybrid block needs `delta_out`."""
         x, q, k, v = self.compile_fn(softmax_tokens)(self, stream, time_BF6D, rotary, attend)
+        if self.parallel is not None:
+            k, v, *rest = self.parallel.to_heads([k, v, *([] if q is None else [q])], time_BF6D.shape[1])
+            q = rest[0] if rest else None
         update = KVUpdate(k, v) if remember else None
         if not attend:
             return stream, update
         keys, values, mask = view.with_block(k, v)
         mixed = attention(q, keys, values, mask_LM=mask, backend=self.attention.backend)
+        if self.parallel is not None:
+            mixed = self.parallel.to_tokens(mixed, time_BF6D.shape[1])
         return self.rest(x, mixed, None, time_BF6D, text_kv), update
 
     def rest(
@@ -107,11 +121,17 @@ class FastHybridBlock(FastBlock):
     Adapters and φ_v are folded into the projections with their values at construction.
     """
 
-    def __init__(self, block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        ops: FusedOps,
+        compile_fn: Callable[[Function], Function],
+        parallel: SequenceParallel | None = None,
+    ) -> None:
         attention = block.self_attn
         assert isinstance(attention, HybridAttention)
         self.adapted = attention.lora_q_A is not None and attention.lora_enabled
-        super().__init__(block, ops, compile_fn)
+        super().__init__(block, ops, compile_fn, parallel)
         self.hybrid = attention
 
     def parts(self) -> dict[str, nn.Linear]:
@@ -167,6 +187,8 @@ class FastHybridBlock(FastBlock):
     ) -> tuple[DeferredResidual, Any]:
         """See `wan.model.Block.forward`; instead of returning an update, the inputs of the write go to `delta_out`."""
         assert remember == (delta_out is not None)
+        if self.parallel is not None:
+            return self._forward_parallel(stream, time_BF6D, rotary, view, text_kv, attend, delta_out), None
         reading = self.compile_fn(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, delta_out)
         if reading is None:
             return stream, None
@@ -174,6 +196,50 @@ class FastHybridBlock(FastBlock):
         mixed = attention(q, k, v, backend=self.hybrid.backend)
         read_state = StateRead(view.state_BHKV, query, inverse_rms, gate, rotary)
         return self.rest(x, mixed, read_state, time_BF6D, text_kv), None
+
+    def _forward_parallel(
+        self,
+        stream: DeferredResidual,
+        time_BF6D: Tensor,
+        rotary: Rotary,
+        view: StateView,
+        text_kv: tuple[Tensor, Tensor],
+        attend: bool,
+        delta_out: DeltaInputs | None,
+    ) -> DeferredResidual:
+        """As `forward`, with this rank's tokens outside of attention, state and write, and its heads inside."""
+        assert self.parallel is not None
+        exchange, frames, layer = self.parallel, time_BF6D.shape[1], self.hybrid
+        tokens = (*stream.x_BLD.shape[:2], layer.num_heads)
+        mine = None if delta_out is None else empty_delta_inputs(stream.x_BLD, layer.head_dim, *tokens)
+        reading = self.compile_fn(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, mine)
+        if mine is not None and delta_out is not None:
+            k, v = exchange.to_heads([mine.k, mine.v], frames)
+            log_decay, beta = exchange.to_heads([mine.log_decay[..., None], mine.beta[..., None]], frames)
+            for buffer, part in zip(delta_out, (k, v, log_decay[..., 0], beta[..., 0]), strict=True):
+                buffer.copy_(part)
+        if reading is None:
+            return stream
+        x, q, k, v, query, inverse_rms, gate = reading
+        query = self.compile_fn(state_queries)(self, query, inverse_rms, rotary)
+        q, k, v, query, gate = exchange.to_heads([q, k, v, query, gate[..., None].to(q.dtype)], frames)
+        local = attention(q, k, v, backend=layer.backend)
+        mixed = self.compile_fn(with_state_read)(self, local, view.state_BHKV, query, gate[..., 0])
+        return self.rest(x, exchange.to_tokens(mixed, frames), None, time_BF6D, text_kv)
+
+
+def empty_delta_inputs(x: Tensor, head_dim: int, *tokens_and_heads: int) -> DeltaInputs:
+    """Buffers for the inputs of a write, in the dtype of `x`; gates are float32 at least.
+
+    One tensor per input: the compiler needs separate buffers for its outputs.
+
+    Args:
+        tokens_and_heads: leading axes of all inputs, [..., B, L, H].
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    k, v = (x.new_empty(*tokens_and_heads, head_dim) for _ in range(2))
+    log_decay, beta = (x.new_empty(tokens_and_heads, dtype=wide) for _ in range(2))
+    return DeltaInputs(k, v, log_decay, beta)
 
 
 class BatchedStateWrites:
@@ -185,17 +251,13 @@ class BatchedStateWrites:
     Args:
         layers: number of layers.
         x_BLD: tokens of a layer, for their shape, dtype and device.
-        heads: number of heads.
+        heads: number of heads of the model.
+        ranks: over which the tokens `x_BLD` and, inside the write, the heads are divided.
     """
 
-    def __init__(self, layers: int, x_BLD: Tensor, heads: int) -> None:
-        wide = torch.promote_types(x_BLD.dtype, torch.float32)
+    def __init__(self, layers: int, x_BLD: Tensor, heads: int, ranks: int = 1) -> None:
         batch, tokens, dim = x_BLD.shape
-        like_tokens = (layers, batch, tokens, heads)
-        # One tensor per input: the compiler needs separate buffers for its outputs.
-        k, v = (x_BLD.new_empty(*like_tokens, dim // heads) for _ in range(2))
-        log_decay, beta = (x_BLD.new_empty(like_tokens, dtype=wide) for _ in range(2))
-        self._all = DeltaInputs(k, v, log_decay, beta)
+        self._all = empty_delta_inputs(x_BLD, dim // heads, layers, batch, tokens * ranks, heads // ranks)
         self._states: list[Tensor] = []
 
     def buffer(self, state_BHKV: Tensor) -> DeltaInputs:
@@ -216,10 +278,15 @@ class BatchedStateWrites:
         return list(states.chunk(len(self._states)))
 
 
-def fast_block(block: Block, ops: FusedOps, compile_fn: Callable[[Function], Function]) -> FastBlock:
+def fast_block(
+    block: Block,
+    ops: FusedOps,
+    compile_fn: Callable[[Function], Function],
+    parallel: SequenceParallel | None = None,
+) -> FastBlock:
     """Inference form of a block, hybrid if its hybrid layer is enabled now."""
     hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
-    return (FastHybridBlock if hybrid else FastBlock)(block, ops, compile_fn)
+    return (FastHybridBlock if hybrid else FastBlock)(block, ops, compile_fn, parallel)
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -316,6 +383,23 @@ def after_cross_attention(
     crossed = fast.cross_out(ops.operand(crossed_BLHD.flatten(2)))
     x, tokens = ops.before_feed_forward(block, x_BLD, crossed, time_BF6D)
     return x, fast.ffn_out(ops.hidden(fast.ffn_in, block.ffn[1], tokens))
+
+
+def state_queries(fast: FastHybridBlock, query_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary) -> Tensor:
+    """Queries q̂ of a state read, [B, L, H, D]; see `StateRead` for the arguments."""
+    return fast.ops.state_queries(fast.hybrid, query_BLD, inverse_rms_BL, rotary)
+
+
+def with_state_read(
+    fast: FastHybridBlock, local_BLHV: Tensor, state_BHKV: Tensor, query_BLHK: Tensor, gate_BLH: Tensor
+) -> Tensor:
+    """Local attention plus a gated state read; the gate comes before its sigmoid."""
+    return combine(local_BLHV, fast.hybrid.read(state_BHKV, query_BLHK), gate_BLH.sigmoid())
+
+
+def head_patches(model: CausalWanModel, stream: DeferredResidual, time_BFD: Tensor, time_BF6D: Tensor) -> Tensor:
+    """Patches of the velocity from the tokens after the last layer; see `wan.model.Head`."""
+    return model.head(stream.total(time_BF6D), time_BFD)
 
 
 def flow(

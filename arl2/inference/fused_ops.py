@@ -128,6 +128,12 @@ class FusedOps:
         """Write the keys k̂ of a state into `out_BLHK`; see `StateRead` for the arguments."""
         out_BLHK.copy_(layer.state_key_of(key_BLD, rotary))
 
+    def state_queries(
+        self, layer: HybridAttention, query_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary
+    ) -> Tensor:
+        """Queries q̂ of a state read, [B, L, H, D]; see `StateRead` for the arguments."""
+        return layer.state_query_of(query_BLD, rotary)
+
     def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, read_state: StateRead) -> Tensor:
         """Add a gated state read to the output of the attention in the block, `mixed_BLHD`."""
         query = layer.state_query_of(read_state.query_BLD, read_state.rotary)

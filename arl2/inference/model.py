@@ -7,9 +7,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from arl2.inference.blocks import BatchedStateWrites, FastHybridBlock, compiled, fast_block, flow, uncompiled
+from arl2.inference.blocks import (
+    BatchedStateWrites,
+    FastHybridBlock,
+    compiled,
+    fast_block,
+    flow,
+    head_patches,
+    uncompiled,
+)
 from arl2.inference.fused_ops import DeferredResidual, FusedOps
 from arl2.inference.linear import separate
+from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
@@ -30,16 +39,26 @@ class InferenceModel:
         fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
         kernels: compute the operations between products by Triton kernels, see
             `arl2.inference.fused_ops.require_kernels`.
+        parallel: ranks that compute every pass together; all call with the same arguments, and all get the result.
+            Memories hold the heads of their rank: see `wan.memory.MemorySpec.head_shards`.
     """
 
-    def __init__(self, model: HybridWanModel, compile: bool = False, fp8: bool = False, kernels: bool = False) -> None:
+    def __init__(
+        self,
+        model: HybridWanModel,
+        compile: bool = False,
+        fp8: bool = False,
+        kernels: bool = False,
+        parallel: SequenceParallel | None = None,
+    ) -> None:
         self.model = model
+        self._parallel = parallel
         self._fp8 = fp8
         self._compile_fn = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
         ops = new_fused_ops(fp8, kernels)
-        self._blocks = [fast_block(block, ops, self._compile_fn).eval() for block in model.layers()]
+        self._blocks = [fast_block(block, ops, self._compile_fn, parallel).eval() for block in model.layers()]
 
     def without_kernels(self) -> Self:
         """Copy that shares the weights and uses the plain functions between products."""
@@ -72,6 +91,9 @@ class InferenceModel:
         # Contiguous: each pattern of strides would be compiled anew.
         inputs = (x.contiguous() for x in (latents_BFCHW, timesteps_BF, frames_F))
         x, rotary, time_BFD, time_BF6D = self._compile_fn(CausalWanModel.embed)(self.model, *inputs)
+        parallel, frames = self._parallel, latents_BFCHW.shape[1]
+        if parallel is not None:
+            x, rotary = parallel.shard(x, frames).contiguous(), parallel.shard_rotary(rotary, frames)
         stream, updates = DeferredResidual(x, None, None), list[Any]()
         waiting: list[int] = []
         to_write = sum(isinstance(block, FastHybridBlock) for block in self._blocks) if remember else 0
@@ -79,7 +101,8 @@ class InferenceModel:
             delta_out = None
             if to_write and isinstance(block, FastHybridBlock):
                 if not waiting:
-                    writes = BatchedStateWrites(min(to_write, WRITES_TOGETHER), x, block.hybrid.num_heads)
+                    ranks = 1 if parallel is None else parallel.size
+                    writes = BatchedStateWrites(min(to_write, WRITES_TOGETHER), x, block.hybrid.num_heads, ranks)
                 delta_out = writes.buffer(view.state_BHKV)
                 waiting.append(layer)
             attend = not (remember and block is self._blocks[-1])
@@ -95,6 +118,9 @@ class InferenceModel:
         if remember:
             return PassOutput(None, updates)
         sizes = latents_BFCHW.shape[-2:]
+        if parallel is not None:
+            patches = self._compile_fn(head_patches)(self.model, stream, time_BFD, time_BF6D)
+            return PassOutput(self.model.unpatchify(parallel.gather(patches, frames), *sizes), None)
         return PassOutput(self._compile_fn(flow)(self.model, stream, time_BFD, time_BF6D, *sizes), None)
 
 

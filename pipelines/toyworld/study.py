@@ -157,8 +157,7 @@ class Study:
         """Write a row's result, and what it was made with."""
         card = device_name(self.settings.device)
         about = {"name": name, "seed": self.settings.seed, "device": card, "torch": torch.__version__}
-        page = result | about | {"git_commit": git_commit()}
-        write_record(self.path("results", name, ".json"), made_with, page)
+        write_record(self.path("results", name, ".json"), made_with, result | about | {"git_commit": git_commit()})
 
     @cached_property
     def models(self) -> Result:

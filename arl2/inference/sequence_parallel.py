@@ -1,0 +1,96 @@
+"""One video over several ranks: tokens are divided outside of attention, heads inside of it.
+
+Heads are independent in softmax attention, in the state and in its write. So a rank keeps the keys, values and states
+of its own heads only, for all tokens; everything else works on its own tokens, with all heads. Two all-to-all
+exchanges per layer lie between. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
+
+A rank's tokens are an equal part of every latent frame: modulations, which are per frame, stay as they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed
+
+from wan.ops.rope import Rotary
+from wan.utils.errors import InputError
+
+
+class SequenceParallel:
+    """Exchanges between tokens and heads over the ranks of a group.
+
+    Args:
+        num_heads: heads of the model.
+        group: ranks that compute a video together; None for all.
+
+    Raises:
+        InputError: the heads do not divide over the ranks.
+    """
+
+    def __init__(self, num_heads: int, group: distributed.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
+        if num_heads % self.size:
+            fitting = [str(size) for size in range(1, num_heads + 1) if num_heads % size == 0]
+            raise InputError(
+                f"{num_heads} heads do not divide over {self.size} processes: start {', '.join(fitting[:-1])} or "
+                f"{fitting[-1]}"
+            )
+        self.num_heads = num_heads // self.size
+
+    def check_tokens(self, tokens_per_frame: int) -> None:
+        """Check that the tokens of a frame divide over the ranks.
+
+        Raises:
+            InputError: they do not.
+        """
+        if tokens_per_frame % self.size:
+            raise InputError(
+                f"{tokens_per_frame} tokens per frame do not divide over {self.size} processes: choose another height "
+                "or width, or another number of processes"
+            )
+
+    def shard(self, x_BLD: Tensor, num_frames: int) -> Tensor:
+        """This rank's tokens of all, [B, L / ranks, D]."""
+        return x_BLD.unflatten(1, (num_frames, self.size, -1))[:, :, self.rank].flatten(1, 2)
+
+    def shard_rotary(self, rotary: Rotary, num_frames: int) -> Rotary:
+        """Rotation of this rank's tokens."""
+        cos, sin = (self.shard(part[None], num_frames)[0] for part in rotary)
+        return cos, sin
+
+    def gather(self, x_BLD: Tensor, num_frames: int) -> Tensor:
+        """All tokens from every rank's, [B, L, D]; the inverse of `shard`."""
+        mine = x_BLD.contiguous()
+        parts = mine.new_empty(self.size, *mine.shape)
+        distributed.all_gather_into_tensor(parts.flatten(0, 1), mine, group=self._group)
+        return parts.unflatten(2, (num_frames, -1)).movedim(0, 2).flatten(1, 3)
+
+    def to_heads(self, parts: Sequence[Tensor], num_frames: int) -> list[Tensor]:
+        """Exchange all heads of this rank's tokens for all tokens of its heads.
+
+        Args:
+            parts: tensors [B, L / ranks, H, K], whose K may differ; they travel together.
+
+        Returns:
+            for each [B, L, H / ranks, K], views of one tensor.
+        """
+        widths = [part.shape[-1] for part in parts]
+        x = torch.cat(list(parts), dim=-1) if len(parts) > 1 else parts[0]
+        # [ranks, B, F, tokens of a frame, heads of a rank, K]: the first axis is that of the exchange.
+        sent = x.unflatten(1, (num_frames, -1)).unflatten(3, (self.size, -1)).movedim(3, 0)
+        got = self._exchange(sent)
+        return list(got.movedim(0, 2).flatten(1, 3).split(widths, dim=-1))
+
+    def to_tokens(self, x_BLHK: Tensor, num_frames: int) -> Tensor:
+        """Exchange all tokens of this rank's heads for all heads of its tokens; the inverse of `to_heads`."""
+        sent = x_BLHK.unflatten(1, (num_frames, self.size, -1)).movedim(2, 0)
+        got = self._exchange(sent)
+        return got.movedim(0, 3).flatten(3, 4).flatten(1, 2)
+
+    def _exchange(self, sent: Tensor) -> Tensor:
+        """Send part i of the first axis to rank i, and receive one from each."""
+        sent = sent.contiguous()
+        got = torch.empty_like(sent)
+        distributed.all_to_all_single(got, sent, group=self._group)
+        return got
