@@ -62,7 +62,13 @@ class StateMemory:
         return StateView(self._state)
 
     def commit(self, update: Tensor) -> None:
-        """Replace the state by the one that the clean pass returned."""
+        """Replace the state by the one that the clean pass returned.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        if update.shape != self._state.shape:  # a single head would be copied to all
+            raise ValueError(f"a state of shape {tuple(update.shape)} in a memory of {tuple(self._state.shape)}")
         if self._differentiable:
             self._state = update
         else:  # always at the same address: recorded CUDA graphs read it there

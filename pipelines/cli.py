@@ -225,6 +225,8 @@ def agreed_status(status: int) -> int:
 
     if not distributed.is_torchelastic_launched():
         return status
+    if distributed.is_initialized():  # by work that all did together
+        distributed.destroy_process_group()
     # The others may have hours of work left.
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
     worst = torch.tensor(status)

@@ -125,7 +125,13 @@ class SlotView:
     recurs: bool = False
 
     def write(self, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
-        """Copy a block into the slot."""
+        """Copy a block into the slot.
+
+        Raises:
+            ValueError: the block has other heads than the memory.
+        """
+        if k_BLHD.shape[2] != self.keys_BMHD.shape[2]:  # a single head would be copied to all
+            raise ValueError(f"a block of {k_BLHD.shape[2]} heads in a memory of {self.keys_BMHD.shape[2]}")
         sizes = [stop - start for start, stop in self.slot]
         for buffer, block in ((self.keys_BMHD, k_BLHD), (self.values_BMHD, v_BLHD)):
             for (start, stop), piece in zip(self.slot, block.split(sizes, dim=1), strict=True):

@@ -16,6 +16,24 @@ from wan.ops.rope import Rotary
 from wan.utils.errors import InputError
 
 
+def check_divides(num_heads: int, tokens_per_frame: int, size: int) -> None:
+    """Check that heads and the tokens of a frame divide over so many processes.
+
+    Raises:
+        InputError: they do not.
+    """
+    if num_heads % size:
+        fitting = [str(number) for number in range(1, num_heads + 1) if num_heads % number == 0]
+        raise InputError(
+            f"{num_heads} heads do not divide over {size} processes: start {', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
+    if tokens_per_frame % size:
+        raise InputError(
+            f"{tokens_per_frame} tokens per frame do not divide over {size} processes: choose another height or width, "
+            "or another number of processes"
+        )
+
+
 class SequenceParallel:
     """Exchanges between tokens and heads over the ranks of a group.
 
@@ -30,25 +48,7 @@ class SequenceParallel:
     def __init__(self, num_heads: int, group: distributed.ProcessGroup | None = None) -> None:
         self._group = group
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
-        if num_heads % self.size:
-            fitting = [str(size) for size in range(1, num_heads + 1) if num_heads % size == 0]
-            raise InputError(
-                f"{num_heads} heads do not divide over {self.size} processes: start {', '.join(fitting[:-1])} or "
-                f"{fitting[-1]}"
-            )
-        self.num_heads = num_heads // self.size
-
-    def check_tokens(self, tokens_per_frame: int) -> None:
-        """Check that the tokens of a frame divide over the ranks.
-
-        Raises:
-            InputError: they do not.
-        """
-        if tokens_per_frame % self.size:
-            raise InputError(
-                f"{tokens_per_frame} tokens per frame do not divide over {self.size} processes: choose another height "
-                "or width, or another number of processes"
-            )
+        check_divides(num_heads, self.size, self.size)
 
     def shard(self, x_BLD: Tensor, num_frames: int) -> Tensor:
         """This rank's tokens of all, [B, L / ranks, D]."""
@@ -62,9 +62,9 @@ class SequenceParallel:
     def gather(self, x_BLD: Tensor, num_frames: int) -> Tensor:
         """All tokens from every rank's, [B, L, D]; the inverse of `shard`."""
         mine = x_BLD.contiguous()
-        parts = mine.new_empty(self.size, *mine.shape)
-        distributed.all_gather_into_tensor(parts.flatten(0, 1), mine, group=self._group)
-        return parts.unflatten(2, (num_frames, -1)).movedim(0, 2).flatten(1, 3)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(parts, mine, group=self._group)
+        return torch.stack([part.unflatten(1, (num_frames, -1)) for part in parts], dim=2).flatten(1, 3)
 
     def to_heads(self, parts: Sequence[Tensor], num_frames: int) -> list[Tensor]:
         """Exchange all heads of this rank's tokens for all tokens of its heads.

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import torch
 
+from arl2.inference.sequence_parallel import check_divides
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import num_blocks
-from pipelines.cli import choose_device
+from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import InferenceConfig, MemoryKind, check_size
 from pipelines.dtypes import choose_dtype
-from pipelines.feasibility import TransformerSizes, check_speed, require_room, room_for_generation
+from pipelines.feasibility import (
+    TransformerSizes,
+    check_speed,
+    require_room,
+    room_for_generation,
+    tokens_per_frame,
+)
 from pipelines.flags import Parser, as_path
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
@@ -84,6 +91,8 @@ def inference_parser() -> Parser:
         "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
     )
     add_speed_flags(parser)
+    about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
+    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
     parser.add_device()
     return parser
 
@@ -113,6 +122,7 @@ class InferenceRun:
         config: with the flags applied.
         jobs: all prompts of the run; ranks share them.
         images: the first frame of every job, for --i2v.
+        over_video: all processes compute every video together, instead of dividing the prompts.
     """
 
     config: InferenceConfig
@@ -125,6 +135,7 @@ class InferenceRun:
     backend: AttentionBackend
     seed: int
     use_ema: bool
+    over_video: bool = False
 
 
 def plan_run(arguments: argparse.Namespace) -> InferenceRun:
@@ -143,8 +154,11 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
+    over_video = arguments.parallel == "video" and rank_and_world_size()[1] > 1
     check_config(config, arguments.i2v)
     check_device(config, device, dtype)
+    if over_video:
+        check_parallel(config, rank_and_world_size()[1])
     jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
@@ -160,6 +174,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
         backend=require_backend(config.attention_backend, device, dtype),
         seed=arguments.seed,
         use_ema=arguments.use_ema,
+        over_video=over_video,
     )
 
 
@@ -189,6 +204,19 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     check_layers(config.hybrid.layers, sizes.num_layers)
     check_size(config.height, config.width, spatial_stride(folder), sizes.patch_size)
     config.hybrid.settings()
+
+
+def check_parallel(config: InferenceConfig, processes: int) -> None:
+    """Make sure that a video divides over processes.
+
+    Raises:
+        InputError: heads or tokens do not, or a setting does not go with it.
+    """
+    folder = Path(config.model_folder)
+    sizes = TransformerSizes.of(transformer_config(folder))
+    stride = spatial_stride(folder)
+    tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
+    check_divides(sizes.num_heads, tokens, processes)
 
 
 def check_device(

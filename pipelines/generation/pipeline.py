@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -17,11 +18,13 @@ from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
+from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
 from pipelines.feasibility import check_speed
 from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.video import to_uint8
@@ -87,6 +90,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
+        self._parallel: SequenceParallel | None = None
         self._known_cuts = set[str]()
         self._memories_warned_of: set[tuple[int | None, int]] = set()
         self._undo = ExitStack()
@@ -166,6 +170,18 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Whether a block is decoded while the next is denoised."""
         return self._side is not None
 
+    def parallelize(self) -> None:
+        """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
+
+        All of them must make the same calls, and all get the same latents; memories hold the heads of their process.
+        Call it before `optimize_for_inference`, which makes the form of the transformer that does it.
+
+        Raises:
+            InputError: the heads do not divide over the processes.
+        """
+        self._parallel = SequenceParallel(self.transformer.config.num_heads)
+        self.transformer.head_shards = self._parallel.size
+
     def optimize_for_inference(self, speed: SpeedConfig) -> None:
         """Compute the transformer's passes the fast way from now on, as its weights and switches are now.
 
@@ -189,15 +205,15 @@ class CausalVideoPipeline(DiffusionPipeline):
             self.wan_vae.tiny = load_tiny_decoder(
                 speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
             )
-        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels):
+        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels or self._parallel is not None):
             return
         # On the CPU the adapters' layers cost a GPU no memory, and come back exactly.
         adapters = self.transformer.merge_ffn_lora(keep_on=torch.device("cpu"))
         self._undo.callback(self.transformer.unmerge_ffn_lora, adapters)
-        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels))
+        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels), self._parallel)
         self._undo.callback(fast.release)
         self._pool = MemoryPool(self.transformer)
-        if not speed.cuda_graphs:
+        if not speed.cuda_graphs or self._parallel is not None:  # exchanges between GPUs are not recorded
             self._fast = fast
             return
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.
@@ -288,6 +304,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             frames=latent_frames or self.config.frames_per_block,
             window_frames=window_frames,
             sink_frames=sink_frames,
+            head_shards=self.transformer.head_shards,
         )
         return (self._pool or self.transformer).new_memory(spec)
 
@@ -305,6 +322,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         memory: MemoryConfig | None = None,
         phase: Phase = lambda name: nullcontext(),
+        lockstep: Lockstep | None = None,
     ) -> Iterator[VideoBlock]:
         """Generate a video and hand out its frames block by block.
 
@@ -318,6 +336,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
             memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
+            lockstep: of processes that compute the video together; those that follow hand out nothing.
 
         Yields:
             blocks in order; the first brings the given frames too. On a GPU the next block is computed meanwhile: take
@@ -360,6 +379,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
+        if lockstep is not None:
+            generated = lockstep.blocks(iter(generated))
+            if not lockstep.leads:
+                deque(generated, maxlen=0)
+                return
         for block in finished(self._decoder(context, given, phase), generated, device):
             broken = block.finite.first_broken()
             if broken is not None:

@@ -3,8 +3,9 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from arl2.rollout import num_blocks
 from pipelines.generation.announcements import announced
 from pipelines.generation.arguments import InferenceRun
-from pipelines.generation.blocks import NonFiniteBlockError
-from pipelines.generation.pipeline import CausalVideoPipeline
+from pipelines.generation.blocks import NonFiniteBlockError, VideoBlock
+from pipelines.generation.lockstep import Lockstep, join_processes
+from pipelines.generation.pipeline import CausalVideoPipeline, Phase
 from pipelines.generation.records import (
     identity_of,
     image_of,
@@ -39,6 +41,7 @@ from wan.utils.signals import check_interrupted, on_interruption_say
 
 log = logging.getLogger(__name__)
 
+WARM_UP = "warm up"
 GO_ON_WITH_VIDEOS = "finished videos are kept; start the same command again to go on"
 MEASURED_PACKAGES = ("diffusers", "transformers")
 
@@ -66,6 +69,9 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
     )
     check_interrupted()
     pipeline.use_attention_backend(run.backend)
+    if run.over_video:
+        join_processes(run.device)
+        pipeline.parallelize()
     pipeline.optimize_for_inference(config.speed)
     return pipeline
 
@@ -73,7 +79,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
 def generate(
     run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, world_size: int = 1, *, anew: bool = False
 ) -> int:
-    """Generate this rank's part of the videos; finished ones are skipped.
+    """Generate this rank's part of the videos, or all of them together with the others; finished ones are skipped.
 
     Every video has a lock: what another process makes is left to it, and looked at again when the rest is done. A video
     of which something is not finite is left out, and the run goes on.
@@ -90,11 +96,27 @@ def generate(
     """
     # As the model means it, so that a video is the same one whichever way its memory was asked for.
     run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
-    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew)
-    mine = shard_jobs(run.jobs, rank, world_size)
+    lockstep = Lockstep() if run.over_video else None
+    if lockstep is not None and not lockstep.leads:
+        follow(run, pipeline, lockstep)
+        return 0
+    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew, lockstep)
+    mine = run.jobs if run.over_video else shard_jobs(run.jobs, rank, world_size)
     with announced(run.output_folder, maker.identity, {job.name: image_of(run, job) for job in mine}):
         maker.make_all(mine, quiet=rank != 0)
+    if lockstep is not None:
+        lockstep.tell(None)
     return maker.failed
+
+
+def follow(run: InferenceRun, pipeline: CausalVideoPipeline, lockstep: Lockstep) -> None:
+    """Compute what the leading process makes, until it makes nothing more."""
+    jobs = {job.name: job for job in run.jobs}
+    while (order := lockstep.hear()) is not None:
+        if order == WARM_UP:
+            pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
+        else:
+            deque(new_stream(run, pipeline, jobs[order[0]], lockstep), maxlen=0)
 
 
 @dataclass
@@ -104,6 +126,7 @@ class _Maker:
     Attributes:
         identity: see `identity_of`.
         anew: make finished videos too.
+        lockstep: of the processes that make every video together.
         failed: videos that could not be made so far.
     """
 
@@ -111,6 +134,7 @@ class _Maker:
     pipeline: CausalVideoPipeline
     identity: dict[str, Any]
     anew: bool = False
+    lockstep: Lockstep | None = None
     failed: int = 0
 
     def made_with(self, job: PromptJob) -> dict[str, Any]:
@@ -151,6 +175,8 @@ class _Maker:
             on_interruption_say(GO_ON_WITH_VIDEOS)
             log.info("%d of %d videos are finished already: skipped", len(jobs) - len(todo), len(jobs))
         if todo and pipeline.flow_model is not pipeline.transformer:
+            if self.lockstep is not None:
+                self.lockstep.tell(WARM_UP)
             pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=quiet) as progress:
@@ -185,7 +211,8 @@ class _Maker:
                 return
             blocks = progress.add_task(job.name[:40], total=generated_blocks(self.run))
             try:
-                generate_one(self.run, self.pipeline, job, self.made_with(job), partial(progress.advance, blocks))
+                advance = partial(progress.advance, blocks)
+                generate_one(self.run, self.pipeline, job, self.made_with(job), advance, self.lockstep)
             except NonFiniteBlockError as error:
                 self.failed += 1
                 log.error("%s: %s; going on with the next video", job.name, error)
@@ -264,6 +291,7 @@ def generate_one(
     job: PromptJob,
     made_with: dict[str, Any],
     on_block: Callable[[], None],
+    lockstep: Lockstep | None = None,
 ) -> None:
     """Generate, write and measure one video. Nothing is left under its name unless it is whole.
 
@@ -272,22 +300,13 @@ def generate_one(
         InputError: the video cannot be written.
     """
     config, timer = run.config, PhaseTimer(run.device)
-    image = read_image(run.images[job.name], config.height, config.width, quiet=True) if run.images else None
-    num_frames = num_pixel_frames(run, pipeline)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     measured = Measurement(time.perf_counter())
     with VideoWriter(video_path(run, job), config.height, config.width, fps=config.fps) as writer:
-        stream = pipeline.stream(
-            job.prompt,
-            num_frames,
-            config.height,
-            config.width,
-            image=image,
-            seeds=[job.seed],
-            memory=config.memory,
-            phase=timer.phase,
-        )
+        if lockstep is not None:
+            lockstep.tell([job.name])
+        stream = new_stream(run, pipeline, job, lockstep, timer.phase)
         for block in stream:
             frames = block.frames_BTHWC.wait()[0]
             measured.block_arrived(len(frames), run.device)
@@ -302,6 +321,29 @@ def generate_one(
         metrics |= start | provenance(run, job, made_with) | {"video": facts}
         # The video gets its name when the context ends: a finished video has its record.
         write_json(record_path(run, job), metrics, default=str)
+
+
+def new_stream(
+    run: InferenceRun,
+    pipeline: CausalVideoPipeline,
+    job: PromptJob,
+    lockstep: Lockstep | None = None,
+    phase: Phase = lambda name: nullcontext(),
+) -> Iterator[VideoBlock]:
+    """The blocks of a job's video; see `CausalVideoPipeline.stream`."""
+    config = run.config
+    image = read_image(run.images[job.name], config.height, config.width, quiet=True) if run.images else None
+    return pipeline.stream(
+        job.prompt,
+        num_pixel_frames(run, pipeline),
+        config.height,
+        config.width,
+        image=image,
+        seeds=[job.seed],
+        memory=config.memory,
+        phase=phase,
+        lockstep=lockstep,
+    )
 
 
 def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:

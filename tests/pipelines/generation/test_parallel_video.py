@@ -1,0 +1,115 @@
+"""inference.py --parallel video: three processes make one video together, and stay together when one of them stops."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from paths import ROOT
+
+from pipelines.generation.blocks import PIXELS
+from pipelines.generation.streaming import FiniteCheck
+from pipelines.media.video import read_video
+
+PROCESSES = 3
+"""The shipped toy model has three heads."""
+PROMPTS = "a red square rolls to the right\na blue circle\n"
+
+
+def infer(
+    rank: int, size: int, port: int, folder: Path, flags: list[str], before: Callable[[int], None] | None
+) -> None:
+    """What a process of several does."""
+    os.dup2(os.open(folder / f"stderr-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    torch.set_num_threads(1)
+    config = str(ROOT / "configs" / "toyworld" / "inference.yaml")
+    given = [f"model_folder={ROOT / 'models' / 'toyworld'}", "num_output_frames=9", "--device", "cpu"]
+    sys.argv = ["inference.py", "--config", config, "--data_path", str(folder / "prompts.txt"), *given, *flags]
+    sys.path.insert(0, str(ROOT))
+    if before is not None:
+        before(rank)
+    sys.exit(import_module("inference").main())
+
+
+def run(
+    folder: Path, *flags: str, size: int = PROCESSES, before: Callable[[int], None] | None = None
+) -> tuple[list[int | None], list[str]]:
+    """Exit statuses and what was said of processes that make videos together."""
+    (folder / "prompts.txt").write_text(PROMPTS)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.training.run"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [(rank, size, port, folder, list(flags), before) for rank in range(size)]
+    processes = [context.Process(target=infer, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    return [process.exitcode for process in processes], [
+        (folder / f"stderr-{rank}.txt").read_text() for rank in range(size)
+    ]
+
+
+def frames(path: Path) -> np.ndarray:
+    """The frames of a video, [T, H, W, 3]."""
+    return read_video(path).astype(float)
+
+
+def break_first_video(rank: int) -> None:
+    """Let the leading process find pixels that are not finite, once; the others never see pixels."""
+    if rank == 0:
+        answers = iter([PIXELS])
+        FiniteCheck.first_broken = lambda self: next(answers, None)  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    statuses, said = run(folder, "--output_folder", str(folder / "videos"), "--parallel", "video")
+    assert statuses == [0] * PROCESSES, said
+    return folder
+
+
+def test_videos_are_those_of_one_process(together: Path, tmp_path: Path) -> None:
+    statuses, said = run(tmp_path, "--output_folder", str(tmp_path / "videos"), size=1)
+    assert statuses == [0], said
+    names = sorted(path.name for path in (tmp_path / "videos").glob("*.mp4"))
+    assert names == sorted(path.name for path in (together / "videos").glob("*.mp4")) and len(names) == 2
+    for name in names:
+        one, many = frames(tmp_path / "videos" / name), frames(together / "videos" / name)
+        assert one.shape == many.shape and np.abs(one - many).mean() < 0.05
+
+
+def test_what_is_finished_is_not_made_again(together: Path) -> None:
+    records = {path: path.read_bytes() for path in (together / "videos").glob("*.json")}
+    missing = max(records)
+    missing.unlink()
+    missing.with_suffix(".mp4").unlink()
+    statuses, said = run(together, "--output_folder", str(together / "videos"), "--parallel", "video")
+    assert statuses == [0] * PROCESSES, said
+    assert [path.read_bytes() == content for path, content in sorted(records.items())] == [True, False]
+
+
+def test_all_go_on_together_when_the_leading_process_gives_a_video_up(tmp_path: Path) -> None:
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video")
+    statuses, said = run(tmp_path, *flags, before=break_first_video)
+    assert statuses == [1, 0, 0], said  # torchrun's processes agree on the worst; these are not torchrun's
+    (record,) = (tmp_path / "videos").glob("*.json")
+    assert json.loads(record.read_text())["prompt"] == PROMPTS.splitlines()[1]
+
+
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_one_line(tmp_path: Path) -> None:
+    statuses, said = run(tmp_path, "--output_folder", str(tmp_path / "videos"), "--parallel", "video", size=2)
+    assert statuses == [2, 2]
+    assert all(text.strip() == "error: 3 heads do not divide over 2 processes: start 1 or 3" for text in said), said
+    assert not (tmp_path / "videos").exists()
