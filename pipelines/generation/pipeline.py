@@ -359,10 +359,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds = torch.randint(2**62, (batch,), generator=generator).tolist()
         if len(seeds) != batch:
             raise InputError(f"{len(seeds)} seeds for {batch} videos: give one a video")
-        context = None
-        if image is not None:
-            given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
-            context = self.wan_vae.encode(given_BTCHW.to(device, self.wan_vae.dtype))
+        context = None if image is None else self._encode_image(image, batch, height, width)
         context_frames = 0 if context is None else context.shape[1]
         blocks, latent_frames = None, None
         if num_frames is not None:
@@ -390,6 +387,11 @@ class CausalVideoPipeline(DiffusionPipeline):
                 raise NonFiniteBlockError(block.index, broken)
             block.frames_BTHWC.join()
             yield block
+
+    def _encode_image(self, image: Picture | Sequence[Picture], batch: int, height: int, width: int) -> Tensor:
+        """Latents [B, F, C, h, w] of the frames to start with; see `stream`."""
+        given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
+        return self.wan_vae.encode(given_BTCHW.to(self._execution_device, self.wan_vae.dtype))
 
     def _decoder(
         self, context_BFCHW: Tensor | None, given: Mapping[str, Tensor], phase: Phase
