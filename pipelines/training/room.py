@@ -1,10 +1,12 @@
 """What a training step takes at the least, estimated before models load; see `pipelines.feasibility`."""
 
 import os
+from dataclasses import replace
 from math import prod
 
 import torch
 
+from arl2.distillation.objective import ForwardMode
 from arl2.model import HybridSettings
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.dtypes import choose_dtype
@@ -16,6 +18,7 @@ from pipelines.feasibility import (
     transformer_parameters,
 )
 from pipelines.training.config import GatesConfig, Stage1Config, Stage2Config, TrainingConfig
+from wan.utils.errors import InputError
 
 COPIES = 4
 """Of what trains, in float32: values, gradients, and the two moments of AdamW."""
@@ -58,11 +61,12 @@ def room_for_training(
 def _kept_per_token(config: TrainingConfig, sizes: TransformerSizes, hybrid: HybridSettings) -> int:
     """Numbers that a graph keeps for every token of a noisy pass and of the clean pass that remembers it.
 
-    Stage 1 keeps what goes into the layers and comes out of them; stage 2 what goes into every block, and without
-    checkpointing also what its feed-forward takes and makes. Offloaded checkpoints leave one block's.
+    Stage 1 keeps what goes into a layer and comes out of it: of one layer in parallel mode, of all in sequential mode.
+    Stage 2 keeps what goes into every block, and without checkpointing also what its feed-forward takes and makes.
+    Offloaded checkpoints leave one block's.
     """
     if isinstance(config, Stage1Config):
-        return 2 * sizes.dim * len(hybrid.layers)
+        return 2 * sizes.dim * (1 if config.forward_mode is ForwardMode.PARALLEL else len(hybrid.layers))
     first = min(hybrid.layers, default=0)  # before it nothing has a gradient
     if not (isinstance(config, Stage2Config) and config.checkpointing):
         return (sizes.num_layers - first) * (2 * sizes.dim + sizes.ffn_dim)
@@ -70,17 +74,41 @@ def _kept_per_token(config: TrainingConfig, sizes: TransformerSizes, hybrid: Hyb
 
 
 def check_room(config: TrainingConfig, sizes: TransformerSizes, sample: tuple[int, ...]) -> None:
-    """Make sure that a step fits the device.
+    """Make sure that a step fits the device, and what it offloads the host.
 
     Raises:
-        InputError: it does not; the message names sizes, estimate and cure.
+        InputError: it does not; the message names sizes, estimate and cure. Or offloading would do nothing.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    estimate = room_for_training(config, sizes, sample, dtype, rank_and_world_size()[1])
+    ranks, on_this_host = rank_and_world_size()[1], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    estimate = room_for_training(config, sizes, sample, dtype, ranks)
     if device.type == "cpu":  # ranks of one machine share its memory
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        estimate = Estimate({name: size * processes for name, size in estimate.parts.items()})
+        estimate = Estimate({name: size * on_this_host for name, size in estimate.parts.items()})
     what = f"a step on batch {config.batch} of {sample[0]} latent frames of {sample[2]}×{sample[3]}"
-    cures = "lower batch and raise accumulation, or lower lora_rank, or set blocks_per_graph"
-    require_room(estimate, device, what, f"{cures}, checkpointing=true or shard=true")
+    require_room(estimate, device, what, _cures(config, device, ranks))
+    if isinstance(config, Stage2Config) and config.offload_checkpoints:
+        if device.type == "cpu":
+            raise InputError("offload_checkpoints moves data from a GPU to the host, on a CPU it does nothing: drop it")
+        kept = room_for_training(replace(config, offload_checkpoints=False), sizes, sample, dtype, ranks)
+        size = (kept.total - estimate.total) * on_this_host
+        host = Estimate({"inputs of the blocks": size})
+        cure = "lower batch and raise accumulation, or set offload_checkpoints=false"
+        require_room(host, torch.device("cpu"), f"keeping checkpoints of {what} on the host", cure)
+
+
+def _cures(config: TrainingConfig, device: torch.device, ranks: int) -> str:
+    """What takes less memory in a stage, of what is not set yet."""
+    cures = ["lower batch and raise accumulation"]
+    if isinstance(config, Stage2Config):
+        cures += ["lower lora_rank"] if config.lora else []
+        cures += [] if config.checkpointing else ["set checkpointing=true"]
+        if config.checkpointing and not config.offload_checkpoints and device.type == "cuda":
+            cures.append("set offload_checkpoints=true")
+    if isinstance(config, Stage1Config) and config.forward_mode is not ForwardMode.PARALLEL:
+        cures.append("set forward_mode=parallel")
+    if config.forward_mode is ForwardMode.SEQUENTIAL and not isinstance(config, GatesConfig):
+        cures.append("lower blocks_per_graph" if config.blocks_per_graph else "set blocks_per_graph")
+    if not config.shard:
+        cures.append("set shard=true" if ranks > 1 else "start on several GPUs with shard=true")
+    return ", or ".join(cures)

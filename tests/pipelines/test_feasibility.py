@@ -35,9 +35,10 @@ from pipelines.feasibility import (
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.settings import load_config
+from pipelines.training import room
 from pipelines.training import run as training
 from pipelines.training.config import Stage1Config, Stage2Config, TrainingConfig, check_training
-from pipelines.training.room import room_for_training
+from pipelines.training.room import check_room, room_for_training
 from wan.checkpoints.formats import transformer_config
 from wan.config import WAN_SIZES
 from wan.memory import MemorySpec
@@ -168,20 +169,62 @@ def test_a_step_takes_at_least_the_estimate_and_not_much_more(
 
 
 PUBLISHED_PEAKS = {
-    ("1", "forward_mode=parallel"): 21.9e9,
-    ("2", "forward_mode=parallel", "checkpointing=true"): 22.45e9,
+    ("1.3B", "2", "forward_mode=parallel", "checkpointing=true"): 22.45e9,
+    ("14B", "1", "forward_mode=parallel"): 36.9e9,
+    ("14B", "2", "forward_mode=parallel", "checkpointing=true", "offload_checkpoints=false"): 69.2e9,
 }
 
 
 @pytest.mark.parametrize(("case", "peak"), PUBLISHED_PEAKS.items())
 def test_estimates_of_full_size_are_below_what_was_measured(case: tuple[str, ...], peak: float) -> None:
-    """Peaks of docs/results/full_size/training_parallel_2026-11-25.json: 21 latents of 480×832 in bfloat16."""
-    stage, *settings = case
+    """Peaks of 21 latents of 480×832 in bfloat16: 1.3B on one card, 14B on two.
+
+    docs/results/full_size/training_parallel_2026-11-25.json, docs/results/many_gpus/training_14b.json
+    """
+    size, stage, *settings = case
     kind = Stage1Config if stage == "1" else Stage2Config
-    config = load_config(kind, ROOT / "configs" / f"stage{stage}.yaml", settings)
-    sizes = TransformerSizes.of(WAN_SIZES["1.3B"])
-    estimate = room_for_training(config, sizes, (21, 16, 60, 104), torch.bfloat16, 1)
+    path = ROOT / "configs" / (f"stage{stage}.yaml" if size == "1.3B" else f"stage{stage}_14b.yaml")
+    config = load_config(kind, path, settings)
+    sizes = TransformerSizes.of(WAN_SIZES[size])
+    estimate = room_for_training(config, sizes, (21, 16, 60, 104), torch.bfloat16, 1 if size == "1.3B" else 2)
     assert 0.3 * peak < estimate.total < peak
+
+
+def test_offloading_is_refused_on_a_cpu_and_where_the_host_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, sample = TransformerSizes.of(WAN_SIZES["14B"]), (21, 16, 60, 104)
+    config = load_config(Stage2Config, ROOT / "configs" / "stage2_14b.yaml", ["shard=false", "device=cpu"])
+    monkeypatch.setattr(feasibility, "available_bytes", lambda device: 10**15)
+    with pytest.raises(InputError, match="on a CPU it does nothing"):
+        check_room(config, sizes, sample)
+    monkeypatch.setattr(room, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(room, "choose_dtype", lambda name, device: torch.bfloat16)
+    check_room(config, sizes, sample)
+    monkeypatch.setattr(feasibility, "available_bytes", lambda device: 10**15 if device.type == "cuda" else 20 * 10**9)
+    with pytest.raises(InputError, match=r"on the host needs at least 2.* offload_checkpoints=false"):
+        check_room(config, sizes, sample)
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "named", "not_named"),
+    [
+        (1, [], "forward_mode=parallel", "lora_rank"),
+        (1, ["forward_mode=parallel"], "several GPUs with shard=true", "checkpointing"),
+        (2, ["checkpointing=false"], "checkpointing=true", "offload"),
+        (2, ["checkpointing=true", "lora=false"], "blocks_per_graph", "lora_rank"),
+    ],
+)
+def test_cures_are_settings_of_the_stage(
+    stage: int, settings: list[str], named: str, not_named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(
+        Stage1Config if stage == 1 else Stage2Config,
+        ROOT / "configs" / f"stage{stage}.yaml",
+        ["forward_mode=sequential", "device=cpu", *settings],
+    )
+    monkeypatch.setattr(feasibility, "available_bytes", lambda device: 1)
+    with pytest.raises(InputError) as caught:
+        check_room(config, TransformerSizes.of(WAN_SIZES["1.3B"]), (21, 16, 60, 104))
+    assert named in str(caught.value) and not_named not in str(caught.value)
 
 
 def test_a_checkpoint_tells_its_hybrid_layers_without_being_read(folder: Path, tmp_path: Path) -> None:
