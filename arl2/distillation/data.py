@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from arl2.distillation.latent_writer import SampleInfo, read_index, samples_of
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
 from wan.utils.errors import InputError
 from wan.utils.settings import require_same_settings
+
+log = logging.getLogger(__name__)
 
 LATENT_AXES, TEXT_AXES = "F, C, h, w", "T, D"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -107,7 +110,8 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         latents_shape, text_shape, longest_text: see `Samples`.
 
     Raises:
-        InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, or settings differ.
+        InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, settings
+            differ, or a folder is a copy of another.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -126,6 +130,7 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         files = [file for sample in self._samples for file in _files_of(*sample)]
         self._files = list(dict.fromkeys(files))
         self.latents_shape, texts = self._check_headers()
+        self._require_distinct()
         longest = max(range(len(texts)), key=lambda number: texts[number][0])
         folder, sample = self._samples[longest]
         self.text_shape, self.longest_text = texts[longest], f"{sample.key!r} of {folder}"
@@ -150,6 +155,23 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             if text[1] != width:
                 raise _bad_sample(folder, sample, f"its text is {text[1]} wide, that of most is {width}")
         return shape, texts
+
+    def _require_distinct(self) -> None:
+        """Refuse a folder whose samples are all in another one, and warn of samples that two have in common."""
+        sizes = Counter(folder for folder, _ in self._samples)
+        common: Counter[tuple[Path, Path]] = Counter()
+        first: dict[tuple[str, str, int, str], tuple[Path, SampleInfo]] = {}
+        for place in self._samples:
+            folder, sample = place
+            before = first.setdefault((sample.key, sample.prompt, sample.seed, sample.content), place)
+            if before[0] != folder and _start_of_latents(*before) == _start_of_latents(*place):
+                common[before[0], folder] += 1
+        for (one, other), number in common.items():
+            if number == min(sizes[one], sizes[other]):
+                raise InputError(
+                    f"all {number} samples of one are in both {one} and {other}, and would count double: name one"
+                )
+            log.warning("%d samples are in both %s and %s: they count double", number, one, other)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -214,6 +236,10 @@ def _files_of(folder: Path, sample: SampleInfo) -> tuple[Path, Path]:
         return folder / sample.shard, sample.text_file(folder)
     except UnicodeEncodeError as error:
         raise _bad_sample(folder, sample, "its prompt is no valid text") from error
+
+
+def _start_of_latents(folder: Path, sample: SampleInfo) -> str:
+    return values_hash((_files_of(folder, sample)[0], sample.latents_name), PIECE_BYTES)
 
 
 def _bad_sample(folder: Path, sample: SampleInfo, reason: str) -> InputError:

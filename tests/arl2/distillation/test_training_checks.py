@@ -217,6 +217,23 @@ def test_folders_of_another_kind_are_named_with_the_difference(world: Path, tmp_
         LatentDataset([])
 
 
+def test_data_under_another_path_does_not_count_double(
+    data: Path, world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match=f"are in both .* and {data}, and would count double: name one"):
+        LatentDataset([world / "data", data])
+    change_index(data, lambda index: index["samples"].reverse())
+    change_index(data, lambda index: index["samples"].pop())
+    with pytest.raises(InputError, match="would count double"):
+        LatentDataset([data, world / "data"])
+    for samples, said in ((3, "1 samples are in both"), (4, "")):
+        caplog.clear()
+        other = {f"latents.{number}": torch.randn(SHAPE) for number in range(5 - samples, 5)}
+        change_shard(data, lambda latents, other=other: latents.update(other))  # type: ignore[misc]
+        assert len(LatentDataset([data, world / "data"])) == 9, "other values are other samples"
+        assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
 def test_the_identity_of_data_is_its_content_wherever_it_lies(data: Path, world: Path, tmp_path: Path) -> None:
     before, values = LatentDataset([world / "data"]).fingerprint(), LatentDataset([world / "data"]).values_fingerprint()
     assert LatentDataset([data]).fingerprint() == before and LatentDataset([data]).values_fingerprint() == values
