@@ -38,7 +38,7 @@ from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import architecture_of, text_fingerprints
-from pipelines.settings import load_config
+from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
@@ -117,7 +117,7 @@ class Teacher:
         self.made_by: dict[str, Any] = {
             "weights": fingerprint_of_file(weights.state),
             "architecture": architecture_of(self.model),
-            "memory": asdict(self._memory),
+            "memory": self._memory.identity(),
             **text_fingerprints(self.encoder),
         }
         self._config, self._device = config, device
@@ -176,6 +176,7 @@ def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config.memory.refuse_idle(given_names(InferenceConfig, arguments))
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
