@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
 from pipelines.provenance import architecture_of, device_name, git_commit, versions
-from pipelines.settings import load_config
+from pipelines.settings import given_names, load_config
 from pipelines.training.config import (
     GatesConfig,
     Stage2Config,
@@ -68,7 +69,10 @@ def parse_config(kind: type[Config], description: str | None) -> Config:
     add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one", group=run)
     add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU", group=run)
     arguments = parser.parse_args()
-    return load_config(kind, arguments.config, arguments.settings, arguments.flags)
+    config = load_config(kind, arguments.config, arguments.settings, arguments.flags)
+    if isinstance(config, Stage2Config):
+        config.memory.refuse_idle(given_names(kind, arguments))
+    return config
 
 
 def train(config: TrainingConfig) -> None:
@@ -213,13 +217,9 @@ def new_trainer(
     )
     with ending_together(accelerator):
         require_same_run(folder / CHECKPOINTS, fingerprint)
-        if accelerator.is_main_process:
-            write_run_page(config, folder, fingerprint, accelerator)
-        if config.tracker != "none":
-            with writing(folder):
-                accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
         monitor = TrainingMonitor(config, data, accelerator)
-    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor)
+    begin = partial(describe_run, config, folder, fingerprint, accelerator)
+    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor, begin)
 
 
 def run_fingerprint(
@@ -315,6 +315,17 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
         return
     wanted = stage1_parameters(model)
     copy_tensors_(wanted, stage1_values(file, wanted), file)
+
+
+def describe_run(
+    config: TrainingConfig, folder: Path, fingerprint: Mapping[str, Any], accelerator: Accelerator
+) -> None:
+    """Write the page of a session that can train, and begin its tracking; all ranks must call this."""
+    if accelerator.is_main_process:
+        write_run_page(config, folder, fingerprint, accelerator)
+    if config.tracker != "none":
+        with writing(folder):
+            accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
 
 
 def write_run_page(

@@ -195,6 +195,20 @@ def test_the_cure_of_a_damaged_checkpoint_works(
     assert weights(run, 6) == weights(whole, 6) and losses(run) == losses(whole)
 
 
+def test_a_run_that_cannot_go_on_keeps_its_page(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (file, damage) in enumerate((("trainables", cut), ("optimizer", cut), ("losses.jsonl", None))):
+        run = copied_run(world, tmp_path / str(number))
+        if damage is None:
+            (run / file).write_text("no JSON\n" * 2)
+        else:
+            damage(f"{file}.safetensors")(run / NEWEST)
+        before = (run / "run.json").read_bytes()
+        assert go_on(monkeypatch, world, run, "save_every=3") == 2 and "is damaged" in one_line(capsys)
+        assert (run / "run.json").read_bytes() == before, file
+
+
 def test_an_average_that_does_not_belong_there_is_damage(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
