@@ -42,8 +42,9 @@ from pipelines.training.config import (
 )
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
-from pipelines.training.resume import check_resume, check_start, stage1_values
+from pipelines.training.resume import check_resume
 from pipelines.training.room import check_room
+from pipelines.training.start import RUN_PAGE, backbone, check_start, stage1_values, teacher_of_start
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of
 from wan.utils.errors import InputError
@@ -200,6 +201,7 @@ def new_trainer(
     frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
     teacher = fingerprint_of(frozen) if loading is None else sharded_fingerprint(frozen, accelerator.device)
     fingerprint: dict[str, Any] = {}
+    require_teacher_of_start(config, model, accelerator, loading)
     with ending_together(accelerator):
         fingerprint = run_fingerprint(config, data, objective, global_batch, teacher)
     if config.compile:
@@ -220,6 +222,28 @@ def new_trainer(
         monitor = TrainingMonitor(config, data, accelerator)
     begin = partial(describe_run, config, folder, fingerprint, accelerator)
     return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor, begin)
+
+
+def require_teacher_of_start(
+    config: TrainingConfig, model: HybridWanModel, accelerator: Accelerator, loading: ShardedLoading | None
+) -> None:
+    """Hold the teacher to that of the run that this one starts from, where they can be compared. All ranks must call.
+
+    Raises:
+        InputError: it is another.
+    """
+    before: str | None = None
+    with ending_together(accelerator):
+        before = teacher_of_start(config, weights_dtype(config, accelerator.device), accelerator.device)
+    if before is None:
+        return
+    weights = backbone(model)
+    now = fingerprint_of(weights) if loading is None else sharded_fingerprint(weights, accelerator.device)
+    if now != before:
+        raise InputError(
+            f"init_from {init_from(config)} was trained on another teacher ({before}, this one is {now}): give the "
+            "checkpoint_path that it had, or run train_stage1.py with this one"
+        )
 
 
 def run_fingerprint(
@@ -341,5 +365,6 @@ def write_run_page(
         "versions": versions(PACKAGES),
         "world_size": accelerator.num_processes,
         "device": device_name(device),
+        "dtype": str(weights_dtype(config, device)).removeprefix("torch."),
     }
-    write_json(folder / "run.json", page)
+    write_json(folder / RUN_PAGE, page)
