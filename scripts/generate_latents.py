@@ -99,6 +99,7 @@ class Teacher:
     Attributes:
         made_by: what latents and embeddings depend on beside the config: fingerprints of the weights and of the
             tokenizer, the settings of the transformer, and the memory that the config means for it.
+        latents_shape, text_shape: [F, C, h, w] of a rollout; [T, D] of a text embedding.
 
     Raises:
         CheckpointError, InputError: weights that are missing or damaged, or do not fit.
@@ -126,6 +127,8 @@ class Teacher:
         )
         stride = spatial_stride(model_folder)
         self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
+        self.latents_shape = (config.num_output_frames, *self._shape)
+        self.text_shape = (self.model.config.text_len, self.model.config.text_dim)
 
     def _resolved(self, config: InferenceConfig) -> MemoryConfig:
         """The memory that a config means for the model; one that training did not meet is warned of."""
@@ -190,7 +193,7 @@ def main() -> int:
     settings |= {"source": "rollouts", "dtype": str(dtype), "attention_backend": backend.value}
     with LatentWriter(folder, settings, pending=KNOWN_LATER, part=part) as writer:
         teacher = Teacher(config, arguments.use_ema, dtype, device)
-        writer.complete(teacher.made_by)
+        writer.complete(teacher.made_by, teacher.latents_shape, teacher.text_shape)
         failed = generate_all(jobs, teacher, writer, arguments.prune, quiet=rank_and_world_size()[0] != 0)
         others = len(writer.keys - {job.name for job in jobs})
     if others:

@@ -366,6 +366,10 @@ def test_a_run_depends_on_content_and_not_on_paths(
     moved = (f"data=[{data}]", f"model_folder={model}", f"init_from={start}")
     assert two(*moved, "steps=3") == 0
 
+    index = json.loads((data / "index.json").read_text())
+    for sample in index["samples"]:  # as an earlier version wrote it: what was written is unknown
+        del sample["latents_hash"], sample["text_hash"]
+    (data / "index.json").write_text(json.dumps(index))
     shard = data / "shard-00000.safetensors"
     whole, state = shard.read_bytes(), load_file(shard)
     state["latents.4"].view(-1)[-1] += 1
