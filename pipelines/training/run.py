@@ -15,7 +15,7 @@ from torch import nn
 
 from arl2.checkpoint import LoadReport, build_hybrid, plan_hybrid
 from arl2.distillation.checkpointing import Progress, copy_tensors_, require_same_run, stored_fingerprint
-from arl2.distillation.data import Samples
+from arl2.distillation.data import LatentDataset, Samples
 from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
 from arl2.distillation.sharding import ShardedLoading, sharded_fingerprint
@@ -46,7 +46,7 @@ from pipelines.training.resume import check_resume
 from pipelines.training.room import check_room
 from pipelines.training.start import RUN_PAGE, backbone, check_start, stage1_values, teacher_of_start
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of, fingerprint_of_file
 from wan.utils.errors import InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
@@ -55,6 +55,7 @@ from wan.utils.ranks import raise_together
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainingConfig)
+ModelParts = tuple[TransformerWeights, dict[str, Any], HybridSettings]
 PACKAGES = ("diffusers", "accelerate", "safetensors")
 LOCK = ".lock"
 
@@ -143,8 +144,13 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
     with ending_together(accelerator):
         progress = check_resume(config, data)
         check_start(config)
-    loading = begin_sharded_loading(config, accelerator.device) if config.shard else None
-    model, report = build_model(config, accelerator.device) if loading is None else (loading.model, loading.report)
+    parts = model_parts(config)
+    if accelerator.is_main_process:
+        warn_of_another_teacher(data, parts[0])
+    loading = begin_sharded_loading(config, accelerator.device, parts) if config.shard else None
+    built = build_model(config, accelerator.device, parts) if loading is None else (loading.model, loading.report)
+    model, report = built
+    del parts, built
     if progress is None:
         log_new_parameters(config, model, report)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model), loading)
@@ -283,23 +289,41 @@ def precision_of(dtype: torch.dtype) -> str:
     return "bf16" if dtype is torch.bfloat16 else "no"
 
 
-def build_model(config: TrainingConfig, device: torch.device) -> tuple[HybridWanModel, LoadReport]:
-    """The hybrid model on the teacher's weights, frozen, and what happened to them."""
-    weights, sizes, hybrid = model_parts(config)
+def build_model(
+    config: TrainingConfig, device: torch.device, parts: ModelParts | None = None
+) -> tuple[HybridWanModel, LoadReport]:
+    """The hybrid model on the teacher's weights, frozen, and what happened to them; `parts` if they are read."""
+    weights, sizes, hybrid = parts or model_parts(config)
     dtype = weights_dtype(config, device)
     return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=device, seed=config.seed, to_be_trained=True)
 
 
-def begin_sharded_loading(config: TrainingConfig, device: torch.device) -> ShardedLoading:
+def begin_sharded_loading(config: TrainingConfig, device: torch.device, parts: ModelParts) -> ShardedLoading:
     """The same model, to be sharded over all ranks when its objective is made."""
-    return ShardedLoading(plan_hybrid(*model_parts(config), config.seed), weights_dtype(config, device), device)
+    return ShardedLoading(plan_hybrid(*parts, config.seed), weights_dtype(config, device), device)
 
 
-def model_parts(config: TrainingConfig) -> tuple[TransformerWeights, dict[str, Any], HybridSettings]:
+def model_parts(config: TrainingConfig) -> ModelParts:
     """Weights, sizes and hybrid layers of the model that a config trains."""
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
     return weights, sizes, config.hybrid(sizes["num_layers"])
+
+
+def warn_of_another_teacher(data: Samples, weights: TransformerWeights) -> None:
+    """Warn of rollouts that these weights did not make, where the data says which did.
+
+    Weights count as their file holds them: the same ones in another type cannot be told from others.
+    """
+    before = data.settings.get("weights") if isinstance(data, LatentDataset) else None
+    now = fingerprint_of_file(weights.state) if isinstance(before, str) else None
+    if now != before and now is not None:
+        log.warning(
+            "data was made by weights %s, those of %s are %s: another teacher, or the same in another type",
+            before,
+            weights.source,
+            now,
+        )
 
 
 def log_new_parameters(config: TrainingConfig, model: HybridWanModel, report: LoadReport) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from training_world import build_world, one_line, train
 
 from pipelines.training import run as training_run
+from wan.checkpoints.loading import fingerprint_of_file
 
 Page = dict[str, Any]
 NEWEST = "checkpoints/step-00000002"
@@ -118,3 +119,24 @@ def test_a_run_that_is_not_finished_is_warned_of(
     assert two(start) == 0
     said = [record.getMessage() for record in caplog.records if "is not finished" in record.getMessage()]
     assert said == [f"init_from {start} is not finished, it is at step 2 of 7: what it has learnt so far is taken"]
+
+
+@pytest.mark.parametrize("who", ["this", "another", "unknown"])
+def test_data_of_another_teacher_is_warned_of(
+    who: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    made_by = {
+        "this": {"weights": fingerprint_of_file(load_file(world / "model" / WEIGHTS))},
+        "another": {"weights": "0123456789abcdef"},
+        "unknown": {},
+    }
+    change(data / "index.json", lambda page: page["settings"].update(made_by[who]))
+    assert train(monkeypatch, world, 1, *SHORT, f"data=[{data}]", f"run_folder={tmp_path / 'run'}") == 0
+    said = [record.getMessage() for record in caplog.records if "another teacher" in record.getMessage()]
+    assert len(said) == (who == "another")
+    assert not said or said[0].startswith("data was made by weights 0123456789abcdef")
