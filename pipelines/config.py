@@ -1,10 +1,10 @@
 """Settings of an inference run, each with its range; `pipelines.settings` reads them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 
@@ -79,6 +79,25 @@ class MemoryConfig:
         if trained is None or trained.window_frames is None:
             return replace(self, kind=MemoryKind.full)
         return MemoryConfig(MemoryKind.window, trained.window_frames, trained.sink_frames)
+
+    def identity(self) -> dict[str, Any]:
+        """As it is noted of what was made with it: frames of a window that there is not are as by default."""
+        return asdict(self if self.kind is MemoryKind.window else MemoryConfig(self.kind))
+
+    def refuse_idle(self, given: Collection[str]) -> None:
+        """Make sure that no setting of the command line would do nothing.
+
+        Args:
+            given: dotted names of the command line's settings.
+
+        Raises:
+            InputError: frames of a window that there is not.
+        """
+        for name in ("window_frames", "sink_frames"):
+            if self.kind is not MemoryKind.window and f"memory.{name}" in given:
+                raise InputError(
+                    f"{name} needs a window, the memory is {self.kind.value}: give memory.kind=window too, or drop it"
+                )
 
     def fitting(self, trained: TrainedMemory | None, frames_per_block: int, source: str | Path) -> "MemoryConfig":
         """As `resolved`, and checked.

@@ -4,6 +4,7 @@ Flags and `key=value` settings go before the file, the file before the defaults.
 contradict one another are an error, and so is a setting under two names.
 """
 
+import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,11 @@ def load_config(
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
     return config
+
+
+def given_names(kind: type, arguments: argparse.Namespace) -> set[str]:
+    """Dotted names of the settings that a command line of `pipelines.flags.Parser` gives, by flag or `key=value`."""
+    return set(parse_overrides(kind, arguments.settings)) | set(arguments.flags)
 
 
 def parse_overrides(kind: type, overrides: Sequence[str]) -> dict[str, Any]:

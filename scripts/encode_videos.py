@@ -174,7 +174,10 @@ def main() -> int:
         )
         vae = load_vae(model_folder, dtype=dtype, device=device)
         encoder = load_text_encoder(model_folder, dtype=dtype, device=device, **text_len)
-        writer.complete({"vae": vae_fingerprint(vae)} | text_fingerprints(encoder))
+        stride = vae.spatial_compression
+        shape = (config.num_output_frames, vae.latent_channels, config.height // stride, config.width // stride)
+        text_shape = (encoder.text_len, int(encoder.model.config.d_model))
+        writer.complete({"vae": vae_fingerprint(vae)} | text_fingerprints(encoder), shape, text_shape)
         skipped, failed = encode_all(videos, config, vae, encoder, writer, quiet=rank != 0)
         if videos and not writer.keys:
             raise InputError(f"none of {len(videos)} videos could be used: the warnings above say why")

@@ -38,7 +38,7 @@ from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import architecture_of, text_fingerprints
-from pipelines.settings import load_config
+from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
@@ -99,6 +99,7 @@ class Teacher:
     Attributes:
         made_by: what latents and embeddings depend on beside the config: fingerprints of the weights and of the
             tokenizer, the settings of the transformer, and the memory that the config means for it.
+        latents_shape, text_shape: [F, C, h, w] of a rollout; [T, D] of a text embedding.
 
     Raises:
         CheckpointError, InputError: weights that are missing or damaged, or do not fit.
@@ -117,7 +118,7 @@ class Teacher:
         self.made_by: dict[str, Any] = {
             "weights": fingerprint_of_file(weights.state),
             "architecture": architecture_of(self.model),
-            "memory": asdict(self._memory),
+            "memory": self._memory.identity(),
             **text_fingerprints(self.encoder),
         }
         self._config, self._device = config, device
@@ -126,6 +127,8 @@ class Teacher:
         )
         stride = spatial_stride(model_folder)
         self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
+        self.latents_shape = (config.num_output_frames, *self._shape)
+        self.text_shape = (self.model.config.text_len, self.model.config.text_dim)
 
     def _resolved(self, config: InferenceConfig) -> MemoryConfig:
         """The memory that a config means for the model; one that training did not meet is warned of."""
@@ -176,6 +179,7 @@ def main() -> int:
     """Parse, check, roll out, write. Status 1 if a rollout was not finite, 2 for bad input."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config.memory.refuse_idle(given_names(InferenceConfig, arguments))
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     check_config(config, i2v=False)
@@ -189,7 +193,7 @@ def main() -> int:
     settings |= {"source": "rollouts", "dtype": str(dtype), "attention_backend": backend.value}
     with LatentWriter(folder, settings, pending=KNOWN_LATER, part=part) as writer:
         teacher = Teacher(config, arguments.use_ema, dtype, device)
-        writer.complete(teacher.made_by)
+        writer.complete(teacher.made_by, teacher.latents_shape, teacher.text_shape)
         failed = generate_all(jobs, teacher, writer, arguments.prune, quiet=rank_and_world_size()[0] != 0)
         others = len(writer.keys - {job.name for job in jobs})
     if others:

@@ -47,7 +47,7 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import SeededNoise, num_blocks
 from arl2.statement import found_settings
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
-from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryKind, SpeedConfig
+from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
@@ -176,7 +176,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
     backend = require_backend(config.attention_backend, device, dtype)
     settings |= {"seed": arguments.seed, "dtype": str(dtype), "attention_backend": backend.value}
-    settings["memory"] = asdict(replace(config.memory, kind=MemoryKind.full))
+    settings["memory"] = MemoryConfig(MemoryKind.full).identity()
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
         weights = read_transformer(str(config.checkpoint_path))
         model_folder = Path(config.model_folder)

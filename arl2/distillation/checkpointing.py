@@ -158,7 +158,7 @@ def require_same_run(folder: Path, fingerprint: Fingerprint, apart_from: Collect
     """
     newest = newest_checkpoint(folder)
     if newest is not None:
-        before = _read_page(newest)[1]
+        before = read_page(newest)[1]
         known = {name: value for name, value in current_names(before).items() if name not in apart_from}
         if apart_from:
             fingerprint = {name: value for name, value in fingerprint.items() if name in known}
@@ -172,7 +172,7 @@ def stored_fingerprint(folder: Path) -> Fingerprint | None:
         CheckpointError: the newest is damaged.
     """
     newest = newest_checkpoint(folder)
-    return None if newest is None else _read_page(newest)[1]
+    return None if newest is None else read_page(newest)[1]
 
 
 def stored_progress(folder: Path) -> Progress | None:
@@ -182,7 +182,7 @@ def stored_progress(folder: Path) -> Progress | None:
         CheckpointError: the newest is damaged.
     """
     newest = newest_checkpoint(folder)
-    return None if newest is None else _read_page(newest)[0]
+    return None if newest is None else read_page(newest)[0]
 
 
 def require_within(progress: Progress, steps: int, checkpoints: Path) -> None:
@@ -201,8 +201,12 @@ def _require_same(checkpoint: Path, before: Fingerprint, now: Fingerprint) -> No
     require_same_settings(current_names(before), now, f"{checkpoint} was trained", cure)
 
 
-def _read_page(checkpoint: Path) -> tuple[Progress, Fingerprint]:
-    """Progress and fingerprint of a checkpoint, checked."""
+def read_page(checkpoint: Path) -> tuple[Progress, Fingerprint]:
+    """Progress and fingerprint of a checkpoint, checked.
+
+    Raises:
+        CheckpointError: its page is damaged.
+    """
     try:
         page = read_json(checkpoint / STATE)
     except InputError as error:
@@ -240,7 +244,7 @@ def load_state(state: TrainingState, checkpoint: Path, fingerprint: Fingerprint)
         InputError: it belongs to a run with other settings, data or weights; the message names them.
         CheckpointError: it is damaged; the message says which file, and what to do.
     """
-    progress, before = _read_page(checkpoint)
+    progress, before = read_page(checkpoint)
     _require_same(checkpoint, before, fingerprint)
     if (checkpoint / EMA).exists() != (state.ema is not None):
         is_there = "it does not belong there" if state.ema is None else "there is no such file"

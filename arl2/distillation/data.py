@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,12 +19,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from arl2.distillation.latent_writer import SampleInfo, read_index, samples_of
 from wan.checkpoints.loading import as_state_dict, fingerprint_of, read_weights
+from wan.checkpoints.saving import stored_hash
 from wan.utils.errors import InputError
 from wan.utils.settings import require_same_settings
 
+log = logging.getLogger(__name__)
+
 LATENT_AXES, TEXT_AXES = "F, C, h, w", "T, D"
-FLOATS = ("BF16", "F16", "F32", "F64")
-"""Types of samples, by their names in headers."""
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+"""Of a value, by the types that samples may have, as headers name them."""
 READING_THREADS = 16
 """A disk in the network answers many requests at once."""
 MAX_HASHED_BYTES = 4 << 30
@@ -107,7 +112,8 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         latents_shape, text_shape, longest_text: see `Samples`.
 
     Raises:
-        InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, or settings differ.
+        InputError: there is nothing, a file is missing or damaged, a sample is unlike the others, settings
+            differ, or a folder is a copy of another.
     """
 
     def __init__(self, folders: list[Path]) -> None:
@@ -126,8 +132,10 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         files = [file for sample in self._samples for file in _files_of(*sample)]
         self._files = list(dict.fromkeys(files))
         self.latents_shape, texts = self._check_headers()
+        self._require_distinct()
         longest = max(range(len(texts)), key=lambda number: texts[number][0])
         folder, sample = self._samples[longest]
+        self._unchecked = {n for n, (_, one) in enumerate(self._samples) if one.latents_hash or one.text_hash}
         self.text_shape, self.longest_text = texts[longest], f"{sample.key!r} of {folder}"
 
     def _check_headers(self) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -151,6 +159,23 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
                 raise _bad_sample(folder, sample, f"its text is {text[1]} wide, that of most is {width}")
         return shape, texts
 
+    def _require_distinct(self) -> None:
+        """Refuse a folder whose samples are all in another one, and warn of samples that two have in common."""
+        sizes = Counter(folder for folder, _ in self._samples)
+        common: Counter[tuple[Path, Path]] = Counter()
+        first: dict[tuple[str, str, int, str], tuple[Path, SampleInfo]] = {}
+        for place in self._samples:
+            folder, sample = place
+            before = first.setdefault((sample.key, sample.prompt, sample.seed, sample.content), place)
+            if before[0] != folder and _start_of_latents(*before) == _start_of_latents(*place):
+                common[before[0], folder] += 1
+        for (one, other), number in common.items():
+            if number == min(sizes[one], sizes[other]):
+                raise InputError(
+                    f"all {number} samples of one are in both {one} and {other}, and would count double: name one"
+                )
+            log.warning("%d samples are in both %s and %s: they count double", number, one, other)
+
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -173,7 +198,24 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         for name, value in (("latents", latents), ("text", text)):
             if not torch.isfinite(value.float()).all():
                 raise _bad_sample(folder, sample, f"not all values of its {name} are finite")
+        if index in self._unchecked:
+            self._require_written(index, stored_hash(latents), stored_hash(text))
         return latents, text
+
+    def _require_written(self, index: int, latents_hash: str, text_hash: str) -> None:
+        """Hold a sample to what its writer noted, if it did; then it need not be checked again.
+
+        Raises:
+            InputError: it is not what was written.
+        """
+        folder, sample = self._samples[index]
+        for name, now, before in (
+            ("latents", latents_hash, sample.latents_hash),
+            ("text", text_hash, sample.text_hash),
+        ):
+            if before and now != before:
+                raise _bad_sample(folder, sample, f"the values of its {name} are not what was written")
+        self._unchecked.discard(index)
 
     def gather(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `Samples.gather`; on the CPU."""
@@ -189,8 +231,10 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def values_fingerprint(self) -> str:
         """A hash of the samples' values: of all, or of pieces from everywhere in each if they are very many.
 
+        Samples that are hashed whole are held to what was written.
+
         Raises:
-            InputError: a file cannot be read.
+            InputError: a file cannot be read, or a sample is not what was written.
         """
         parts = [(_files_of(*sample), sample[1].latents_name) for sample in self._samples]
         tensors = [tensor for files, name in parts for tensor in ((files[0], name), (files[1], "text"))]
@@ -198,6 +242,11 @@ class LatentDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         most = max(PIECE_BYTES, MAX_HASHED_BYTES // len(distinct))
         with ThreadPoolExecutor(READING_THREADS) as pool:
             hashes = dict(zip(distinct, pool.map(partial(values_hash, most=most), distinct), strict=True))
+            whole = dict(zip(distinct, pool.map(partial(is_within, most=most), distinct), strict=True))
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        for index, (latents, text) in enumerate(pairs):
+            if index in self._unchecked and whole[latents] and whole[text]:
+                self._require_written(index, hashes[latents], hashes[text])
         return _digest_of([hashes[tensor] for tensor in tensors])
 
 
@@ -214,6 +263,10 @@ def _files_of(folder: Path, sample: SampleInfo) -> tuple[Path, Path]:
         return folder / sample.shard, sample.text_file(folder)
     except UnicodeEncodeError as error:
         raise _bad_sample(folder, sample, "its prompt is no valid text") from error
+
+
+def _start_of_latents(folder: Path, sample: SampleInfo) -> str:
+    return values_hash((_files_of(folder, sample)[0], sample.latents_name), PIECE_BYTES)
 
 
 def _bad_sample(folder: Path, sample: SampleInfo, reason: str) -> InputError:
@@ -240,8 +293,8 @@ def _checked_shape(headers: dict[str, Header] | InputError, name: str, axes: str
     dtype, shape = headers[name]
     if len(shape) != len(axes.split()) or min(shape) < 1:
         raise InputError(f"{name!r} is of shape {list(shape)}, not [{axes}]")
-    if dtype not in FLOATS:
-        raise InputError(f"{name!r} is of type {dtype}, not one of {', '.join(FLOATS)}")
+    if dtype not in BYTES:
+        raise InputError(f"{name!r} is of type {dtype}, not one of {', '.join(BYTES)}")
     return shape
 
 
@@ -274,6 +327,16 @@ def values_hash(tensor: tuple[Path, str], most: int) -> str:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"cannot read {name} in {path} ({error}): make the data again") from error
     return digest.hexdigest()
+
+
+def is_within(tensor: tuple[Path, str], most: int) -> bool:
+    """Whether a tensor has at most `most` bytes, so that `values_hash` takes all of it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    dtype, shape = read_headers(tensor[0])[tensor[1]]
+    return prod(shape) * BYTES[dtype] <= most
 
 
 def _digest_of(content: object) -> str:

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wan.checkpoints.saving import write_safetensors
+from wan.checkpoints.saving import stored_hash, write_safetensors
+from wan.checkpoints.tensors import DTYPES
 from wan.utils.errors import InputError
 from wan.utils.files import read_json, remove, write_json
 from wan.utils.locks import exclusive
@@ -41,6 +42,7 @@ FORMAT = "arl2 latents, version 2"
 FORMATS = ("arl2 latents, version 1", FORMAT)
 """What can be read; version 1 does not say what its samples were made from, and is not gone on with."""
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+LATENT_AXES, TEXT_AXES = 4, 2
 CLOCK_STEPS = (0.05, 2.0)
 """Longest steps, in seconds, of the clocks of file systems: of those that tell fractions of a second, and of others."""
 
@@ -56,6 +58,7 @@ class SampleInfo:
         content: hash of the clip that was encoded; empty for what the key identifies, such as a rollout.
         text: name of the file of its text embedding; empty in version 1, which names it by the prompt alone.
         stamp: size and times of the clip's file when it was hashed, see `file_stamp`; empty for unknown.
+        latents_hash, text_hash: of the values as they were written, see `stored_hash`; empty for unknown.
     """
 
     key: str
@@ -65,6 +68,8 @@ class SampleInfo:
     content: str = ""
     text: str = ""
     stamp: str = ""
+    latents_hash: str = ""
+    text_hash: str = ""
 
     @property
     def latents_name(self) -> str:
@@ -124,6 +129,10 @@ class LatentWriter:
         self._order: list[str] | None = None
         self._shards: dict[str, set[str]] = {}  # names of the latents in each
         self._shard_of: dict[str, str] = {}  # and the other way round
+        self._hashes: dict[str, str] = {}  # by name of the latents, and by name of the text's file
+        self._shapes: dict[str, tuple[int, ...]] = {}  # the same way
+        self._sound_texts: set[str] = set()
+        self._spoiled: set[str] = set()  # shards that also hold what is damaged, or is in a later one
         self._waiting: dict[str, Tensor] = {}  # by name of the latents
         self._added: set[str] = set()
         self._has_news = False
@@ -156,22 +165,38 @@ class LatentWriter:
         now = {name: value for name, value in self._settings.items() if name not in self._pending}
         self._require_same(now, {name: there[name] for name in there.keys() - self._pending})
         self._before = {sample.key: sample for sample in samples_of(self._index)}
+        for sample in self._before.values():
+            self._hashes |= {sample.latents_name: sample.latents_hash, sample.text: sample.text_hash}
         self._read_shards()
-        sound_texts = {name for name in {one.text for one in self._before.values()} if self._has_text(name)}
-        self._samples = {
+        self._read_texts()
+        self._samples = dict(self._before)
+        self._drop_damaged()
+
+    def _drop_damaged(self) -> None:
+        """Forget samples that have lost a file, or whose values are damaged."""
+        sound = {
             key: sample
-            for key, sample in self._before.items()
-            if sample.latents_name in self._shard_of and sample.text in sound_texts
+            for key, sample in self._samples.items()
+            if sample.latents_name in self._shard_of and self._has_text(sample.text)
         }
-        damaged = len(self._before) - len(self._samples)
+        damaged, self._samples = len(self._samples) - len(sound), sound
         if damaged:
             log.warning("%s: files of %d samples are damaged or missing", self._folder, damaged)
 
     def _require_same(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         require_same_settings(before, now, f"{self._folder} holds samples made", "use those, or choose another folder")
 
-    def complete(self, settings: Mapping[str, Any]) -> None:
-        """Give the settings that were pending, such as fingerprints of weights.
+    def complete(
+        self,
+        settings: Mapping[str, Any],
+        latents_shape: tuple[int, ...] | None = None,
+        text_shape: tuple[int, int] | None = None,
+    ) -> None:
+        """Give the settings that were pending, such as fingerprints of weights; samples of other shapes are made again.
+
+        Args:
+            latents_shape: [F, C, h, w] of every sample; None for unknown.
+            text_shape: [T, D] of every text embedding; None for unknown.
 
         Raises:
             InputError: the folder holds samples of others.
@@ -182,16 +207,65 @@ class LatentWriter:
             self._require_same(self._settings, self._index["settings"])
             # What an earlier version did not note stays unknown: texts have their names by the settings.
             self._settings = self._index["settings"]
+        for name in [name for name in self._shard_of if latents_shape not in (None, self._shapes[name])]:
+            self._forget_latents(name)
+        if text_shape is not None:
+            texts = {name: self._shapes[name] for name in self._sound_texts}
+            self._sound_texts = {name for name, shape in texts.items() if shape == text_shape}
+        self._drop_damaged()
+
+    def _forget_latents(self, name: str) -> None:
+        shard = self._shard_of.pop(name)
+        self._shards[shard].discard(name)
+        self._spoiled.add(shard)
+        del self._hashes[name]
 
     def _read_shards(self) -> None:
         """Note what every sound shard holds, also of those that a killed writer did not name in the index."""
         for file in sorted(self._folder.iterdir()):
             if _SHARD.fullmatch(file.name):
-                names = _tensor_names(file)
-                if names is not None:
-                    self._note_shard(file.name, names)
+                found = self._read_sound(file, LATENT_AXES)
+                if found is not None:
+                    self._note_shard(file.name, found)
+
+    def _read_texts(self) -> None:
+        """Note which embeddings of prompts are sound."""
+        for file in (self._folder / "text").glob("*.safetensors"):
+            if "text" in (self._read_sound(file, TEXT_AXES, {"text": file.name}) or ()):
+                self._sound_texts.add(file.name)
+
+    def _read_sound(self, file: Path, axes: int, called: Mapping[str, str] | None = None) -> set[str] | None:
+        """The sound tensors of a file; their hashes and shapes are noted. None for a damaged file.
+
+        Args:
+            axes: how many they have.
+            called: names under which tensors are noted, where they are not their own.
+        """
+        found: set[str] = set()
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    value, known = opened.get_tensor(name), (called or {}).get(name, name)
+                    is_sound = value.dim() == axes and value.dtype in DTYPES and _is_finite(value)
+                    digest = stored_hash(value) if is_sound else ""
+                    if digest and self._hashes.get(known) in (None, "", digest):
+                        self._hashes.setdefault(known, digest)
+                        self._shapes[known] = tuple(value.shape)
+                        found.add(name)
+                    else:
+                        log.warning("%s of %s is not what was written: it is made again", name, file)
+                        self._spoiled.add(file.name)
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged (%s): what it held is made again", file, error)
+            return None
+        return found
 
     def _note_shard(self, shard: str, names: set[str]) -> None:
+        for name in names & self._shard_of.keys():
+            earlier = self._shard_of[name]
+            if earlier != shard:
+                self._shards.get(earlier, set()).discard(name)
+                self._spoiled.add(earlier)
         self._shards[shard] = names
         self._shard_of |= dict.fromkeys(names, shard)
 
@@ -274,11 +348,12 @@ class LatentWriter:
             if values is not None and not torch.isfinite(values).all():
                 raise InputError(f"{name}sample {key!r} is not finite: check what makes it")
         if not self._has_text(sample.text):
-            write_safetensors(self._folder / "text" / sample.text, {"text": text_TD.cpu()})
+            self._write_text(sample.text, text_TD.cpu())
         if latents_FCHW is None:
             assert self.has_latents(sample)
         else:
             self._waiting[sample.latents_name] = latents_FCHW.cpu()
+            self._hashes[sample.latents_name] = stored_hash(latents_FCHW)
         self._samples[key] = sample
         self._added.add(key)
         self._has_news = True
@@ -292,8 +367,19 @@ class LatentWriter:
                 self._write_index([])
             self._write_shard(self._waiting)
             self._waiting = {}
-        self._write_index([replace(one, shard=self._shard_of[one.latents_name]) for one in self._samples.values()])
+        self._write_index([self._placed(sample) for sample in self._samples.values()])
         self._has_news = False
+
+    def _placed(self, sample: SampleInfo) -> SampleInfo:
+        """With what says where its values are, and which they are."""
+        latents = self._hashes.get(sample.latents_name, "")
+        text = self._hashes.get(sample.text, "")
+        return replace(sample, shard=self._shard_of[sample.latents_name], latents_hash=latents, text_hash=text)
+
+    def _write_text(self, name: str, text_TD: Tensor) -> None:
+        write_safetensors(self._folder / "text" / name, {"text": text_TD})
+        self._sound_texts.add(name)
+        self._hashes[name] = stored_hash(text_TD)
 
     def _write_shard(self, latents: Mapping[str, Tensor]) -> None:
         names = [file.name for file in self._folder.iterdir()] + [sample.shard for sample in self._before.values()]
@@ -328,15 +414,14 @@ class LatentWriter:
                 remove(file)
 
     def _drop_unneeded_latents(self) -> None:
-        """Write anew the shards that also hold latents of no sample, without them."""
+        """Write anew the shards that also hold latents of no sample or damaged ones, without them."""
         left = {sample.latents_name for sample in self._samples.values()}
         for shard, names in list(self._shards.items()):
             needed, left = names & left, left - names
-            if needed != names:
-                del self._shards[shard]
-            if needed == names:
-                self._note_shard(shard, names)
-            elif needed:
+            if needed == names and shard not in self._spoiled:
+                continue
+            del self._shards[shard]
+            if needed:
                 with safe_open(self._folder / shard, framework="pt") as file:
                     self._write_shard({name: file.get_tensor(name) for name in sorted(needed)})
 
@@ -346,8 +431,7 @@ class LatentWriter:
         return f"{_hash(json.dumps([self._settings, prompt], sort_keys=True))}.safetensors"
 
     def _has_text(self, name: str) -> bool:
-        file = self._folder / "text" / name
-        return file.is_file() and "text" in (_tensor_names(file) or ())
+        return name in self._sound_texts
 
 
 def _hash(text: str) -> str:
@@ -358,14 +442,9 @@ def _identity(sample: SampleInfo) -> tuple[str, int, str]:
     return sample.prompt, sample.seed, sample.content
 
 
-def _tensor_names(file: Path) -> set[str] | None:
-    """What a safetensors file holds, by its header, which also tells its size; None for a damaged file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
-    except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged (%s): what it held is made again", file, error)
-        return None
+def _is_finite(value: Tensor) -> bool:
+    """Whether a tensor has values, all finite in float32."""
+    return bool(value.numel()) and bool(torch.isfinite(value.float()).all())
 
 
 def file_stamp(path: Path) -> str:

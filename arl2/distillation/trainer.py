@@ -144,6 +144,7 @@ class Trainer:
         folder: of the run.
         fingerprint: everything that must not change between sessions.
         on_report: called on every rank with the steps done, the model and the figures of its layers.
+        on_begin: called on every rank when the run can go on, before the first step.
 
     Attributes:
         state: parameters, optimiser, average, progress.
@@ -158,10 +159,11 @@ class Trainer:
         folder: Path,
         fingerprint: Fingerprint,
         on_report: Callable[[int, HybridWanModel, LayerReports], None] = lambda step, model, reports: None,
+        on_begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._accelerator, self._objective, self._batches = accelerator, objective, batches
         self._settings, self._folder, self._fingerprint = settings, folder, fingerprint
-        self._on_report = on_report
+        self._on_report, self._on_begin = on_report, on_begin
         trainables = objective.parameters_to_train()
         optimizer = settings.optimizer
         adamw = torch.optim.AdamW(
@@ -245,6 +247,7 @@ class Trainer:
         with self._held():
             if self._is_main:
                 truncate_losses(self._folder / LOSSES, progress.step)
+            self._on_begin()
         raise_together(self._failure, self._accelerator.device)
         return progress
 

@@ -22,7 +22,7 @@ from pipelines.feasibility import (
 from pipelines.flags import Parser, as_path
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
-from pipelines.settings import load_config
+from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import transformer_config
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
@@ -145,12 +145,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
         InputError: the cause and the cure in one line.
     """
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
-    if config.memory.kind is not MemoryKind.window:
-        given = {setting.partition("=")[0] for setting in arguments.settings} | set(arguments.flags)
-        for name in ("window_frames", "sink_frames"):
-            if f"memory.{name}" in given:
-                kind = config.memory.kind.value
-                raise InputError(f"--{name} needs a window, the memory is {kind}: give --memory window too")
+    config.memory.refuse_idle(given_names(InferenceConfig, arguments))
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))

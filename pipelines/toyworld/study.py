@@ -336,7 +336,7 @@ class Study:
         if row.layers or row.share == 100 or row.kind in (Kind.SOFTMAX, Kind.WINDOW):
             return list(row.layers) or list(range(self.sizes["num_layers"] if row.share == 100 else 0))
         if self.settings.layers_file is not None:
-            return read_layers(self.settings.layers_file, row.share)
+            return read_layers(self.settings.layers_file, row.share, self.sizes["num_layers"])
         page = self.path("results", "stage1", ".json")
         if not page.is_file():
             raise InputError(f"no {page}: run --part stage1 first, which says which layers to convert")

@@ -179,7 +179,7 @@ class Stage2Config(TrainingConfig):
             raise InputError("give the hybrid layers in one way: hybrid_layers, or layers_file with share")
         if self.share is not None and not self.layers_file:
             raise InputError(f"share {self.share} would do nothing: it is a set of a layers_file; give one, or drop it")
-        layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share or DEFAULT_SHARE)
+        layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share or DEFAULT_SHARE, num_layers)
         checked = check_layers(layers, num_layers)
         if not self.lora:
             return HybridSettings(checked)
@@ -237,11 +237,11 @@ class GatesConfig(TrainingConfig):
         )
 
 
-def read_layers(path: Path, share: int) -> list[int]:
-    """The layers that a file of scripts/select_layers.py names for a share in percent.
+def read_layers(path: Path, share: int, num_layers: int) -> list[int]:
+    """The layers that a file of scripts/select_layers.py names for a share in percent of a model's layers.
 
     Raises:
-        InputError: no such file or set.
+        InputError: no such file or set, or one that is not of that share, rounded up or down.
     """
     if not path.is_file():
         raise InputError(f"no layers file {path}: make one with scripts/select_layers.py")
@@ -251,6 +251,11 @@ def read_layers(path: Path, share: int) -> list[int]:
     layers: list[int] = typed(LayerIndices, sets[str(share)], f"{path}: layers of {share}")
     if not layers:
         raise InputError(f"{path} names an empty set for a share of {share}: nothing would train; take another share")
+    if abs(len(layers) - num_layers * share / 100) >= 1:
+        raise InputError(
+            f"{path} names {len(layers)} of {num_layers} layers for a share of {share} %: make it for this model with "
+            "scripts/select_layers.py, or name the layers with hybrid_layers"
+        )
     return layers
 
 
@@ -347,6 +352,8 @@ def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, A
     kept = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     if config.optimizer.decay == "constant":
         del kept["steps"]  # nothing but the end depends on it
+    if isinstance(config, Stage2Config):
+        kept["memory"] = config.student_memory().identity()
     flat = {"global_batch": global_batch}
     for name, value in json.loads(json.dumps(kept)).items():
         flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}

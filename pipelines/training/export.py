@@ -19,6 +19,9 @@ from wan.utils.ranks import raise_together
 
 log = logging.getLogger(__name__)
 
+EXPORT = "export"
+"""Folder of the trained model in a run's."""
+
 
 def export(model: HybridWanModel, ema: StateDict | None, folder: Path, accelerator: Accelerator) -> None:
     """Write the model whole: `export`, and `export_ema` with the average's weights. All ranks must call this.
@@ -42,10 +45,10 @@ def _export(model: HybridWanModel, state: StateDict, ema: StateDict | None, fold
     bad = first_not_finite(state) or first_not_finite(averaged)
     if bad is not None:
         raise TrainingError(f"{bad} is not finite: nothing is exported; check the teacher's weights, or train anew")
-    write_model_folder(model, state, folder / "export")
+    write_model_folder(model, state, folder / EXPORT)
     if averaged:
         write_model_folder(model, state | averaged, folder / "export_ema")
-    log.info("the trained model is in %s: give it to inference.py as --checkpoint_path", folder / "export")
+    log.info("the trained model is in %s: give it to inference.py as --checkpoint_path", folder / EXPORT)
 
 
 def write_model_folder(model: HybridWanModel, weights: StateDict, folder: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from arl2.checkpoint import LoadReport, build_hybrid, plan_hybrid
 from arl2.distillation.checkpointing import Progress, copy_tensors_, require_same_run, stored_fingerprint
-from arl2.distillation.data import Samples
+from arl2.distillation.data import LatentDataset, Samples
 from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
 from arl2.distillation.sharding import ShardedLoading, sharded_fingerprint
@@ -30,7 +31,7 @@ from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
 from pipelines.provenance import architecture_of, device_name, git_commit, versions
-from pipelines.settings import load_config
+from pipelines.settings import given_names, load_config
 from pipelines.training.config import (
     GatesConfig,
     Stage2Config,
@@ -41,10 +42,11 @@ from pipelines.training.config import (
 )
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
-from pipelines.training.resume import check_resume, check_start, stage1_values
+from pipelines.training.resume import check_resume
 from pipelines.training.room import check_room
+from pipelines.training.start import RUN_PAGE, backbone, check_start, stage1_values, teacher_of_start
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
-from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.loading import fingerprint_of, fingerprint_of_file
 from wan.utils.errors import InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
@@ -53,6 +55,7 @@ from wan.utils.ranks import raise_together
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainingConfig)
+ModelParts = tuple[TransformerWeights, dict[str, Any], HybridSettings]
 PACKAGES = ("diffusers", "accelerate", "safetensors")
 LOCK = ".lock"
 
@@ -68,7 +71,10 @@ def parse_config(kind: type[Config], description: str | None) -> Config:
     add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one", group=run)
     add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU", group=run)
     arguments = parser.parse_args()
-    return load_config(kind, arguments.config, arguments.settings, arguments.flags)
+    config = load_config(kind, arguments.config, arguments.settings, arguments.flags)
+    if isinstance(config, Stage2Config):
+        config.memory.refuse_idle(given_names(kind, arguments))
+    return config
 
 
 def train(config: TrainingConfig) -> None:
@@ -138,8 +144,13 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
     with ending_together(accelerator):
         progress = check_resume(config, data)
         check_start(config)
-    loading = begin_sharded_loading(config, accelerator.device) if config.shard else None
-    model, report = build_model(config, accelerator.device) if loading is None else (loading.model, loading.report)
+    parts = model_parts(config)
+    if accelerator.is_main_process:
+        warn_of_another_teacher(data, parts[0])
+    loading = begin_sharded_loading(config, accelerator.device, parts) if config.shard else None
+    built = build_model(config, accelerator.device, parts) if loading is None else (loading.model, loading.report)
+    model, report = built
+    del parts, built
     if progress is None:
         log_new_parameters(config, model, report)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model), loading)
@@ -196,6 +207,7 @@ def new_trainer(
     frozen = {name: value for name, value in model.state_dict().items() if name not in trainables}
     teacher = fingerprint_of(frozen) if loading is None else sharded_fingerprint(frozen, accelerator.device)
     fingerprint: dict[str, Any] = {}
+    require_teacher_of_start(config, model, accelerator, loading)
     with ending_together(accelerator):
         fingerprint = run_fingerprint(config, data, objective, global_batch, teacher)
     if config.compile:
@@ -213,13 +225,31 @@ def new_trainer(
     )
     with ending_together(accelerator):
         require_same_run(folder / CHECKPOINTS, fingerprint)
-        if accelerator.is_main_process:
-            write_run_page(config, folder, fingerprint, accelerator)
-        if config.tracker != "none":
-            with writing(folder):
-                accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
         monitor = TrainingMonitor(config, data, accelerator)
-    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor)
+    begin = partial(describe_run, config, folder, fingerprint, accelerator)
+    return Trainer(accelerator, objective, batches, config.trainer(), folder, fingerprint, monitor, begin)
+
+
+def require_teacher_of_start(
+    config: TrainingConfig, model: HybridWanModel, accelerator: Accelerator, loading: ShardedLoading | None
+) -> None:
+    """Hold the teacher to that of the run that this one starts from, where they can be compared. All ranks must call.
+
+    Raises:
+        InputError: it is another.
+    """
+    before: str | None = None
+    with ending_together(accelerator):
+        before = teacher_of_start(config, weights_dtype(config, accelerator.device), accelerator.device)
+    if before is None:
+        return
+    weights = backbone(model)
+    now = fingerprint_of(weights) if loading is None else sharded_fingerprint(weights, accelerator.device)
+    if now != before:
+        raise InputError(
+            f"init_from {init_from(config)} was trained on another teacher ({before}, this one is {now}): give the "
+            "checkpoint_path that it had, or run train_stage1.py with this one"
+        )
 
 
 def run_fingerprint(
@@ -259,23 +289,41 @@ def precision_of(dtype: torch.dtype) -> str:
     return "bf16" if dtype is torch.bfloat16 else "no"
 
 
-def build_model(config: TrainingConfig, device: torch.device) -> tuple[HybridWanModel, LoadReport]:
-    """The hybrid model on the teacher's weights, frozen, and what happened to them."""
-    weights, sizes, hybrid = model_parts(config)
+def build_model(
+    config: TrainingConfig, device: torch.device, parts: ModelParts | None = None
+) -> tuple[HybridWanModel, LoadReport]:
+    """The hybrid model on the teacher's weights, frozen, and what happened to them; `parts` if they are read."""
+    weights, sizes, hybrid = parts or model_parts(config)
     dtype = weights_dtype(config, device)
     return build_hybrid(weights, sizes, hybrid, dtype=dtype, device=device, seed=config.seed, to_be_trained=True)
 
 
-def begin_sharded_loading(config: TrainingConfig, device: torch.device) -> ShardedLoading:
+def begin_sharded_loading(config: TrainingConfig, device: torch.device, parts: ModelParts) -> ShardedLoading:
     """The same model, to be sharded over all ranks when its objective is made."""
-    return ShardedLoading(plan_hybrid(*model_parts(config), config.seed), weights_dtype(config, device), device)
+    return ShardedLoading(plan_hybrid(*parts, config.seed), weights_dtype(config, device), device)
 
 
-def model_parts(config: TrainingConfig) -> tuple[TransformerWeights, dict[str, Any], HybridSettings]:
+def model_parts(config: TrainingConfig) -> ModelParts:
     """Weights, sizes and hybrid layers of the model that a config trains."""
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
     return weights, sizes, config.hybrid(sizes["num_layers"])
+
+
+def warn_of_another_teacher(data: Samples, weights: TransformerWeights) -> None:
+    """Warn of rollouts that these weights did not make, where the data says which did.
+
+    Weights count as their file holds them: the same ones in another type cannot be told from others.
+    """
+    before = data.settings.get("weights") if isinstance(data, LatentDataset) else None
+    now = fingerprint_of_file(weights.state) if isinstance(before, str) else None
+    if now != before and now is not None:
+        log.warning(
+            "data was made by weights %s, those of %s are %s: another teacher, or the same in another type",
+            before,
+            weights.source,
+            now,
+        )
 
 
 def log_new_parameters(config: TrainingConfig, model: HybridWanModel, report: LoadReport) -> None:
@@ -317,6 +365,17 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     copy_tensors_(wanted, stage1_values(file, wanted), file)
 
 
+def describe_run(
+    config: TrainingConfig, folder: Path, fingerprint: Mapping[str, Any], accelerator: Accelerator
+) -> None:
+    """Write the page of a session that can train, and begin its tracking; all ranks must call this."""
+    if accelerator.is_main_process:
+        write_run_page(config, folder, fingerprint, accelerator)
+    if config.tracker != "none":
+        with writing(folder):
+            accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
+
+
 def write_run_page(
     config: TrainingConfig, folder: Path, fingerprint: Mapping[str, Any], accelerator: Accelerator
 ) -> None:
@@ -330,5 +389,6 @@ def write_run_page(
         "versions": versions(PACKAGES),
         "world_size": accelerator.num_processes,
         "device": device_name(device),
+        "dtype": str(weights_dtype(config, device)).removeprefix("torch."),
     }
-    write_json(folder / "run.json", page)
+    write_json(folder / RUN_PAGE, page)

@@ -157,7 +157,7 @@ def test_a_window_of_a_full_memory_is_a_contradiction(
         arguments = ["--config", str(TOY), "--output_folder", "out", "--prompt", "x", *flags]
         monkeypatch.setattr(sys, "argv", ["inference.py", *arguments])
         assert inference.main() == 2
-        assert "give --memory window too" in capsys.readouterr().err
+        assert "give memory.kind=window too" in capsys.readouterr().err
 
 
 def test_help_groups_flags_and_shows_ranges_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -360,7 +360,7 @@ def test_memory_settings_by_key_value(file: Path) -> None:
 def test_a_layers_file_that_names_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "layers.yaml").write_text(text)
     with pytest.raises(InputError, match=r"layers\.yaml"):
-        read_layers(tmp_path / "layers.yaml", 50)
+        read_layers(tmp_path / "layers.yaml", 50, 4)
 
 
 def test_overrides_by_their_dotted_names() -> None:

@@ -1,5 +1,6 @@
 """Writing weights: atomic, with the errors of a full disk in one line."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from wan.utils.files import atomic_path, cannot_write, remove, temporary_path, w
 
 METADATA = {"format": "pt"}
 MAX_SHARD_SIZE = "10GB"
+STORED_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+"""Types as headers of safetensors files name them."""
 
 
 def with_record(record: Mapping[str, Any]) -> dict[str, str]:
@@ -83,6 +86,15 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
     with atomic_path(path) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata=dict(metadata))
         _sort_metadata(temporary)
+
+
+def stored_hash(value: Tensor) -> str:
+    """The SHA-256 of a tensor's type, shape and bytes, as a safetensors file holds them."""
+    stored = value.detach().cpu().contiguous()
+    digest = hashlib.sha256(json.dumps([STORED_NAMES.get(stored.dtype, "other"), list(stored.shape)]).encode())
+    if stored.numel():
+        digest.update(stored.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:

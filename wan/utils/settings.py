@@ -12,6 +12,9 @@ NOTED_LATER = ("architecture", "tokenizer")
 FORMER_VALUES = {("memory.kind", "trained"): "full"}
 """What records say of settings that were not resolved: an unresolved memory was everything."""
 
+IDLE = {("memory.kind", "full"): ("memory.window_frames", "memory.sink_frames")}
+"""Settings that another one switches off: what they say does not matter."""
+
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON gives them back: enumerations by value, tuples as lists, all else as text."""
@@ -39,11 +42,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings under the values of today."""
-    return {
+    """Flat settings under the values of today, without idle ones."""
+    known = {
         name: FORMER_VALUES.get((name, value), value) if isinstance(value, str) else value
         for name, value in settings.items()
     }
+    idle = {name for (key, value), names in IDLE.items() if known.get(key) == value for name in names}
+    return {name: value for name, value in known.items() if name not in idle}
 
 
 def _is_unknown(name: str, *sides: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from training_world import build_world, losses, one_line, train
 
 from arl2.distillation.data import LatentDataset, ResidentLatents, values_hash
-from arl2.distillation.latent_writer import INDEX, LatentWriter
+from arl2.distillation.latent_writer import INDEX, LatentWriter, SampleInfo
 from arl2.distillation.stage1 import Stage1
 from arl2.distillation.trainer import Trainer
 from wan.utils.errors import InputError
@@ -30,8 +30,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(world: Path, tmp_path: Path) -> Path:
-    """A copy of the world's five samples, to be damaged."""
-    return Path(shutil.copytree(world / "data", tmp_path / "data"))
+    """A copy of the world's five samples without hashes, as earlier versions wrote it, to be damaged."""
+    folder = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    change_index(folder, without_hashes)
+    return folder
+
+
+def without_hashes(index: Index) -> None:
+    for sample in index["samples"]:
+        del sample["latents_hash"], sample["text_hash"]
 
 
 def change_index(folder: Path, change: Callable[[Index], object]) -> None:
@@ -215,6 +222,101 @@ def test_folders_of_another_kind_are_named_with_the_difference(world: Path, tmp_
         LatentDataset([world / "data", tmp_path])
     with pytest.raises(InputError, match="names no folder"):
         LatentDataset([])
+
+
+def test_data_under_another_path_does_not_count_double(
+    data: Path, world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match=f"are in both .* and {data}, and would count double: name one"):
+        LatentDataset([world / "data", data])
+    change_index(data, lambda index: index["samples"].reverse())
+    change_index(data, lambda index: index["samples"].pop())
+    with pytest.raises(InputError, match="would count double"):
+        LatentDataset([data, world / "data"])
+    for samples, said in ((3, "1 samples are in both"), (4, "")):
+        caplog.clear()
+        other = {f"latents.{number}": torch.randn(SHAPE) for number in range(5 - samples, 5)}
+        change_shard(data, lambda latents, other=other: latents.update(other))  # type: ignore[misc]
+        assert len(LatentDataset([data, world / "data"])) == 9, "other values are other samples"
+        assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def plus_one(folder: Path, what: str) -> None:
+    if what == "latents":
+        change_shard(folder, lambda latents: latents["latents.3"].view(-1)[-1:].add_(1))
+    else:
+        name = json.loads((folder / INDEX).read_text())["samples"][3]["text"]
+        change_text(folder, 3, {"text": load_file(folder / "text" / name)["text"] + 1})
+
+
+@pytest.mark.parametrize("what", ["latents", "text"])
+def test_a_sample_that_is_not_what_was_written_is_named(
+    what: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    plus_one(folder, what)
+    message = f"sample '3' of {folder}: the values of its {what} are not what was written"
+    data = LatentDataset([folder])
+    with pytest.raises(InputError, match=message):
+        data.gather([0, 3])
+    with pytest.raises(InputError, match=message):
+        data.values_fingerprint()
+    monkeypatch.setattr("arl2.distillation.data.MAX_HASHED_BYTES", 1)
+    monkeypatch.setattr("arl2.distillation.data.PIECE_BYTES", 8)
+    LatentDataset([folder]).values_fingerprint()  # pieces say nothing: it is found when it is read
+    monkeypatch.undo()
+    assert train(monkeypatch, world, 1, f"data=[{folder}]", f"run_folder={tmp_path / 'run'}") == 2
+    assert message in one_line(capsys)
+    change_index(folder, without_hashes)
+    assert len(LatentDataset([folder]).gather([0, 3])) == 2
+
+
+def remake(folder: Path) -> list[str]:
+    """Go on with the world's data as a script does; returns the samples that were made again."""
+    page = json.loads((folder / INDEX).read_text())
+    wanted = [SampleInfo(one["key"], one["prompt"], one["seed"]) for one in page["samples"]]
+    with LatentWriter(folder, page["settings"]) as writer:
+        writer.complete({}, SHAPE, (4, TINY["text_dim"]))
+        missing = writer.missing(wanted, prune=True)
+        for sample in missing:
+            latents = None if writer.has_latents(sample) else torch.zeros(SHAPE)
+            writer.add(sample.key, latents, sample.prompt, sample.seed, torch.zeros(4, TINY["text_dim"]))
+    return [sample.key for sample in missing]
+
+
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "nan": set_latents(3, torch.full(SHAPE, float("nan"))),
+    "short": set_latents(3, torch.zeros(6, *SHAPE[1:])),
+    "flat": set_latents(3, torch.zeros(9, 96)),
+    "integers": set_latents(3, torch.zeros(SHAPE, dtype=torch.int8)),
+    "complex": set_latents(3, torch.zeros(SHAPE, dtype=torch.complex64)),
+    "text nan": set_text(torch.full((4, TINY["text_dim"]), float("nan"))),
+    "text narrow": set_text(torch.zeros(4, 1)),
+    "text long": set_text(torch.zeros(5, TINY["text_dim"])),
+    "text empty": set_text(torch.zeros(0, TINY["text_dim"])),
+    "text integers": set_text(torch.zeros(4, TINY["text_dim"], dtype=torch.int8)),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_damaged_samples_are_made_again(data: Path, name: str) -> None:
+    SPOILED[name](data)
+    assert remake(data) == ["3"]
+    files = {file: file.read_bytes() for file in data.rglob("*.safetensors")}
+    assert remake(data) == [] and {file: file.read_bytes() for file in data.rglob("*.safetensors")} == files
+    found = LatentDataset([data])
+    assert len(found) == 5 and found.gather(range(5))[0].isfinite().all()
+    stored = [name for file in data.glob("shard-*") for name in load_file(file)]
+    assert sorted(stored) == [f"latents.{number}" for number in range(5)], "what was damaged is gone"
+
+
+@pytest.mark.parametrize("what", ["latents", "text"])
+def test_samples_of_other_values_are_made_again(what: str, world: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    assert remake(folder) == []
+    plus_one(folder, what)
+    assert remake(folder) == ["3"] and remake(folder) == []
+    LatentDataset([folder]).values_fingerprint()
 
 
 def test_the_identity_of_data_is_its_content_wherever_it_lies(data: Path, world: Path, tmp_path: Path) -> None:
