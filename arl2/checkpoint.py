@@ -198,7 +198,7 @@ def plan_hybrid(
     stored = {name: config.pop(name, None) for name in (*HYBRID, *OPTIONAL_HYBRID)}
     said = weights.record | {name: value for name, value in stored.items() if value is not None}
     config[TRAINED_MEMORY] = trained_memory_of(said, weights.source)
-    marked = untrained_layers_of(said, config["num_layers"], weights.source)
+    marked = untrained_layers_of(said, found, config["num_layers"], weights.source)
     with torch.device("meta"):
         model = _new_model(config, settings)
     state, dropped = _fit_names(weights.state, model, found, settings)

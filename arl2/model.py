@@ -330,14 +330,15 @@ class HybridWanModel(CausalWanModel):
         Returns:
             what `unmerge_ffn_lora` needs to undo it exactly; without it, the adapters are lost.
         """
-        merged = MergedAdapters({}, self.hybrid.ffn_lora)
+        merged = MergedAdapters({}, self.hybrid.ffn_lora, self.hybrid.lora_rank)
         for number, block in enumerate(self.layers()):
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
                     merged.layers[number, place] = linear if keep_on is None else linear.to(keep_on)
-        self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+        rank = merged.lora_rank if self.hybrid.layers else None  # without hybrid layers no adapter is left
+        self.register_to_config(ffn_lora=FFNLoRA.NONE.value, lora_rank=rank)
         return merged
 
     def unmerge_ffn_lora(self, merged: "MergedAdapters") -> None:
@@ -347,7 +348,7 @@ class HybridWanModel(CausalWanModel):
             weight = ffn[place].weight
             assert isinstance(weight, Tensor)
             ffn[place] = linear.to(weight.device, weight.dtype)
-        self.register_to_config(ffn_lora=merged.ffn_lora.value)
+        self.register_to_config(ffn_lora=merged.ffn_lora.value, lora_rank=merged.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -356,11 +357,12 @@ class MergedAdapters:
 
     Attributes:
         layers: by index of the block and place in its feed-forward.
-        ffn_lora: setting of the model before.
+        ffn_lora, lora_rank: settings of the model before.
     """
 
     layers: dict[tuple[int, int], LoRALinear]
     ffn_lora: FFNLoRA
+    lora_rank: int | None
 
 
 @contextmanager

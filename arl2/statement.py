@@ -173,7 +173,7 @@ def require_claims(
     adapted = claimed.ffn_lora_layers(blocks)
     pairs = (
         ("hybrid_layers", list(claimed.layers), list(found.layers)),
-        ("lora_rank", claimed.lora_rank if claimed.layers or adapted else None, found.lora_rank),
+        ("lora_rank", claimed.lora_rank, found.lora_rank),
         ("ffn_lora (its blocks)", list(adapted), list(found.ffn_lora_layers(blocks))),
     )
     for name, said, held in pairs:
@@ -182,6 +182,11 @@ def require_claims(
                 f"{source}: the config says {name} {said}, the weights hold {held}: they are of two models, or one is "
                 "damaged; download or convert them again together"
             )
+    if claimed.ffn_lora is FFNLoRA.ALL and not claimed.layers and not adapted:
+        raise CheckpointError(
+            f"{source}: the config says ffn_lora all, the weights have no adapters: correct it, or use the config of "
+            "these weights"
+        )
 
 
 def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str, Any] | None:
@@ -194,12 +199,28 @@ def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str
     return TrainedMemory.from_plain(settings, source).as_plain()
 
 
-def untrained_layers_of(config: Mapping[str, Any], num_layers: int, source: str | Path) -> set[int]:
-    """The layers that a conversion wrote and no training has met since; none where it is not said."""
+def untrained_layers_of(
+    config: Mapping[str, Any], found: HybridSettings, num_layers: int, source: str | Path
+) -> set[int]:
+    """The layers that a conversion wrote and no training has met since; none where it is not said.
+
+    Args:
+        config: what is said of the weights.
+        found: what the weights have; a layer without anything of the hybrid's cannot be untrained.
+
+    Raises:
+        CheckpointError: the model has no such layers, or they are softmax.
+    """
     try:
-        return set(check_layers(config.get(UNTRAINED) or (), num_layers))
+        marked = set(check_layers(config.get(UNTRAINED) or (), num_layers))
     except InputError as error:
         raise CheckpointError(f"{source}: {UNTRAINED}: {error}") from error
+    odd = sorted(marked - set(found.layers) - set(found.ffn_lora_layers(num_layers)))
+    if odd:
+        raise CheckpointError(
+            f"{source}: {UNTRAINED} names layer {odd[0]}, which is softmax in these weights: convert them again"
+        )
+    return marked
 
 
 def resolve_settings(

@@ -20,6 +20,7 @@ from wan.checkpoints.pickles import SUFFIXES, damaged, read_pickle
 from wan.checkpoints.tensors import printable, require_finite, require_floating
 from wan.checkpoints.tensors import summarize_names as summarize_names
 from wan.utils.errors import CheckpointError
+from wan.utils.files import RepeatedNameError, parse_json
 
 StateDict = dict[str, Tensor]
 
@@ -72,14 +73,21 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names and metadata of a safetensors file; the values are not read.
 
     Raises:
-        CheckpointError: it is damaged or no such file.
+        CheckpointError: it is damaged or no such file, or its header gives a name twice.
     """
     require_weight_file(path)
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+        with path.open("rb") as stream:  # the library takes the last of several values
+            parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
+    except RepeatedNameError as error:
+        raise CheckpointError(
+            f"{path}: in its header {error}: the file is damaged or was tampered with; convert or download it again"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
+    return names, metadata
 
 
 def weight_map(index_path: Path) -> dict[str, str]:
