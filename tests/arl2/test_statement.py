@@ -14,9 +14,10 @@ from tiny_models import HYBRID, TINY, tiny_model
 
 from arl2.checkpoint import build_hybrid, read_generator, save_generator, save_hybrid_weights
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
-from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_settings, is_hybrid_part
+from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_settings
 from wan.checkpoints.fields import RELEASED
 from wan.checkpoints.formats import TransformerWeights, diffusers_name, read_transformer, transformer_config
+from wan.checkpoints.identify import is_hybrid_part
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import RECORD, read_record
 from wan.config import wan_size

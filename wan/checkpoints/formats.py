@@ -23,7 +23,7 @@ from wan.checkpoints.fields import (
     RELEASED,
     SIZES,
 )
-from wan.checkpoints.identify import IMAGE_BRANCH, OPTIMIZER, SHARD, family
+from wan.checkpoints.identify import HYBRID_ALONE, IMAGE_BRANCH, OPTIMIZER, SHARD, family
 from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
 from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.record import RECORD, read_record
@@ -276,6 +276,11 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
 
 
 def _not_a_transformer(path: Path, what: str) -> CheckpointError:
+    if what == HYBRID_ALONE:
+        return CheckpointError(
+            f"{path} holds {what}, without the softmax model that they belong on: give softmax weights or whole ones, "
+            "which scripts/convert_checkpoint.py makes of both (--model_folder)"
+        )
     return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: give the weights of one")
 
 

@@ -10,6 +10,12 @@ SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 """In the name of a file that holds a part of a model."""
 IMAGE_BRANCH = re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)")
 OPTIMIZER = "an optimizer's state"
+HYBRID_ALONE = "hybrid weights alone"
+HYBRID_PART = re.compile(
+    r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])\b.*)"
+)
+FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
+"""With `HYBRID_PART`, names of what a hybrid model has beyond the softmax one."""
 _FAMILIES = (
     (re.compile(r"(lora_down|lora_up|\.lora\.|lora_[AB]\.(default|weight)|^lora_unet_|\.diff_b?$)"), "a LoRA"),
     (re.compile(r"^(state|param_groups)$|(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$"), OPTIMIZER),
@@ -41,7 +47,17 @@ def family(names: Iterable[str]) -> str:
     for pattern, what in _FAMILIES:
         if any(pattern.search(name) for name in names):
             return what
-    return f"unknown weights ({summarize_names(names)})" if names else "nothing"
+    odd = [name for name in names if not is_hybrid_part(name)]
+    if not odd:
+        return HYBRID_ALONE if names else "nothing"
+    if 2 * len(odd) < len(names):
+        return f"hybrid weights and, among them, what is none ({summarize_names(odd)})"
+    return f"unknown weights ({summarize_names(names)})"
+
+
+def is_hybrid_part(name: str) -> bool:
+    """Whether a parameter is one that softmax models do not have."""
+    return bool(HYBRID_PART.match(name) or FFN_ADAPTER.match(name))
 
 
 def impostor(path: Path) -> str | None:
