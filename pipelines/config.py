@@ -68,6 +68,13 @@ class MemoryConfig:
             raise ValueError("memory of kind trained has no window: resolve it first")
         return (self.window_frames, self.sink_frames) if self.kind is MemoryKind.window else (None, 0)
 
+    def window_for(self, frames: int | None) -> tuple[int | None, int]:
+        """As `window`, for a video of some frames, None for no end: one beyond the video is as long as the video."""
+        window_frames, sink_frames = self.window
+        if window_frames is not None and frames is not None and frames < window_frames:
+            return frames, 0  # nothing is dropped, so there is no sink to keep
+        return window_frames, sink_frames
+
     def resolved(self, trained: TrainedMemory | None) -> "MemoryConfig":
         """The memory of a model: `trained` replaced by what the model was trained with.
 
