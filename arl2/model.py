@@ -17,7 +17,7 @@ from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
 from arl2.trained_memory import TrainedMemory
-from wan.checkpoints.fields import UNTRAINED
+from wan.checkpoints.fields import MIN_ALPHA, UNTRAINED
 from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
 from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
@@ -86,8 +86,10 @@ class HybridSettings:
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha >= MIN_ALPHA):
+            raise InputError(
+                f"lora_alpha {self.lora_alpha} is no number of at least {MIN_ALPHA:g}: adapters would do nothing of use"
+            )
 
     def __str__(self) -> str:
         """For messages: "hybrid layers 0, 2 with adapters of rank 16 (alpha 32), also on the feed-forwards there"."""

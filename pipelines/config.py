@@ -12,6 +12,7 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
+from wan.checkpoints.fields import LoRAAlpha
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
@@ -184,7 +185,7 @@ class HybridConfig:
 
     layers: LayerIndices = field(default_factory=list)
     lora_rank: Rank | None = None
-    lora_alpha: Annotated[float, Bounds(0, 10**6)] = DEFAULT_LORA_ALPHA
+    lora_alpha: LoRAAlpha = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
 
     def settings(self) -> HybridSettings:

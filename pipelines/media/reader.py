@@ -81,7 +81,7 @@ def _from_list(file: Path) -> list[CaptionedVideo]:
         where = f"{shown(file)} line {number}"
         name, _, prompt = line.partition("\t")
         if not name.strip() or not prompt.strip():
-            raise InputError(f"{where}: {shown(line)[:60]!r} is not a path, a tab and a prompt: write every line so")
+            raise InputError(f"{where}: '{shown(line)[:60]}' is not a path, a tab and a prompt: write every line so")
         prompt = prompt.strip()
         check_prompt(prompt, where)
         path = find_file(name, (file.parent,))

@@ -235,7 +235,7 @@ def test_requests_that_contradict_the_weights(
         build(tmp_path / "a.pt", wanted)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, 1e-320, -1.0, float("nan"), float("inf")])
 def test_an_alpha_that_cannot_scale_is_refused(alpha: float) -> None:
     with pytest.raises(InputError, match="lora_alpha"):
         HybridSettings(lora_alpha=alpha)

@@ -221,7 +221,8 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
         key = GENERATOR_EMA if use_ema else GENERATOR
         if key not in weights:
             other = GENERATOR if use_ema else GENERATOR_EMA
-            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop' if use_ema else 'give'} use_ema")
+            ask = "ask for it, --use_ema (in the config of a training: use_ema: true)"
+            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop use_ema' if use_ema else ask}")
         inner = weights[key]
         if not isinstance(inner, Mapping):
             raise CheckpointError(
