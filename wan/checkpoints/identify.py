@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from wan.checkpoints.tensors import summarize_names
+from wan.utils.files import LFS_POINTER, is_lfs_pointer
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 """In the name of a file that holds a part of a model."""
@@ -28,7 +29,6 @@ _FAMILIES = (
     (re.compile(r"scale_(weight|input)$|^scaled_fp8$"), "a transformer quantised to FP8"),
     (re.compile(r"\.(mod|modulation)\.lin\.|^(double|single)_blocks\.|^transformer_blocks\."), "another transformer"),
 )
-_LFS = b"version https://git-lfs"
 _MAGIC = (
     (b"GGUF", "a GGUF file, which is quantised: give safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
@@ -70,8 +70,8 @@ def impostor(path: Path) -> str | None:
         head = file.read(512)
     if not head:
         return "an empty file: download it again"
-    if head.startswith(_LFS):
-        return "a Git-LFS pointer, which stands for the weights: run `git lfs pull`"
+    if is_lfs_pointer(path):
+        return LFS_POINTER.format("weights")
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what
