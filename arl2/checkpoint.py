@@ -31,7 +31,6 @@ from arl2.statement import (
     check_heads,
     found_settings,
     hybrid_layer_of,
-    is_hybrid_part,
     require_claims,
     require_hybrid_types,
     resolve_settings,
@@ -41,6 +40,7 @@ from arl2.statement import (
 )
 from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, RELEASED, SIZES, TRAINED_MEMORY
 from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
+from wan.checkpoints.identify import is_hybrid_part
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
 from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
 from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
@@ -198,7 +198,7 @@ def plan_hybrid(
     stored = {name: config.pop(name, None) for name in (*HYBRID, *OPTIONAL_HYBRID)}
     said = weights.record | {name: value for name, value in stored.items() if value is not None}
     config[TRAINED_MEMORY] = trained_memory_of(said, weights.source)
-    marked = untrained_layers_of(said, config["num_layers"], weights.source)
+    marked = untrained_layers_of(said, found, config["num_layers"], weights.source)
     with torch.device("meta"):
         model = _new_model(config, settings)
     state, dropped = _fit_names(weights.state, model, found, settings)

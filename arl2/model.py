@@ -17,7 +17,7 @@ from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
 from arl2.trained_memory import TrainedMemory
-from wan.checkpoints.fields import UNTRAINED
+from wan.checkpoints.fields import MIN_ALPHA, UNTRAINED
 from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
 from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
@@ -86,8 +86,10 @@ class HybridSettings:
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
             raise InputError(f"lora_rank {self.lora_rank} is not positive: give a rank, or none for no adapters")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise InputError(f"lora_alpha {self.lora_alpha} is not a positive number: adapters would do nothing of use")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha >= MIN_ALPHA):
+            raise InputError(
+                f"lora_alpha {self.lora_alpha} is no number of at least {MIN_ALPHA:g}: adapters would do nothing of use"
+            )
 
     def __str__(self) -> str:
         """For messages: "hybrid layers 0, 2 with adapters of rank 16 (alpha 32), also on the feed-forwards there"."""
@@ -330,14 +332,15 @@ class HybridWanModel(CausalWanModel):
         Returns:
             what `unmerge_ffn_lora` needs to undo it exactly; without it, the adapters are lost.
         """
-        merged = MergedAdapters({}, self.hybrid.ffn_lora)
+        merged = MergedAdapters({}, self.hybrid.ffn_lora, self.hybrid.lora_rank)
         for number, block in enumerate(self.layers()):
             for place in FFN_LINEARS:
                 linear = block.ffn[place]
                 if isinstance(linear, LoRALinear):
                     block.ffn[place] = linear.merged()
                     merged.layers[number, place] = linear if keep_on is None else linear.to(keep_on)
-        self.register_to_config(ffn_lora=FFNLoRA.NONE.value)
+        rank = merged.lora_rank if self.hybrid.layers else None  # without hybrid layers no adapter is left
+        self.register_to_config(ffn_lora=FFNLoRA.NONE.value, lora_rank=rank)
         return merged
 
     def unmerge_ffn_lora(self, merged: "MergedAdapters") -> None:
@@ -347,7 +350,7 @@ class HybridWanModel(CausalWanModel):
             weight = ffn[place].weight
             assert isinstance(weight, Tensor)
             ffn[place] = linear.to(weight.device, weight.dtype)
-        self.register_to_config(ffn_lora=merged.ffn_lora.value)
+        self.register_to_config(ffn_lora=merged.ffn_lora.value, lora_rank=merged.lora_rank)
 
 
 @dataclass(frozen=True)
@@ -356,11 +359,12 @@ class MergedAdapters:
 
     Attributes:
         layers: by index of the block and place in its feed-forward.
-        ffn_lora: setting of the model before.
+        ffn_lora, lora_rank: settings of the model before.
     """
 
     layers: dict[tuple[int, int], LoRALinear]
     ffn_lora: FFNLoRA
+    lora_rank: int | None
 
 
 @contextmanager

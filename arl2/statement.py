@@ -24,6 +24,7 @@ from arl2.trained_memory import TrainedMemory
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import TRAINED_MEMORY, UNTRAINED, LoRAAlpha
 from wan.checkpoints.formats import TransformerWeights, num_blocks_in
+from wan.checkpoints.identify import FFN_ADAPTER, HYBRID_PART, is_hybrid_part
 from wan.checkpoints.loading import StateDict
 from wan.checkpoints.record import ALPHA
 from wan.checkpoints.tensors import printable, require_same_type, summarize_names
@@ -41,21 +42,12 @@ LAYER_PARTS = (
 """Parameters that every hybrid self-attention has, and a softmax one has not."""
 ADAPTER_PARTS = tuple(f"lora_{name}_{letter}" for name in "qkv" for letter in "AB")
 FFN_ADAPTER_PARTS = tuple(f"ffn.{place}.lora_{letter}" for place in (0, 2) for letter in "AB")
-_HYBRID_PART = re.compile(
-    r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])\b.*)"
-)
-_FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
 
 
 def hybrid_layer_of(name: str) -> int | None:
     """The layer whose hybrid self-attention a parameter belongs to; None for what a softmax model has too."""
-    match = _HYBRID_PART.match(name)
+    match = HYBRID_PART.match(name)
     return int(match[1]) if match else None
-
-
-def is_hybrid_part(name: str) -> bool:
-    """Whether a parameter is one that softmax models do not have."""
-    return bool(_HYBRID_PART.match(name) or _FFN_ADAPTER.match(name))
 
 
 def found_settings(state: StateDict, source: str | Path = "the checkpoint") -> HybridSettings:
@@ -64,13 +56,13 @@ def found_settings(state: StateDict, source: str | Path = "the checkpoint") -> H
     Raises:
         CheckpointError: a layer is neither whole nor without anything of the hybrid's, or adapters do not match.
     """
-    parts = _parts_by_block(state, _HYBRID_PART)
+    parts = _parts_by_block(state, HYBRID_PART)
     layers = sorted(parts)
     adapted = {layer for layer in layers if parts[layer] & set(ADAPTER_PARTS)}
     for layer in layers:
         expected = set(LAYER_PARTS) | (set(ADAPTER_PARTS) if adapted else set())
         _require_whole(layer, "self_attn.", parts[layer], expected, source)
-    ffn_parts = _parts_by_block(state, _FFN_ADAPTER)
+    ffn_parts = _parts_by_block(state, FFN_ADAPTER)
     for block in ffn_parts:
         _require_whole(block, "", ffn_parts[block], set(FFN_ADAPTER_PARTS), source)
     if ffn_parts and layers and not adapted:
@@ -173,7 +165,7 @@ def require_claims(
     adapted = claimed.ffn_lora_layers(blocks)
     pairs = (
         ("hybrid_layers", list(claimed.layers), list(found.layers)),
-        ("lora_rank", claimed.lora_rank if claimed.layers or adapted else None, found.lora_rank),
+        ("lora_rank", claimed.lora_rank, found.lora_rank),
         ("ffn_lora (its blocks)", list(adapted), list(found.ffn_lora_layers(blocks))),
     )
     for name, said, held in pairs:
@@ -182,6 +174,11 @@ def require_claims(
                 f"{source}: the config says {name} {said}, the weights hold {held}: they are of two models, or one is "
                 "damaged; download or convert them again together"
             )
+    if claimed.ffn_lora is FFNLoRA.ALL and not claimed.layers and not adapted:
+        raise CheckpointError(
+            f"{source}: the config says ffn_lora all, the weights have no adapters: correct it, or use the config of "
+            "these weights"
+        )
 
 
 def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str, Any] | None:
@@ -194,12 +191,28 @@ def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str
     return TrainedMemory.from_plain(settings, source).as_plain()
 
 
-def untrained_layers_of(config: Mapping[str, Any], num_layers: int, source: str | Path) -> set[int]:
-    """The layers that a conversion wrote and no training has met since; none where it is not said."""
+def untrained_layers_of(
+    config: Mapping[str, Any], found: HybridSettings, num_layers: int, source: str | Path
+) -> set[int]:
+    """The layers that a conversion wrote and no training has met since; none where it is not said.
+
+    Args:
+        config: what is said of the weights.
+        found: what the weights have; a layer without anything of the hybrid's cannot be untrained.
+
+    Raises:
+        CheckpointError: the model has no such layers, or they are softmax.
+    """
     try:
-        return set(check_layers(config.get(UNTRAINED) or (), num_layers))
+        marked = set(check_layers(config.get(UNTRAINED) or (), num_layers))
     except InputError as error:
         raise CheckpointError(f"{source}: {UNTRAINED}: {error}") from error
+    odd = sorted(marked - set(found.layers) - set(found.ffn_lora_layers(num_layers)))
+    if odd:
+        raise CheckpointError(
+            f"{source}: {UNTRAINED} names layer {odd[0]}, which is softmax in these weights: convert them again"
+        )
+    return marked
 
 
 def resolve_settings(

@@ -12,6 +12,7 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
+from wan.checkpoints.fields import LoRAAlpha
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
@@ -67,6 +68,13 @@ class MemoryConfig:
         if self.kind is MemoryKind.trained:
             raise ValueError("memory of kind trained has no window: resolve it first")
         return (self.window_frames, self.sink_frames) if self.kind is MemoryKind.window else (None, 0)
+
+    def window_for(self, frames: int | None) -> tuple[int | None, int]:
+        """As `window`, for a video of some frames, None for no end: one beyond the video is as long as the video."""
+        window_frames, sink_frames = self.window
+        if window_frames is not None and frames is not None and frames < window_frames:
+            return frames, 0  # nothing is dropped, so there is no sink to keep
+        return window_frames, sink_frames
 
     def resolved(self, trained: TrainedMemory | None) -> "MemoryConfig":
         """The memory of a model: `trained` replaced by what the model was trained with.
@@ -196,7 +204,7 @@ class HybridConfig:
 
     layers: LayerIndices = field(default_factory=list)
     lora_rank: Rank | None = None
-    lora_alpha: Annotated[float, Bounds(0, 10**6)] = DEFAULT_LORA_ALPHA
+    lora_alpha: LoRAAlpha = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
 
     def settings(self) -> HybridSettings:

@@ -169,7 +169,8 @@ def room_for_generation(
     hybrid = HybridSettings(layers, hybrid.lora_rank, hybrid.lora_alpha, hybrid.ffn_lora)
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
     trained = None if stored is None else stored.memory
-    window_frames, _ = config.memory.fitting(trained, config.frames_per_block, source).window
+    memory = config.memory.fitting(trained, config.frames_per_block, source)
+    window_frames, _ = memory.window_for(config.num_output_frames)
     frames = window_frames if window_frames is not None else config.num_output_frames
     block = config.frames_per_block * tokens
     parts = {

@@ -179,7 +179,8 @@ class Parser(argparse.ArgumentParser):
             InputError: always.
         """
         # A declaration's message names the flag itself.
-        raise InputError(f"{re.sub(r'^argument [^:]+: (?=--)', '', message)}; --help lists all flags")
+        message = re.sub(r"^argument [^:]+: (?=--)", "", message)
+        raise InputError(f"{message}{'' if message.endswith('?') else ';'} --help lists all flags")
 
     def parse_args(  # type: ignore[override]  # argparse declares overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -201,7 +202,9 @@ class Parser(argparse.ArgumentParser):
             self.error(what)
         given = dict(getattr(parsed, "given", {}))
         parsed.settings = settings
-        names = [setting.partition("=")[0] for setting in settings]
+        names = [setting.partition("=")[0].strip() for setting in settings]
+        for name in names:
+            self._refuse_flag_as_setting(name)
         for name in {name for name in names if names.count(name) > 1}:
             log.warning("%s= is given more than once: the last counts", name)
         parsed.flags = {self._paths[name]: value for name, value in given.items() if name in self._paths}
@@ -229,6 +232,22 @@ class Parser(argparse.ArgumentParser):
                 flags.append(argument)
                 taken += 1
         return flags, settings
+
+    def _refuse_flag_as_setting(self, name: str) -> None:
+        """Say of a `key=value` whose key is a flag and no setting what to give in its place.
+
+        Raises:
+            InputError: it is one.
+        """
+        assert self._kind is not None
+        hints = declarations(self._kind)
+        known = {*hints, *(former for hint in hints.values() for former in declared(hint).former)}
+        flag = self._aliases.get(f"--{name}", f"--{name}")
+        if name in known or flag not in self._option_string_actions:
+            return
+        field = self._paths.get(flag[2:])
+        cure = f"it is a flag, give {flag}" if field is None else f"give {field}=value"
+        self.error(f"unknown setting {shown(name)}: {cure}")
 
     def _current(self, name: str) -> str:
         """A flag's name of today."""
@@ -300,6 +319,8 @@ def reader(hint: Any, flag: str) -> Callable[[str], Any]:
     is_number = declared(hint).kind in (int, float)
 
     def read(text: str) -> Any:
+        if is_number and not text.strip():
+            raise argparse.ArgumentTypeError(f"{flag} is empty: give {wanted(hint)}")
         try:
             return typed(hint, resolve(text) if is_number else text, flag)
         except InputError as error:

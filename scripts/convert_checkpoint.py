@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from arl2.checkpoint import build_hybrid, holds_hybrid_alone, read_generator, save_generator
+from arl2.checkpoint import LoadReport, build_hybrid, holds_hybrid_alone, read_generator, save_generator
 from arl2.model import FFNLoRA, HybridWanModel
 from pipelines.cli import entry_point
 from pipelines.config import HybridConfig
@@ -76,6 +76,23 @@ def save(model: HybridWanModel, target: Path) -> None:
         model.save_pretrained(temporary)
 
 
+def require_effect(arguments: argparse.Namespace, model: HybridWanModel, report: LoadReport) -> None:
+    """Make sure that flags about adapters and new parameters have some to work on.
+
+    Raises:
+        InputError: there are none.
+    """
+    if arguments.merge_ffn_lora and not model.adapters():
+        raise InputError(
+            f"--merge_ffn_lora would do nothing: {arguments.source} has no adapters on its feed-forwards; drop it"
+        )
+    if "seed" in getattr(arguments, "given", {}) and not report.untrained:
+        raise InputError(
+            "--seed would do nothing: it is of new parameters, and nothing is converted to hybrid; name "
+            "--hybrid_layers, or drop it"
+        )
+
+
 @entry_point()
 def main() -> int:
     """Parse, read, fit, write; one process at a time writes a target."""
@@ -121,11 +138,12 @@ def convert(arguments: argparse.Namespace) -> None:
             )
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
+    require_effect(arguments, model, report)
     if arguments.merge_ffn_lora:
         model.merge_ffn_lora()
     save(model, arguments.target)
     memory = f", trained with {model.trained_memory}" if model.trained_memory else ""
-    log.info("wrote %s: %s%s", arguments.target, report.settings, memory)
+    log.info("wrote %s: %s%s", arguments.target, model.hybrid, memory)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ class Teacher:
         latents = torch.empty(1, config.num_output_frames, *self._shape, device=self._device)
         blocks = num_blocks(config.num_output_frames, config.frames_per_block)
         with model.as_teacher():
-            memory, text = model.memory_for(latents, *self._memory.window), model.embed_text(text_BTD)
+            window = self._memory.window_for(config.num_output_frames)
+            memory, text = model.memory_for(latents, *window), model.embed_text(text_BTD)
             made = rollout(model, self._sampler, noise, text, memory, blocks, context_noise=config.context_noise)
             for block in made:
                 latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid, plan_hybrid
+from arl2.checkpoint import build_hybrid, plan_hybrid, read_generator
 from arl2.distillation.trainer import BatchSize
 from arl2.layer_selection.scores import (
     SHARES,
@@ -57,7 +57,7 @@ from pipelines.records import Records, open_records
 from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import train
-from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
+from wan.checkpoints.formats import TransformerWeights, transformer_config
 from wan.checkpoints.loading import fingerprint_of_file
 from wan.ops.attention import require_backend
 from wan.text import TextEncoder, load_text_encoder
@@ -178,8 +178,8 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     settings |= {"seed": arguments.seed, "dtype": str(dtype), "attention_backend": backend.value}
     settings["memory"] = MemoryConfig(MemoryKind.full).identity()
     with open_records(arguments.json, "videos", cure="remove it, or give another --json") as records:
-        weights = read_transformer(str(config.checkpoint_path))
         model_folder = Path(config.model_folder)
+        weights = read_generator(model_folder, str(config.checkpoint_path))
         sizes = transformer_config(model_folder)
         text_len = {name: value for name, value in sizes.items() if name == "text_len"}
         encoder = load_text_encoder(model_folder, **text_len, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,7 @@ from wan.checkpoints.saving import write_pickle
 from wan.checkpoints.tensors import require_one_type_per_role
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
+from wan.utils.files import LFS_POINTER, is_lfs_pointer
 from wan.utils.ranges import Bounds, shown
 
 log = logging.getLogger(__name__)
@@ -343,6 +345,9 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     except MemoryError:
         raise
     except Exception as error:  # both libraries raise of any class, tokenizers mere `Exception`
+        with suppress(OSError):
+            for file in filter(is_lfs_pointer, filter(Path.is_file, sorted(folder.iterdir()))):
+                raise CheckpointError(f"{file} is {LFS_POINTER.format('tokenizer')}") from error
         raise CheckpointError(
             f"cannot read the tokenizer in {folder} ({type(error).__name__}): it is damaged, incomplete or not a UMT5 "
             "tokenizer; download it again"

@@ -235,7 +235,16 @@ def check_device(
         f"generating {videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
         f"{config.memory.kind.value} memory"
     )
-    cure = "lower num_output_frames, height, width or lora_rank"
-    if config.memory.kind is not MemoryKind.window:
-        cure += ", or give --memory window"
-    require_room(estimate, device, what, cure)
+    require_room(estimate, device, what, cure_of_size(config))
+
+
+def cure_of_size(config: InferenceConfig) -> str:
+    """Which settings to lower where there is no room: those that count."""
+    memory = config.memory
+    slides = memory.kind is MemoryKind.window and memory.window_frames < config.num_output_frames
+    names = ["memory.window_frames" if slides else "num_output_frames", "height"]
+    last = "width"
+    if config.hybrid.lora_rank is not None:
+        names, last = [*names, last], "lora_rank"
+    cure = f"lower {', '.join(names)} or {last}"
+    return cure if memory.kind is MemoryKind.window else f"{cure}, or give --memory window"

@@ -295,7 +295,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         memory.fitting(self.transformer.trained_memory, self.config.frames_per_block, "this model")
         memory = self.resolve_memory(memory)
-        window_frames, sink_frames = memory.window
+        window_frames, sink_frames = memory.window_for(latent_frames)
         spec = MemorySpec(
             batch_size=batch_size,
             tokens_per_frame=self.transformer.tokens_per_frame(*self._latent_size(height, width)),

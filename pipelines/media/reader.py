@@ -27,6 +27,7 @@ from pipelines.media.images import MAX_PIXELS
 from pipelines.prompts.files import check_prompt, read_lines
 from pipelines.prompts.names import find_file, is_file, shown
 from wan.utils.errors import InputError
+from wan.utils.files import LFS_POINTER, is_lfs_pointer
 from wan.vae.wan_vae import WanVAE
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _from_list(file: Path) -> list[CaptionedVideo]:
         where = f"{shown(file)} line {number}"
         name, _, prompt = line.partition("\t")
         if not name.strip() or not prompt.strip():
-            raise InputError(f"{where}: {shown(line)[:60]!r} is not a path, a tab and a prompt: write every line so")
+            raise InputError(f"{where}: '{shown(line)[:60]}' is not a path, a tab and a prompt: write every line so")
         prompt = prompt.strip()
         check_prompt(prompt, where)
         path = find_file(name, (file.parent,))
@@ -128,6 +129,8 @@ def _opened(path: Path) -> InputContainer:
     """An open video. Only that file is read: its name is no address or pattern, and its content no playlist."""
     if path.exists() and not path.is_file():
         raise UnusableVideoError("is not a regular file")  # a pipe would be waited for
+    if path.exists() and is_lfs_pointer(path):
+        raise UnusableVideoError(f"is {LFS_POINTER.format('video')}")
     return av.open(f"file:{path}", options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS})
 
 

@@ -357,7 +357,7 @@ def check_prompt(prompt: str, where: str) -> None:
         InputError: nothing visible is left once it is cleaned as the text encoder does, or it holds NUL or surrogates.
     """
     if "\0" in prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(f"{where}: {shown(prompt)[:60]!r} is not valid text: write it in UTF-8")
+        raise InputError(f"{where}: '{shown(prompt)[:60]}' is not valid text: write it in UTF-8")
     if not has_text(prompt):
         what = "is empty" if not prompt.strip() else f"holds nothing that can be seen ({ascii(prompt)[1:-1][:40]})"
         raise InputError(f"{where} {what}: write what the video should show")
@@ -366,6 +366,8 @@ def check_prompt(prompt: str, where: str) -> None:
 def _checked_seed(seed: Any, where: str) -> int | None:
     if seed is None:
         return None
+    if isinstance(seed, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", seed) and int(seed) >= 0:
+        raise InputError(f"{where}: the seed is the text {seed!r}, not a number: drop the quotes")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
         text = f"{seed}" if isinstance(seed, str) else json.dumps(seed)
         raise InputError(f"{where} has the seed {shown(text)[:40]}: give a whole number from 0 to 2^63 - 1")
@@ -393,7 +395,7 @@ def _checked_name(name: Any, where: str) -> str | None:
     elif len(name.encode()) > MAX_NAME_BYTES:
         problem = f"is longer than {MAX_NAME_BYTES} bytes"
     if problem is not None:
-        raise InputError(f"{where}: the name {shown(name)[:60]!r} {problem}: give another")
+        raise InputError(f"{where}: the name '{shown(name)[:60]}' {problem}: give another")
     return name
 
 

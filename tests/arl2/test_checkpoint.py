@@ -265,7 +265,7 @@ def test_other_families_and_code_are_refused(softmax: StateDict, tmp_path: Path)
         ({"token_embedding.weight": torch.zeros(1)}, "a text encoder"),
         ({"encoder.conv1.weight": torch.zeros(1)}, "a VAE"),
         ({"generator": 3}, "int"),
-        ({"generator_ema": softmax}, "give use_ema"),
+        ({"generator_ema": softmax}, "ask for it, --use_ema "),
         ({"a": torch.zeros(1), "step": 5}, "'step' is a int"),
         ([1, 2], "list"),
     ):
@@ -338,3 +338,13 @@ def test_hybrid_weights_that_cannot_go_on_a_base(tmp_path: Path) -> None:
     (tmp_path / "h.safetensors").write_bytes((tmp_path / "h.safetensors").read_bytes()[:20])
     with pytest.raises(CheckpointError, match="damaged"):
         read_generator(tmp_path / "wide", tmp_path / "h.safetensors")
+
+
+def test_hybrid_weights_alone_where_whole_ones_are_wanted(tmp_path: Path) -> None:
+    save_hybrid_weights(tiny_model(HYBRID, F32), file := tmp_path / "h.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds hybrid weights alone.*softmax weights or whole ones"):
+        read_transformer(file)
+    tiny_model(dtype=F32).save_pretrained(tmp_path / "base")
+    save_file(load_file(file) | {"blocks.0.self_attn.phi_z.weight": torch.ones(2)}, file)
+    with pytest.raises(CheckpointError, match=r"what is none \(blocks.0.self_attn.phi_z.weight\)"):
+        read_generator(tmp_path / "base", file)

@@ -14,11 +14,12 @@ from tiny_models import HYBRID, TINY, tiny_model
 
 from arl2.checkpoint import build_hybrid, read_generator, save_generator, save_hybrid_weights
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
-from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_settings, is_hybrid_part
+from arl2.statement import ADAPTER_PARTS, FFN_ADAPTER_PARTS, LAYER_PARTS, found_settings
 from wan.checkpoints.fields import RELEASED
 from wan.checkpoints.formats import TransformerWeights, diffusers_name, read_transformer, transformer_config
+from wan.checkpoints.identify import is_hybrid_part
 from wan.checkpoints.loading import StateDict
-from wan.checkpoints.record import read_record
+from wan.checkpoints.record import RECORD, read_record
 from wan.config import wan_size
 from wan.model import CausalWanModel
 from wan.utils.errors import CheckpointError, InputError
@@ -234,7 +235,7 @@ def test_requests_that_contradict_the_weights(
         build(tmp_path / "a.pt", wanted)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, 1e-320, -1.0, float("nan"), float("inf")])
 def test_an_alpha_that_cannot_scale_is_refused(alpha: float) -> None:
     with pytest.raises(InputError, match="lora_alpha"):
         HybridSettings(lora_alpha=alpha)
@@ -353,3 +354,72 @@ def test_advice_on_layers_is_in_words_of_no_entry_point_and_works(hybrid: Hybrid
             with pytest.raises(InputError) as told:
                 build(tmp_path, wanted)
             assert "--" not in str(told.value)
+
+
+def test_a_softmax_model_claims_nothing_of_the_hybrid(tmp_path: Path) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    rewrite(tmp_path, nothing)
+    config = json.loads((tmp_path / "config.json").read_text())
+    build(tmp_path)
+    claims: list[tuple[dict[str, Any], str]] = [
+        ({"lora_rank": 16}, "lora_rank 16, the weights hold None"),
+        ({"ffn_lora": "all"}, "ffn_lora all, the weights have no adapters"),
+        ({"untrained_layers": [0]}, "untrained_layers names layer 0, which is softmax"),
+    ]
+    for claim, words in claims:
+        (tmp_path / "config.json").write_text(json.dumps(config | claim))
+        with pytest.raises(CheckpointError, match=words):
+            build(tmp_path)
+
+
+def test_a_softmax_layer_is_not_untrained(tmp_path: Path) -> None:
+    model = tiny_model(HYBRID, torch.float32)
+    for name in ("a.pt", "a.safetensors"):
+        model.register_to_config(untrained_layers=[1])
+        save_generator(model, tmp_path / name)
+        with pytest.raises(CheckpointError, match="untrained_layers names layer 1"):
+            build(tmp_path / name)
+        model.register_to_config(untrained_layers=[2])
+        save_generator(model, tmp_path / name)
+        assert build(tmp_path / name).config.untrained_layers == [2]
+
+
+def test_an_untrained_adapter_of_a_softmax_layer_may_be_noted(tmp_path: Path) -> None:
+    model = tiny_model(HybridSettings((0,), 3, 6.0, FFNLoRA.ALL), torch.float32)
+    model.register_to_config(untrained_layers=[1])
+    save_generator(model, tmp_path / "a.pt")
+    assert build(tmp_path / "a.pt").config.untrained_layers == [1]
+
+
+def test_merged_adapters_of_a_softmax_model_are_not_claimed(tmp_path: Path) -> None:
+    model = tiny_model(HybridSettings((), 3, 6.0, FFNLoRA.ALL), torch.float32)
+    merged = model.merge_ffn_lora()
+    save_generator(model, tmp_path / "a.pt")
+    assert build(tmp_path / "a.pt").hybrid.lora_rank is None
+    model.unmerge_ffn_lora(merged)
+    assert model.hybrid == HybridSettings((), 3, 6.0, FFNLoRA.ALL)
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", RECORD])
+def test_a_header_that_says_a_thing_twice(name: str, tmp_path: Path) -> None:
+    save_generator(tiny_model(HYBRID, torch.float32), file := tmp_path / "a.safetensors")
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + size].decode().rstrip()
+    twice = f'"{name}":"6.0","{name}":"7.0",'
+    header = text.replace('"__metadata__":{', '"__metadata__":{' + twice, 1).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    with pytest.raises(CheckpointError, match=f"'{name}' is given twice"):
+        build(file)
+
+
+def test_a_record_of_alpha_alone(tmp_path: Path) -> None:
+    state = {"a.b": torch.ones(2)}
+    save_file(state, file := tmp_path / "a.safetensors", {RECORD: json.dumps({"lora_alpha": 6.0})})
+    with pytest.raises(CheckpointError, match="holds lora_alpha alone"):
+        read_record(file, {})
+    with pytest.raises(CheckpointError, match="holds lora_alpha alone"):
+        read_record(Path("a.pt"), {RECORD: {"lora_alpha": 6.0}})
+    save_file(state, file, {"lora_alpha": "6.0"})
+    assert read_record(file, {}) == {"lora_alpha": 6.0}

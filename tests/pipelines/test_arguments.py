@@ -124,6 +124,14 @@ BAD_FLAGS = [
     ("fps=0", "fps 0 is out of range: give an integer from 1 to 1000"),
     ("fps=-16", "fps -16 is out of range"),
     ("fsp=3", "unknown setting 'fsp': did you mean fps?"),
+    ("seed=3", "unknown setting 'seed': it is a flag, give --seed"),
+    ("output_folder=x", "unknown setting 'output_folder': it is a flag, give --output_folder"),
+    ("hybrid_layers=[0]", "unknown setting 'hybrid_layers': give hybrid.layers=value"),
+    ("window_frames=3", "unknown setting 'window_frames': give memory.window_frames=value"),
+    ("hybrid=[0]", "hybrid [0] does not fit: give settings by name, hybrid.layers, hybrid.lora_rank, "),
+    ("--seed ", "--seed is empty: give an integer"),
+    ("--promp y", "did you mean --prompt? --help lists all flags\n"),
+    ("--lora_alpha 1e-320", "--lora_alpha 1e-320 is out of range"),
     ("num_output_frames=9 --num_output_frames 6", "given as a flag and as key=value, 6 and 9"),
     ("memory.kind=full --memory window", "memory.kind is given as a flag and as key=value"),
 ]
@@ -169,7 +177,7 @@ def test_help_groups_flags_and_shows_ranges_and_defaults(capsys: pytest.CaptureF
         assert part in text
     assert "(an integer from 1 to 1000000; default 21 unless the config sets it)" in text
     assert "default 'trained' unless the config sets it" in text
-    assert "by default that of the checkpoint, or 32 where it does not say (a number from 0 to 1000000)" in text
+    assert "by default that of the checkpoint, or 32 where it does not say (a number from 1e-06 to 1000000)" in text
     assert "--config_path" not in text and "--cuda-graphs" not in text
 
 

@@ -20,7 +20,7 @@ import train_stage1
 import train_stage2
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from pipelines import feasibility
-from pipelines.config import InferenceConfig, MemoryConfig, MemoryKind, SpeedConfig
+from pipelines.config import HybridConfig, InferenceConfig, MemoryConfig, MemoryKind, SpeedConfig
 from pipelines.feasibility import (
     Estimate,
     StoredModel,
@@ -32,6 +32,7 @@ from pipelines.feasibility import (
     room_for_generation,
     transformer_parameters,
 )
+from pipelines.generation.arguments import cure_of_size
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.settings import load_config
@@ -351,3 +352,32 @@ def test_switches_need_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "triton_installed", lambda: False)
     with pytest.raises(InputError, match="compile needs Triton"):
         check_speed(SpeedConfig(compile=True, kernels=False), gpu, torch.float32, 64, 64)
+
+
+def test_a_window_beyond_the_video_takes_what_the_video_takes(folder: Path) -> None:
+    sizes = TransformerSizes.of(transformer_config(folder))
+
+    def config(frames: int, **memory: Any) -> InferenceConfig:
+        settings = MemoryConfig(**memory)
+        return InferenceConfig(
+            model_folder=str(folder), height=32, width=48, num_output_frames=frames, frames_per_block=3, memory=settings
+        )
+
+    def estimated(config: InferenceConfig) -> int:
+        return room_for_generation(config, sizes, torch.float32).parts["memory of layers"]
+
+    full, wide = config(6, kind=MemoryKind.full), config(6, kind=MemoryKind.window, window_frames=10**6)
+    assert estimated(wide) == estimated(full)
+    pipeline = CausalVideoPipeline.from_pretrained(folder, denoising_steps=[1000], frames_per_block=3)
+    sinks = replace(wide.memory, sink_frames=5)
+    memories = [pipeline.new_memory(1, 32, 48, 6, one) for one in (full.memory, wide.memory, sinks)]
+    assert len({memory.num_bytes for memory in memories}) == 1
+    one, *others = (
+        [block.pixels_BTCHW for block in pipeline.stream("x", 21, 32, 48, seeds=[1], memory=memory)]
+        for memory in (full.memory, wide.memory, sinks)
+    )
+    assert all(torch.equal(torch.cat(one, 1), torch.cat(other, 1)) for other in others)
+    assert cure_of_size(wide) == "lower num_output_frames, height or width"
+    narrow = replace(config(600, kind=MemoryKind.window, window_frames=300), hybrid=HybridConfig(lora_rank=16))
+    assert cure_of_size(narrow) == "lower memory.window_frames, height, width or lora_rank"
+    assert cure_of_size(full).endswith("width, or give --memory window")

@@ -363,3 +363,15 @@ def test_lines_with_images_need_a_tab(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a.png\ta\tcat\n")
     (request,) = read_prompt_file(tmp_path / "a.txt", with_images=True)
     assert astuple(request)[:4] == ("a\tcat", None, tmp_path / "a.png", None)
+
+
+def test_a_seed_in_quotes_is_shown_with_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "seed": "3"}\n')
+    with pytest.raises(InputError, match="the seed is the text '3', not a number: drop the quotes"):
+        read_requests(tmp_path / "a.jsonl")
+
+
+def test_a_name_is_escaped_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "name": "a\\u0007b"}\n')
+    with pytest.raises(InputError, match=r"the name 'a\\x07b' "):
+        read_requests(tmp_path / "a.jsonl")

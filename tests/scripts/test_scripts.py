@@ -57,6 +57,24 @@ def test_a_conversion_says_in_words_what_it_wrote(
         tiny_model(settings, torch.float32).save_pretrained(tmp_path / name)
         assert call(monkeypatch, convert_checkpoint, tmp_path / name, tmp_path / f"{name}.pt") == 0
         assert f"{words}" in caplog.records[-1].getMessage() and "HybridSettings" not in caplog.text
+    for name, words in (("a", "of rank 3 (alpha 6)"), ("b", "of rank 3 (alpha 6)")):
+        assert call(monkeypatch, convert_checkpoint, tmp_path / name, tmp_path / f"{name}2.pt", "--merge_ffn_lora") == 0
+        assert caplog.records[-1].getMessage().endswith(words)  # the adapters of feed-forwards are no longer there
+
+
+def test_what_would_do_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "softmax")
+    tiny_model(replace(HYBRID, ffn_lora=FFNLoRA.NONE), torch.float32).save_pretrained(tmp_path / "hybrid")
+    for name in ("softmax", "hybrid"):
+        for flags in (["--merge_ffn_lora"], ["--seed", "3"]):
+            assert call(monkeypatch, convert_checkpoint, tmp_path / name, tmp_path / "x.pt", *flags) == 2
+            message = capsys.readouterr().err
+            assert f"{flags[0]} would do nothing" in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "x.pt").exists()
+    conversion = ("--hybrid_layers", "1", "--seed", "3")
+    assert call(monkeypatch, convert_checkpoint, tmp_path / "softmax", tmp_path / "x.pt", *conversion) == 0
 
 
 def test_conversions_that_cannot_be(

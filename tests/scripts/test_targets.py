@@ -48,7 +48,7 @@ LOCKED = [
         "select_layers",
         f"--config {TOY} --device cpu --yaml {{folder}}/x.yaml --method replacement --checkpoint_path models/toyworld "
         f"--data_path {PROMPTS} --json {{target}}",
-        "read_transformer",
+        "read_generator",
         ".target.lock",
     ),
     Script(

@@ -258,3 +258,10 @@ def test_a_damaged_tokenizer_is_an_error_of_loading(name: str, folder: Path) -> 
         _change(path, **change)
     with pytest.raises(CheckpointError, match=r"the tokenizer in .*download it again"):
         load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_was_not_fetched_is_an_error_with_its_cure(name: str, folder: Path) -> None:
+    (folder / "tokenizer" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError, match=f"{name} is a Git-LFS pointer.*run `git lfs pull`"):
+        load_text_encoder(folder)

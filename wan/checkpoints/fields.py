@@ -23,7 +23,9 @@ SIZES: dict[str, Any] = {
     "model_type": Literal["t2v"],
 }
 """Arguments of `wan.model.CausalWanModel`."""
-LoRAAlpha = Annotated[float, Bounds(0, 1e6, above=True)]
+MIN_ALPHA = 1e-6
+"""The smallest alpha: of much smaller ones the scale, which is alpha by rank, rounds to nothing."""
+LoRAAlpha = Annotated[float, Bounds(MIN_ALPHA, 10**6)]
 HYBRID: dict[str, Any] = {
     "hybrid_layers": Annotated[list[Annotated[int, Bounds(0, MAX_LAYERS - 1)]], Length(0, 4096)],
     "lora_rank": Annotated[int, Bounds(1, MAX_WIDTH)] | None,

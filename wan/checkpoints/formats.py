@@ -23,7 +23,7 @@ from wan.checkpoints.fields import (
     RELEASED,
     SIZES,
 )
-from wan.checkpoints.identify import IMAGE_BRANCH, OPTIMIZER, SHARD, family
+from wan.checkpoints.identify import HYBRID_ALONE, IMAGE_BRANCH, OPTIMIZER, SHARD, family
 from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
 from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.record import RECORD, read_record
@@ -221,7 +221,8 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
         key = GENERATOR_EMA if use_ema else GENERATOR
         if key not in weights:
             other = GENERATOR if use_ema else GENERATOR_EMA
-            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop' if use_ema else 'give'} use_ema")
+            ask = "ask for it, --use_ema (in the config of a training: use_ema: true)"
+            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop use_ema' if use_ema else ask}")
         inner = weights[key]
         if not isinstance(inner, Mapping):
             raise CheckpointError(
@@ -276,6 +277,11 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
 
 
 def _not_a_transformer(path: Path, what: str) -> CheckpointError:
+    if what == HYBRID_ALONE:
+        return CheckpointError(
+            f"{path} holds {what}, without the softmax model that they belong on: give softmax weights or whole ones, "
+            "which scripts/convert_checkpoint.py makes of both (--model_folder)"
+        )
     return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: give the weights of one")
 
 

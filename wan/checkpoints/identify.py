@@ -5,11 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from wan.checkpoints.tensors import summarize_names
+from wan.utils.files import LFS_POINTER, is_lfs_pointer
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 """In the name of a file that holds a part of a model."""
 IMAGE_BRANCH = re.compile(r"(^img_emb\.|\.k_img\.|\.add_k_proj\.)")
 OPTIMIZER = "an optimizer's state"
+HYBRID_ALONE = "hybrid weights alone"
+HYBRID_PART = re.compile(
+    r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])\b.*)"
+)
+FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
+"""With `HYBRID_PART`, names of what a hybrid model has beyond the softmax one."""
 _FAMILIES = (
     (re.compile(r"(lora_down|lora_up|\.lora\.|lora_[AB]\.(default|weight)|^lora_unet_|\.diff_b?$)"), "a LoRA"),
     (re.compile(r"^(state|param_groups)$|(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$"), OPTIMIZER),
@@ -22,7 +29,6 @@ _FAMILIES = (
     (re.compile(r"scale_(weight|input)$|^scaled_fp8$"), "a transformer quantised to FP8"),
     (re.compile(r"\.(mod|modulation)\.lin\.|^(double|single)_blocks\.|^transformer_blocks\."), "another transformer"),
 )
-_LFS = b"version https://git-lfs"
 _MAGIC = (
     (b"GGUF", "a GGUF file, which is quantised: give safetensors"),
     (b"\x1f\x8b", "a gzip archive: unpack it"),
@@ -41,7 +47,17 @@ def family(names: Iterable[str]) -> str:
     for pattern, what in _FAMILIES:
         if any(pattern.search(name) for name in names):
             return what
-    return f"unknown weights ({summarize_names(names)})" if names else "nothing"
+    odd = [name for name in names if not is_hybrid_part(name)]
+    if not odd:
+        return HYBRID_ALONE if names else "nothing"
+    if 2 * len(odd) < len(names):
+        return f"hybrid weights and, among them, what is none ({summarize_names(odd)})"
+    return f"unknown weights ({summarize_names(names)})"
+
+
+def is_hybrid_part(name: str) -> bool:
+    """Whether a parameter is one that softmax models do not have."""
+    return bool(HYBRID_PART.match(name) or FFN_ADAPTER.match(name))
 
 
 def impostor(path: Path) -> str | None:
@@ -54,8 +70,8 @@ def impostor(path: Path) -> str | None:
         head = file.read(512)
     if not head:
         return "an empty file: download it again"
-    if head.startswith(_LFS):
-        return "a Git-LFS pointer, which stands for the weights: run `git lfs pull`"
+    if is_lfs_pointer(path):
+        return LFS_POINTER.format("weights")
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what

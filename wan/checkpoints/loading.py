@@ -5,7 +5,8 @@ strict: every name in the file and every parameter of the model is accounted for
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from wan.checkpoints.pickles import SUFFIXES, damaged, read_pickle
 from wan.checkpoints.tensors import printable, require_finite, require_floating
 from wan.checkpoints.tensors import summarize_names as summarize_names
 from wan.utils.errors import CheckpointError
+from wan.utils.files import RepeatedNameError, parse_json
+
+log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
@@ -72,14 +76,21 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names and metadata of a safetensors file; the values are not read.
 
     Raises:
-        CheckpointError: it is damaged or no such file.
+        CheckpointError: it is damaged or no such file, or its header gives a name twice.
     """
     require_weight_file(path)
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys()), dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+        with path.open("rb") as stream:  # the library takes the last of several values
+            parse_json(stream.read(int.from_bytes(stream.read(8), "little")))
+    except RepeatedNameError as error:
+        raise CheckpointError(
+            f"{path}: in its header {error}: the file is damaged or was tampered with; convert or download it again"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
+    return names, metadata
 
 
 def weight_map(index_path: Path) -> dict[str, str]:
@@ -99,8 +110,24 @@ def weight_map(index_path: Path) -> dict[str, str]:
     return shards
 
 
+def _warn_of_more(index_path: Path, shards: Collection[str]) -> None:
+    """Say what an index does not account for: entries that nobody knows, and shards beside those that it names."""
+    unknown = read_config(index_path).keys() - {"metadata", "weight_map"}
+    if unknown:
+        log.warning("%s has unknown entries %s: they are not read", index_path, summarize_names(unknown))
+    stem = index_path.name.removesuffix(INDEX_SUFFIX)
+    beside = {path.name for path in index_path.parent.glob("*-of-*.safetensors") if path.name.startswith(f"{stem}-")}
+    if beside - set(shards):
+        log.warning(
+            "%s does not name %s beside it: not read; remove what is old, or download the folder again",
+            index_path,
+            summarize_names(beside - set(shards)),
+        )
+
+
 def _read_shards(index_path: Path) -> dict[str, object]:
     shard_of = weight_map(index_path)
+    _warn_of_more(index_path, shard_of.values())
     state: dict[str, object] = {}
     for shard in sorted(set(shard_of.values())):
         path = index_path.parent / shard

@@ -37,6 +37,7 @@ def read_record(path: Path, weights: Mapping[Any, Any]) -> dict[str, Any]:
         is_settings = isinstance(record, dict) and all(isinstance(name, str) for name in record)
         if not is_settings or (RECORD in weights and not record):
             raise CheckpointError(f"{path}: its entry {RECORD!r} is no dictionary of settings: convert it again")
+        _require_more_than_alpha(record, path)
         return dict(record)
     if path.name.endswith(INDEX_SUFFIX):
         path = path.parent / min(weight_map(path).values())
@@ -61,6 +62,7 @@ def _record_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         record = parse_json(metadata[RECORD])
         if not isinstance(record, dict) or not record:
             raise ValueError(f"{RECORD} is no object of settings")
+        _require_more_than_alpha(record, path)
     if ALPHA in metadata:
         alpha = float(metadata[ALPHA])
         if not record:  # files written before there was a record hold this alone
@@ -71,6 +73,16 @@ def _record_in(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
                 f"{path}: its header says {ALPHA} {shown(alpha)}, and {shown(said)} in {RECORD}: convert it again"
             )
     return record
+
+
+def _require_more_than_alpha(record: Mapping[str, Any], path: Path) -> None:
+    """Make sure that a record is whole enough to be compared with anything; files without one say alpha elsewhere.
+
+    Raises:
+        CheckpointError: alpha is all that it holds.
+    """
+    if record and record.keys() <= {ALPHA}:
+        raise CheckpointError(f"{path}: its record {RECORD!r} holds {ALPHA} alone and lacks all else: convert it again")
 
 
 def check_record(record: Mapping[str, Any], source: str | Path) -> None:

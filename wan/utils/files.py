@@ -38,6 +38,11 @@ def host_name() -> str:
     return re.sub(r"[^\w-]", "_", socket.gethostname()) or "host"
 
 
+_LFS = b"version https://git-lfs"
+LFS_POINTER = "a Git-LFS pointer, which stands for the {}: run `git lfs pull`"
+"""What such a file is and the cure; to be formatted with what it stands for."""
+
+
 def process_exists(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
@@ -262,6 +267,8 @@ def read_json(
     try:
         if max_bytes is not None and path.stat().st_size > max_bytes:
             raise error(f"{path} is larger than {max_bytes >> 20} MiB, which is something else: {cure}")
+        if is_lfs_pointer(path):
+            raise error(f"{path} is {LFS_POINTER.format('file')}")
         record = parse_json(path.read_text(encoding="utf-8"))
     except OSError as failure:
         reason = failure.strerror
@@ -274,6 +281,16 @@ def read_json(
     if not isinstance(record, dict):
         raise error(f"{path} holds a JSON {type(record).__name__}, not an object of names and values: {cure}")
     return record
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is one of Git LFS's, which stands for the one that was not fetched.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
 
 
 class RepeatedNameError(ValueError):

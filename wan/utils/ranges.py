@@ -352,7 +352,8 @@ def _typed_settings(kind: Any, value: Any, name: str) -> Any:
         check_ranges(value, name)
         return value
     if not isinstance(value, Mapping):
-        raise InputError(f"{name or kind.__name__} {shown(value)} does not fit: give settings by name")
+        names = ", ".join(f"{name}.{one}" if name else one for one in hints)
+        raise InputError(f"{name or kind.__name__} {shown(value)} does not fit: give settings by name, {names}")
     prefix = f"{name}." if name else ""
     for key in value:
         if key not in hints:

@@ -419,3 +419,11 @@ def test_damage_never_ends_in_another_error(clip: Path, tmp_path: Path) -> None:
 def test_pictures_are_read_at_the_size_asked_for(clip: Path) -> None:
     frame = next(read_clip(clip, 16, 24, 16))
     assert frame.shape == (16, 24, 3) and Image.fromarray(frame).mode == "RGB"
+
+
+def test_a_video_that_was_not_fetched_is_called_a_pointer(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(
+        UnusableVideoError, match="is a Git-LFS pointer, which stands for the video: run `git lfs pull`"
+    ):
+        list(read_clip(tmp_path / "a.mp4", 16, 16, 16))

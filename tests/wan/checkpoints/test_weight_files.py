@@ -270,3 +270,20 @@ def test_a_fingerprint_that_is_stored_keeps_its_value() -> None:
     turned = dict(reversed(weights.items()))
     assert fingerprint_of(weights) == "c078c2182beb9d79" and fingerprint_of(turned) == "7609d892f253a7f9"
     assert fingerprint_of_file(weights) == fingerprint_of_file(turned) == "7609d892f253a7f9"
+
+
+def test_what_an_index_does_not_account_for_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"):
+        save_file({name: torch.ones(2)}, tmp_path / name)
+    index = {
+        "metadata": {},
+        "weight_map": {f"a-0000{n}-of-00002.safetensors": f"a-0000{n}-of-00002.safetensors" for n in (1, 2)},
+    }
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps(index))
+    read_weights(tmp_path / "a.safetensors.index.json")
+    assert not caplog.records
+    save_file(ONE, tmp_path / "a-00003-of-00003.safetensors")
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps(index | {"weights_map": {}}))
+    assert len(read_weights(tmp_path / "a.safetensors.index.json")) == 2
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "unknown entries weights_map" in first and "a-00003-of-00003.safetensors" in second

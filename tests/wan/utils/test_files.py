@@ -182,3 +182,9 @@ def test_a_folder_is_cleared_of_all_that_the_dead_left(tmp_path: Path) -> None:
     alive.write_text("")
     remove_all_abandoned(tmp_path)
     assert list(tmp_path.iterdir()) == [alive]
+
+
+def test_a_pointer_in_the_place_of_a_record_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(InputError, match="is a Git-LFS pointer, which stands for the file: run `git lfs pull`"):
+        read_json(tmp_path / "config.json")
