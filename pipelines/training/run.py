@@ -145,7 +145,7 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
         progress = check_resume(config, data)
         check_start(config)
     parts = model_parts(config)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not config.shard:  # where no rank reads the whole file
         warn_of_another_teacher(data, parts[0])
     loading = begin_sharded_loading(config, accelerator.device, parts) if config.shard else None
     built = build_model(config, accelerator.device, parts) if loading is None else (loading.model, loading.report)
