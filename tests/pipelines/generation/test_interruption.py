@@ -70,9 +70,11 @@ def test_a_signal_while_modules_are_imported(config: Path) -> None:
         if line.startswith("import 'torch"):
             break
     process.send_signal(signal.SIGINT)
-    errors = [line.strip() for line in process.stderr if not line.startswith(("import ", "#"))]
+    errors = [line.strip() for line in process.stderr]
     assert process.wait() == 130
-    assert f"interrupted: {GO_ON}" in errors and not any("Traceback" in line for line in errors)
+    # What -v says may lack the end of its line when the signal comes.
+    assert any(line.endswith(f"interrupted: {GO_ON}") for line in errors)
+    assert not any(line.startswith("Traceback") for line in errors)
 
 
 def test_a_signal_while_weights_are_read(
