@@ -10,6 +10,7 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,10 +211,15 @@ def plan_hybrid(
     if untrained:
         one_layer, every_part = config | {"num_layers": 1}, replace(settings, layers=(0,), ffn_lora=FFNLoRA.ALL)
         state = state | initial_values(lambda: _new_model(one_layer, every_part), untrained, config["num_layers"], seed)
-    model.set_untrained_layers(marked.union(int(name.split(".")[1]) for name in untrained))  # of parts left out too
-    model.set_untrained_layers({int(name.split(".")[1]) for name in model.untrained_parameter_names()})
+    # A mark of layers that are left out is left out, too.
+    model.set_untrained_layers((marked | _layers_of(untrained)) & _layers_of(model.hybrid_parameter_names()))
     report = LoadReport(settings, untrained, dropped)
     return HybridPlan(model.eval().requires_grad_(False), state, weights.source, weights.causal, report)
+
+
+def _layers_of(names: Iterable[str]) -> set[int]:
+    """Layers that parameters of blocks belong to."""
+    return {int(name.split(".")[1]) for name in names}
 
 
 def _agreed_settings(

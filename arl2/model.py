@@ -194,6 +194,11 @@ class HybridWanModel(CausalWanModel):
         """Note the layers whose hybrid parameters are initial values, which is stored with the weights."""
         self.register_to_config(untrained_layers=sorted(layers) or None)
 
+    def mark_trained(self, memory: TrainedMemory) -> None:
+        """Note that all hybrid layers are trained, and with which memory of the softmax layers."""
+        self.set_trained_memory(memory)
+        self.set_untrained_layers(())
+
     def untrained_parameter_names(self) -> list[str]:
         """Names of the hybrid parameters of the layers that are noted as untrained."""
         layers = set(self.config.untrained_layers or ())

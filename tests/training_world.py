@@ -61,20 +61,33 @@ def start(
     Args:
         before: called in each process first, to change what it will do.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.training.run"])
+    return start_entry_point(command(root, stage, *settings), root, processes, before)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start_entry_point(
+    line: list[str], folder: Path, processes: int = 1, before: Callable[[], None] | None = None
+) -> list[BaseProcess]:
+    """Start an entry point of the project in processes of its own; see `start`.
+
+    Args:
+        line: the command line, after the interpreter.
+        folder: where each process leaves what it says, in stderr-<rank>.txt.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.training.run"])
+    port = free_port()
     started: list[BaseProcess] = []
     for rank in range(processes):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        arguments = (
-            command(root, stage, *settings),
-            variables if processes > 1 else {},
-            root / f"stderr-{rank}.txt",
-            before,
-        )
+        arguments = (line, variables if processes > 1 else {}, folder / f"stderr-{rank}.txt", before)
         started.append(context.Process(target=_main, args=arguments))
         started[-1].start()
     return started

@@ -46,10 +46,8 @@ class ShardedLoading:
         keep_gates_in_float32(self.model, dtype)
         self._whole = set(self.model.hybrid_parameter_names())
         for name in self._whole:
-            owner, _, leaf = name.rpartition(".")
-            parameter = self.model.get_parameter(name)
-            value = self._loaded(name, self._state.pop(name), parameter.dtype)
-            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            dtype_of_it = self.model.get_parameter(name).dtype
+            put_parameter(self.model, name, self._loaded(name, self._state.pop(name), dtype_of_it))
 
     def shard(self) -> None:
         """Shard the backbone and load this rank's part of it. All ranks must call this.
@@ -73,6 +71,12 @@ class ShardedLoading:
         cast = there.to(dtype)
         require_range(name, there, cast, self._source)
         return cast.clone() if cast.data_ptr() == value.data_ptr() else cast
+
+
+def put_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a frozen parameter with values in the place of one on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def shard_backbone(model: HybridWanModel) -> None:

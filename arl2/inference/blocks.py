@@ -7,7 +7,7 @@ block of a video, which would cause recompilation.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,33 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-class FastBlock(nn.Module):
-    """Inference form of a block with softmax attention.
+class BlockForm(NamedTuple):
+    """How all blocks of a model compute.
 
-    Args:
-        block: block whose parameters it shares.
+    Attributes:
         ops: operations between products; they also decide whether products are in FP8.
         compile_fn: `compiled` or `uncompiled`, applied to the functions between attentions.
         parallel: exchange of tokens for heads; None if this rank has all of both.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        ops: FusedOps,
-        compile_fn: Callable[[Function], Function],
-        parallel: SequenceParallel | None = None,
-    ) -> None:
+    ops: FusedOps
+    compile_fn: Callable[[Function], Function]
+    parallel: SequenceParallel | None = None
+
+
+class FastBlock(nn.Module):
+    """Inference form of a block with softmax attention.
+
+    Args:
+        block: block whose parameters it shares.
+        form: how it computes.
+    """
+
+    def __init__(self, block: Block, form: BlockForm) -> None:
         super().__init__()
-        self.parallel = parallel
-        fp8 = ops.fp8
+        self.ops, self.compile_fn, self.parallel = form
+        fp8 = form.ops.fp8
         self.block = block
-        self.ops = ops
-        self.compile_fn = compile_fn
         self.attention = block.self_attn
         self.projections = FusedLinear(self.parts(), fp8)
         self.out = inference_linear(self.attention.o, fp8)
@@ -121,17 +125,11 @@ class FastHybridBlock(FastBlock):
     Adapters and φ_v are folded into the projections with their values at construction.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        ops: FusedOps,
-        compile_fn: Callable[[Function], Function],
-        parallel: SequenceParallel | None = None,
-    ) -> None:
+    def __init__(self, block: Block, form: BlockForm) -> None:
         attention = block.self_attn
         assert isinstance(attention, HybridAttention)
         self.adapted = attention.lora_q_A is not None and attention.lora_enabled
-        super().__init__(block, ops, compile_fn, parallel)
+        super().__init__(block, form)
         self.hybrid = attention
 
     def parts(self) -> dict[str, nn.Linear]:
@@ -278,15 +276,10 @@ class BatchedStateWrites:
         return list(states.chunk(len(self._states)))
 
 
-def fast_block(
-    block: Block,
-    ops: FusedOps,
-    compile_fn: Callable[[Function], Function],
-    parallel: SequenceParallel | None = None,
-) -> FastBlock:
+def fast_block(block: Block, form: BlockForm) -> FastBlock:
     """Inference form of a block, hybrid if its hybrid layer is enabled now."""
     hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
-    return (FastHybridBlock if hybrid else FastBlock)(block, ops, compile_fn, parallel)
+    return (FastHybridBlock if hybrid else FastBlock)(block, form)
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arl2.inference.blocks import (
     BatchedStateWrites,
+    BlockForm,
     FastHybridBlock,
     compiled,
     fast_block,
@@ -57,8 +58,8 @@ class InferenceModel:
         self._compile_fn = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
-        ops = new_fused_ops(fp8, kernels)
-        self._blocks = [fast_block(block, ops, self._compile_fn, parallel).eval() for block in model.layers()]
+        form = BlockForm(new_fused_ops(fp8, kernels), self._compile_fn, parallel)
+        self._blocks = [fast_block(block, form).eval() for block in model.layers()]
 
     def without_kernels(self) -> Self:
         """Copy that shares the weights and uses the plain functions between products."""

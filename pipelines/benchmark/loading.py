@@ -1,7 +1,5 @@
 """How long training takes from its start to its first step, and the memory that it takes on the way."""
 
-import json
-import logging
 import os
 import subprocess
 import sys
@@ -13,8 +11,8 @@ from typing import Annotated, Any
 import psutil
 import torch
 
-from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.trainer import LOSSES
+from pipelines.benchmark.training import latent_size, write_random_videos
 from pipelines.config import Frames, Pixels
 from pipelines.generation.random_model import random_transformer
 from pipelines.provenance import ROOT, environment
@@ -23,10 +21,8 @@ from wan.checkpoints.formats import WEIGHT_FILES, transformer_config
 from wan.config import WAN_SIZES
 from wan.utils.errors import InputError
 from wan.utils.files import write_json
+from wan.utils.json_lines import read_json_lines
 from wan.utils.ranges import Bounds, Choices, Seed, check_ranges
-from wan.vae.wan_vae import WAN21_VAE
-
-log = logging.getLogger(__name__)
 
 JSON_FILE = "loading.json"
 INTERVAL_SECONDS = 0.25
@@ -101,14 +97,8 @@ def write_world(benchmark: LoadingBenchmark, device: torch.device, folder: Path)
         del model
         torch.cuda.empty_cache()
     sizes = transformer_config(model_folder)
-    stride = 2 ** len(WAN21_VAE["temperal_downsample"])
-    generator = torch.Generator().manual_seed(benchmark.seed)
-    with LatentWriter(folder / "data", {}) as writer:
-        shape = (benchmark.frames, sizes["in_dim"], benchmark.height // stride, benchmark.width // stride)
-        text = torch.randn(sizes["text_len"], sizes["text_dim"], generator=generator)
-        for key in range(benchmark.processes):
-            latents = torch.randn(shape, generator=generator).to(torch.bfloat16)
-            writer.add(str(key), latents, f"random {key}", key, text)
+    shape = (benchmark.frames, *latent_size(benchmark.height, benchmark.width))
+    write_random_videos(folder / "data", benchmark.processes, shape, sizes, benchmark.seed)
     return weights
 
 
@@ -128,21 +118,23 @@ def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, A
     started, begun, host_peak = time.monotonic(), None, 0
     gpu_peak: list[int] = []
     paths = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
-    with subprocess.Popen(line, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True) as process:
+    said = run.with_suffix(".txt")  # a file, since a pipe that nobody reads would fill and hold the run up
+    environment_of_run = os.environ | {"PYTHONPATH": paths}
+    with said.open("w") as output, subprocess.Popen(line, env=environment_of_run, stderr=output) as process:
         while process.poll() is None:
             host_peak = max(host_peak, proportional_bytes(process.pid))
             gpu_peak = [max(pair) for pair in zip(used_gpu_bytes(), gpu_peak or used_gpu_bytes(), strict=True)]
-            done = (run / LOSSES).read_text().count("\n") if (run / LOSSES).exists() else 0
+            done = len(steps_of(run))
             if begun is None and done:
                 begun = time.monotonic() - started
             if done >= steps or time.monotonic() - started > timeout:
                 process.terminate()
                 break
             time.sleep(INTERVAL_SECONDS)
-        _, errors = process.communicate()
-    lines = [json.loads(text) for text in (run / LOSSES).read_text().splitlines()] if (run / LOSSES).exists() else []
+    lines = steps_of(run)
     if not lines or begun is None:
-        told = [text for text in errors.splitlines() if "rror: " in text] or errors.splitlines()[-3:]
+        errors = said.read_text().splitlines()
+        told = [text for text in errors if "rror: " in text] or errors[-3:]
         raise InputError(f"the run made no step in {time.monotonic() - started:.0f} s: {' / '.join(told[:3])}")
     return {
         "seconds_to_first_step": begun - lines[0]["seconds"],
@@ -152,6 +144,11 @@ def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, A
         "host_peak_bytes": host_peak,
         "gpu_peak_bytes": gpu_peak,
     }
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log so far."""
+    return read_json_lines(run / LOSSES) if (run / LOSSES).exists() else []
 
 
 def proportional_bytes(pid: int) -> int:

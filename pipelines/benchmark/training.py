@@ -9,6 +9,7 @@ import json
 import logging
 import statistics
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +17,14 @@ from typing import Annotated, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import distributed, nn
+from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from arl2.distillation.data import LatentDataset
 from arl2.distillation.latent_writer import LatentWriter
 from arl2.distillation.objective import ForwardMode, Objective
 from arl2.distillation.sampling import Batches, NoiseLevels
-from arl2.distillation.sharding import fill_shards, shard_backbone
+from arl2.distillation.sharding import fill_shards, put_parameter, shard_backbone
 from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Stage2, Stage2Settings
 from arl2.distillation.trainer import LOSSES, Trainer, TrainerSettings
@@ -101,6 +102,12 @@ ROWS = (
 """The most important first, and last the one for which memory may not be enough."""
 
 
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a latent of Wan 2.1's VAE."""
+    stride = 2 ** len(WAN21_VAE["temperal_downsample"])
+    return height // stride, width // stride
+
+
 @dataclass(frozen=True)
 class TrainingBenchmark:
     """What is measured.
@@ -131,8 +138,7 @@ class TrainingBenchmark:
     @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of a latent."""
-        stride = 2 ** len(WAN21_VAE["temperal_downsample"])
-        return self.height // stride, self.width // stride
+        return latent_size(self.height, self.width)
 
     def hybrid(self, stage: int) -> HybridSettings:
         """Of the student."""
@@ -280,9 +286,7 @@ def random_sharded_transformer(
     """As `random_transformer`, with its backbone drawn where it is sharded; for speed and memory, not for training."""
     model = random_transformer(size, hybrid, device=torch.device("meta"), dtype=dtype)
     for name in model.hybrid_parameter_names():
-        owner, _, leaf = name.rpartition(".")
-        value = torch.zeros_like(model.get_parameter(name), device=device)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        put_parameter(model, name, torch.zeros_like(model.get_parameter(name), device=device))
     for attention in model.hybrid_attentions().values():
         attention.init_hybrid_weights()
     shard_backbone(model)
@@ -311,16 +315,30 @@ def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanMode
 
 def _batches(config: TrainingBenchmark, model: HybridWanModel, folder: Path, global_batch: int) -> Batches:
     """Random videos, written and read as real ones are."""
-    sizes, generator = model.config, torch.Generator().manual_seed(config.seed)
-    with LatentWriter(folder / "data", {}) as writer:
-        latents = torch.randn(config.frames, sizes.in_dim, *config.latent_size, generator=generator)
-        text = torch.randn(sizes.text_len, sizes.text_dim, generator=generator)
-        writer.add("0", latents.to(torch.bfloat16), "random", config.seed, text)
+    write_random_videos(folder / "data", 1, (config.frames, *config.latent_size), model.config, config.seed)
     sampler = FewStepSampler.from_steps([1000, 750, 500, 250], 5.0)
     data, dtype = LatentDataset([folder / "data"]), model.patch_embedding.weight.dtype
     return Batches(
         data, config.seed, global_batch, config.frames_per_block, NoiseLevels(), sampler, 5.0, text_dtype=dtype
     )
+
+
+def write_random_videos(
+    folder: Path, count: int, frames_and_size: tuple[int, int, int], sizes: Mapping[str, Any], seed: int
+) -> None:
+    """Write random latents and text embeddings in bfloat16, as training reads them; what is there is kept.
+
+    Args:
+        frames_and_size: latent frames, height and width of each video.
+        sizes: of the transformer that they are for.
+        seed: of their values.
+    """
+    generator, (frames, *size) = torch.Generator().manual_seed(seed), frames_and_size
+    with LatentWriter(folder, {}) as writer:
+        for number in range(count):
+            latents = torch.randn(frames, sizes["in_dim"], *size, generator=generator)
+            text = torch.randn(sizes["text_len"], sizes["text_dim"], generator=generator)
+            writer.add(str(number), latents.to(torch.bfloat16), "random", seed + number, text)
 
 
 def row_flops(row: TrainingRow, config: TrainingBenchmark) -> StepFlops:

@@ -493,7 +493,6 @@ class Study:
             raise InputError(f"{row.name} has other layers than inference.py: export a plain hybrid")
         file = self.path("export", row.name, ".safetensors")
         model = self.model_of(row)
-        model.set_trained_memory(TrainedMemory(num_frames=self.data[0][0].shape[0]))
-        model.set_untrained_layers(())
+        model.mark_trained(TrainedMemory(num_frames=self.data[0][0].shape[0]))
         save_hybrid_weights(model, file, torch.float16)
         return file

@@ -159,8 +159,7 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
             "the run in %s is complete at step %d: %s", config.run_folder, progress.step, how_to_go_further(config)
         )
     trainer.run()
-    model.set_trained_memory(trained_memory(config, data))
-    model.set_untrained_layers(())
+    model.mark_trained(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
 

@@ -1,7 +1,6 @@
 """Training on several nodes: two torchrun agents on loopback, one of which dies."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from paths import ROOT
-from training_world import build_world, command, losses, run
+from training_world import build_world, command, free_port, losses, run
 
 STEPS = 60
 
@@ -20,9 +19,7 @@ class Agents:
     """Two agents of one process each, which meet at a free port."""
 
     def __init__(self, root: Path, *settings: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
         meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test"]
         line = [*launcher, *meeting, *command(root, 2, *settings)]

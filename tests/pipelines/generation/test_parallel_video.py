@@ -1,19 +1,15 @@
 """inference.py --parallel video: three processes make one video together, and stay together when one of them stops."""
 
 import json
-import multiprocessing
-import os
-import socket
-import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from paths import ROOT
+from training_world import start_entry_point
 
+from pipelines.cli import rank_and_world_size
 from pipelines.generation.blocks import PIXELS
 from pipelines.generation.streaming import FiniteCheck
 from pipelines.media.video import read_video
@@ -23,41 +19,19 @@ PROCESSES = 3
 PROMPTS = "a red square rolls to the right\na blue circle\n"
 
 
-def infer(
-    rank: int, size: int, port: int, folder: Path, flags: list[str], before: Callable[[int], None] | None
-) -> None:
-    """What a process of several does."""
-    os.dup2(os.open(folder / f"stderr-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    torch.set_num_threads(1)
-    config = str(ROOT / "configs" / "toyworld" / "inference.yaml")
-    given = [f"model_folder={ROOT / 'models' / 'toyworld'}", "num_output_frames=9", "--device", "cpu"]
-    sys.argv = ["inference.py", "--config", config, "--data_path", str(folder / "prompts.txt"), *given, *flags]
-    sys.path.insert(0, str(ROOT))
-    if before is not None:
-        before(rank)
-    sys.exit(import_module("inference").main())
-
-
 def run(
-    folder: Path, *flags: str, size: int = PROCESSES, before: Callable[[int], None] | None = None
+    folder: Path, *flags: str, size: int = PROCESSES, before: Callable[[], None] | None = None
 ) -> tuple[list[int | None], list[str]]:
     """Exit statuses and what was said of processes that make videos together."""
     (folder / "prompts.txt").write_text(PROMPTS)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.training.run"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [(rank, size, port, folder, list(flags), before) for rank in range(size)]
-    processes = [context.Process(target=infer, args=each) for each in arguments]
-    for process in processes:
-        process.start()
+    config = str(ROOT / "configs" / "toyworld" / "inference.yaml")
+    given = [f"model_folder={ROOT / 'models' / 'toyworld'}", "num_output_frames=9", "--device", "cpu"]
+    line = ["inference.py", "--config", config, "--data_path", str(folder / "prompts.txt"), *given, *flags]
+    processes = start_entry_point(line, folder, size, before)
     for process in processes:
         process.join(240)
-    return [process.exitcode for process in processes], [
-        (folder / f"stderr-{rank}.txt").read_text() for rank in range(size)
-    ]
+    said = [(folder / f"stderr-{rank}.txt").read_text() for rank in range(size)]
+    return [process.exitcode for process in processes], said
 
 
 def frames(path: Path) -> np.ndarray:
@@ -65,9 +39,9 @@ def frames(path: Path) -> np.ndarray:
     return read_video(path).astype(float)
 
 
-def break_first_video(rank: int) -> None:
+def break_first_video() -> None:
     """Let the leading process find pixels that are not finite, once; the others never see pixels."""
-    if rank == 0:
+    if rank_and_world_size()[0] == 0:
         answers = iter([PIXELS])
         FiniteCheck.first_broken = lambda self: next(answers, None)  # type: ignore[method-assign]
 
