@@ -98,6 +98,25 @@ class KVUpdate:
     values_BLHD: Tensor
 
 
+@dataclass(frozen=True)
+class SlotUpdate:
+    """A finished block that a pass has left in the slot of its view: to commit it copies nothing.
+
+    It is valid until the next pass over the same memory.
+    """
+
+    view: "SlotView"
+
+    def copied(self) -> KVUpdate:
+        """The block's keys and values in tensors of their own."""
+        view = self.view
+        keys, values = (
+            torch.cat([buffer[:, start:stop] for start, stop in view.slot], dim=1)
+            for buffer in (view.keys_BMHD, view.values_BMHD)
+        )
+        return KVUpdate(keys, values)
+
+
 class KVView(Protocol):
     """Interface of a softmax layer's view of its memory."""
 
@@ -109,12 +128,13 @@ class KVView(Protocol):
 class SlotView:
     """Remembered keys and values in a preallocated buffer, with a slot among them for the current block.
 
-    The slot is scratch: its content means nothing before `with_block` and after the pass.
+    The slot is scratch: its content means nothing before `with_block`, and after the pass only to a `SlotUpdate`.
 
     Attributes:
         keys_BMHD, values_BMHD: the whole buffer.
         slot: buffer ranges [start, stop) of the current block; two where a ring wraps around.
         visible: number of leading buffer tokens that a query sees once the block is in its slot.
+        position: tokens that were committed before the block.
         recurs: whether later blocks of the video will use the same slot.
     """
 
@@ -122,7 +142,18 @@ class SlotView:
     values_BMHD: Tensor
     slot: list[tuple[int, int]]
     visible: int
+    position: int
     recurs: bool = False
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that the slot takes."""
+        return sum(stop - start for start, stop in self.slot)
+
+    def is_same_slot(self, other: "SlotView") -> bool:
+        """Returns whether the slot of another view is this one."""
+        same_buffer = self.keys_BMHD.data_ptr() == other.keys_BMHD.data_ptr()
+        return same_buffer and (self.position, self.slot) == (other.position, other.slot)
 
     def write(self, k_BLHD: Tensor, v_BLHD: Tensor) -> None:
         """Copy a block into the slot.
@@ -167,8 +198,9 @@ class KVMemory:
         end = self._written + tokens
         if self._window is None:
             self._reserve(end)
-            return SlotView(self._keys, self._values, [(self._written, end)], end)
-        return SlotView(self._keys, self._values, self._ring_slot(tokens), min(end, self._window), recurs=True)
+            return SlotView(self._keys, self._values, [(self._written, end)], end, self._written)
+        visible = min(end, self._window)
+        return SlotView(self._keys, self._values, self._ring_slot(tokens), visible, self._written, recurs=True)
 
     def _ring_slot(self, tokens: int) -> list[tuple[int, int]]:
         """Buffer ranges of the next `tokens` tokens: first the whole window in order, then around the ring."""
@@ -187,10 +219,19 @@ class KVMemory:
             position += length
         return ranges
 
-    def commit(self, update: KVUpdate) -> None:
-        """Append a block; a window drops its oldest tokens."""
-        tokens = update.keys_BLHD.shape[1]
-        self.read(tokens).write(update.keys_BLHD, update.values_BLHD)
+    def commit(self, update: KVUpdate | SlotUpdate) -> None:
+        """Append a block; a window drops its oldest tokens.
+
+        Raises:
+            ValueError: the block is in another slot than the next one of this memory.
+        """
+        if isinstance(update, SlotUpdate):
+            tokens = update.view.slot_tokens
+            if not update.view.is_same_slot(self.read(tokens)):
+                raise ValueError("the block is not in the next slot of this memory: it belongs to another, or is old")
+        else:
+            tokens = update.keys_BLHD.shape[1]
+            self.read(tokens).write(update.keys_BLHD, update.values_BLHD)
         self._written += tokens
 
     def _reserve(self, tokens: int) -> None:

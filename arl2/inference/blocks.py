@@ -19,7 +19,7 @@ from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
-from wan.memory import KVUpdate
+from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
 from wan.ops.rope import Rotary
@@ -95,7 +95,7 @@ class FastBlock(nn.Module):
         if self.parallel is not None:
             k, v, *rest = self.parallel.to_heads([k, v, *([] if q is None else [q])], time_BF6D.shape[1])
             q = rest[0] if rest else None
-        update = KVUpdate(k, v) if remember else None
+        update = block_update(view, k, v, attend) if remember else None
         if not attend:
             return stream, update
         keys, values, mask = view.with_block(k, v)
@@ -224,6 +224,19 @@ class FastHybridBlock(FastBlock):
         local = attention(q, k, v, backend=layer.backend)
         mixed = self.compile_fn(with_state_read)(self, local, view.state_BHKV, query, gate[..., 0])
         return self.rest(x, exchange.to_tokens(mixed, frames), None, time_BF6D, text_kv)
+
+
+def block_update(view: Any, k_BLHD: Tensor, v_BLHD: Tensor, attend: bool) -> KVUpdate | SlotUpdate:
+    """Update of a softmax layer's memory; without a copy where the view has a slot for the block.
+
+    Args:
+        attend: whether the block will attend, which puts it into its slot.
+    """
+    if not isinstance(view, SlotView):
+        return KVUpdate(k_BLHD, v_BLHD)
+    if not attend:
+        view.write(k_BLHD, v_BLHD)
+    return SlotUpdate(view)
 
 
 def empty_delta_inputs(x: Tensor, head_dim: int, *tokens_and_heads: int) -> DeltaInputs:

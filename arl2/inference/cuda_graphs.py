@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from arl2.hybrid_attention import StateView
-from wan.memory import KVUpdate, SlotView
+from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import FlowModel, PassOutput, TextKV
 
 MAX_GRAPHS = 64
@@ -52,23 +52,37 @@ def signature(tensors: Sequence[Tensor]) -> Key:
 
 
 def output_tensors(output: PassOutput) -> Iterator[Tensor]:
-    """Iterate over the tensors of a pass's output."""
+    """Iterate over the tensors that a pass's output owns; a `SlotUpdate` owns none."""
     if output.flow is not None:
         yield output.flow
     for update in output.updates or ():
-        yield from (update.keys_BLHD, update.values_BLHD) if isinstance(update, KVUpdate) else (update,)
+        if isinstance(update, KVUpdate):
+            yield from (update.keys_BLHD, update.values_BLHD)
+        elif isinstance(update, Tensor):
+            yield update
 
 
 def same_output(output: PassOutput, tensors: Iterator[Tensor]) -> PassOutput:
-    """Copy of an output with other tensors, given in the order of `output_tensors`."""
+    """Copy of an output with other tensors, given in the order of `output_tensors`, and None for a `SlotUpdate`."""
+
+    def same(update: Any) -> Any:
+        if isinstance(update, KVUpdate):
+            return KVUpdate(next(tensors), next(tensors))
+        return next(tensors) if isinstance(update, Tensor) else None
+
     flow = None if output.flow is None else next(tensors)
-    if output.updates is None:
-        return PassOutput(flow, None)
-    updates = [
-        KVUpdate(next(tensors), next(tensors)) if isinstance(update, KVUpdate) else next(tensors)
-        for update in output.updates
-    ]
-    return PassOutput(flow, updates)
+    return PassOutput(flow, None if output.updates is None else [same(update) for update in output.updates])
+
+
+def of_pass(held: PassOutput, views: Sequence[Any]) -> PassOutput:
+    """Output of a replayed pass: the buffers that it wrote, and a `SlotUpdate` for what it left in the memory.
+
+    The buffers hold no view: one would keep the memory of a finished video alive.
+    """
+    if held.updates is None:
+        return held
+    updates = [SlotUpdate(view) if update is None else update for update, view in zip(held.updates, views, strict=True)]
+    return PassOutput(held.flow, updates)
 
 
 class GraphedModel:
@@ -144,7 +158,7 @@ class GraphedModel:
         if not recorded and len(self._graphs) > MAX_GRAPHS:
             self._evict_passing_except(key)
         graph.replay()
-        return self._outputs[kind]
+        return of_pass(self._outputs[kind], views)
 
     def _comes_again(self, key: Key, block: int, later: bool, remember: bool) -> bool:
         """Returns whether a pass is worth recording.

@@ -5,7 +5,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import Transfer, finished
 from pipelines.generation.timing import PhaseTimer
 from pipelines.media.video import VideoWriter
-from wan.memory import Memory
+from wan.memory import Memory, SlotUpdate
 from wan.model import TextKV
 from wan.utils.errors import out_of_memory
 
@@ -215,10 +215,11 @@ class RepeatedCommits(Memory):
         super().__init__(memory.layers)
         self._times = times
 
-    def commit(self, updates: Any) -> None:
+    def commit(self, updates: Sequence[Any]) -> None:
         """Give every layer its update, again and again."""
+        copied = [update.copied() if isinstance(update, SlotUpdate) else update for update in updates]
         for _ in range(self._times):
-            super().commit(updates)
+            super().commit(copied)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arl2.hybrid_attention import StateMemory
 from arl2.rollout import predict_flow, remember_block
-from wan.memory import ConcatKVMemory, KVMemory, KVUpdate, MemorySpec
+from wan.memory import ConcatKVMemory, KVMemory, KVUpdate, MemorySpec, SlotUpdate
 from wan.utils.errors import InputError
 
 
@@ -38,6 +38,31 @@ def test_ring_holds_what_concatenation_holds(window: int | None, sink: int, size
             torch.testing.assert_close(as_set(mine), as_set(theirs), rtol=0, atol=0)
         for memory in (ring, plain):
             memory.commit(KVUpdate(k, v))
+
+
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (6, 3), (7, 2), (5, 1)])
+def test_a_block_that_is_in_its_slot_is_committed_without_a_copy(window: int | None, sink: int) -> None:
+    copying, in_place = KVMemory(spec(window, sink), 1, 2), KVMemory(spec(window, sink), 1, 2)
+    for frames in (3, 1, 3, 3, 1, 3):
+        update = KVUpdate(*block(frames * 2))
+        view = in_place.read(frames * 2)
+        view.with_block(update.keys_BLHD, update.values_BLHD)
+        left = SlotUpdate(view)
+        for mine, theirs in zip(remembered_in(left), remembered_in(update), strict=True):
+            assert torch.equal(mine, theirs)
+        copying.commit(update)
+        in_place.commit(left)
+        for mine, theirs in zip(remembered(in_place, 2), remembered(copying, 2), strict=True):
+            assert torch.equal(mine, theirs)
+        with pytest.raises(ValueError, match="not in the next slot"):
+            in_place.commit(left)
+        with pytest.raises(ValueError, match="not in the next slot"):
+            copying.commit(SlotUpdate(in_place.read(frames * 2)))
+
+
+def remembered_in(update: KVUpdate | SlotUpdate) -> tuple[Tensor, Tensor]:
+    update = update.copied() if isinstance(update, SlotUpdate) else update
+    return update.keys_BLHD, update.values_BLHD
 
 
 def test_a_window_has_bounded_bytes_and_a_full_memory_grows() -> None:
