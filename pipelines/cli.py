@@ -216,7 +216,8 @@ def agreed_status(status: int) -> int:
     """The worst exit status of all processes that torchrun started, as soon as the last of them has one.
 
     A process that ends badly before the others makes torchrun kill them, whatever they were doing. One that a signal
-    ended does not wait for them: the signal is for all.
+    ended does not wait for them: the signal is for all. Nor does one that worked together with the others: they cannot
+    go on without it.
     """
     if status > EXIT_SIGNAL or rank_and_world_size()[1] == 1:
         return status
@@ -226,7 +227,9 @@ def agreed_status(status: int) -> int:
     if not distributed.is_torchelastic_launched():
         return status
     if distributed.is_initialized():  # by work that all did together
-        distributed.destroy_process_group()
+        if status == 0:  # otherwise others may be waiting for an exchange that never comes
+            distributed.destroy_process_group()
+        return status
     # The others may have hours of work left.
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
     worst = torch.tensor(status)

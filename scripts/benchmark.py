@@ -4,6 +4,7 @@
     python scripts/benchmark.py --quick                          # minutes
     python scripts/benchmark.py --rows hybrid-75-window --lengths 81 4005 --no_vae
     python scripts/benchmark.py --config configs/toyworld/benchmark.yaml --device cpu
+    torchrun --standalone --nproc_per_node 2 scripts/benchmark.py --quick       # two GPUs compute every video together
 
 Every row is written as soon as it is measured; the same command goes on where a killed one stopped. A row for which
 memory runs out says so. What a row may leave out is a case of its own: without the VAE, or sampled.
@@ -20,14 +21,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipelines.benchmark.cases import BenchmarkConfig, quick, select
+from pipelines.benchmark.cases import BenchmarkConfig, plan_cases, quick, select
 from pipelines.benchmark.report import MARKDOWN_FILE, write_report
-from pipelines.benchmark.suite import run_benchmark
-from pipelines.cli import choose_device, entry_point
+from pipelines.benchmark.suite import follow_benchmark, run_benchmark
+from pipelines.cli import choose_device, end_together, entry_point, rank_and_world_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import check_speed
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import add_speed_flags
+from pipelines.generation.lockstep import Lockstep, join_processes
 from pipelines.settings import load_config
 from wan.config import wan_size
 
@@ -53,6 +55,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@end_together
 @entry_point()
 def main() -> int:
     """Parse, measure, report."""
@@ -67,8 +70,16 @@ def main() -> int:
     size = wan_size(config.size)
     check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     folder = arguments.output_folder or Path("output") / ("benchmark_quick" if arguments.quick else "benchmark")
+    lockstep, ranks = None, rank_and_world_size()[1]
+    if ranks > 1:
+        plan_cases(config, ranks)  # what is wrong with it is said before any process waits for another
+        join_processes(device)
+        lockstep = Lockstep()
+    if lockstep is not None and not lockstep.leads:
+        follow_benchmark(config, device, dtype, folder, lockstep)
+        return 0
     report = partial(write_report, folder=folder)
-    run_benchmark(config, device, dtype, folder, arguments.again, report)
+    run_benchmark(config, device, dtype, folder, arguments.again, report, lockstep)
     log.info("results in %s", folder / MARKDOWN_FILE)
     return 0
 

@@ -211,16 +211,21 @@ class FastHybridBlock(FastBlock):
         tokens = (*stream.x_BLD.shape[:2], layer.num_heads)
         mine = None if delta_out is None else empty_delta_inputs(stream.x_BLD, layer.head_dim, *tokens)
         reading = self.compile_fn(hybrid_tokens)(self, stream, time_BF6D, rotary, attend, mine)
-        if mine is not None and delta_out is not None:
-            k, v = exchange.to_heads([mine.k, mine.v], frames)
-            log_decay, beta = exchange.to_heads([mine.log_decay[..., None], mine.beta[..., None]], frames)
+        parts = []
+        if mine is not None:
+            parts += [mine.k, mine.v, mine.log_decay[..., None], mine.beta[..., None]]
+        if reading is not None:
+            x, q, k, v, query, inverse_rms, gate = reading
+            query = self.compile_fn(state_queries)(self, query, inverse_rms, rotary)
+            parts += [q, k, v, query, gate[..., None]]
+        parts = exchange.to_heads(parts, frames)
+        if delta_out is not None:
+            k, v, log_decay, beta = parts[:4]
             for buffer, part in zip(delta_out, (k, v, log_decay[..., 0], beta[..., 0]), strict=True):
                 buffer.copy_(part)
         if reading is None:
             return stream
-        x, q, k, v, query, inverse_rms, gate = reading
-        query = self.compile_fn(state_queries)(self, query, inverse_rms, rotary)
-        q, k, v, query, gate = exchange.to_heads([q, k, v, query, gate[..., None].to(q.dtype)], frames)
+        q, k, v, query, gate = parts[-5:]
         local = attention(q, k, v, backend=layer.backend)
         mixed = self.compile_fn(with_state_read)(self, local, view.state_BHKV, query, gate[..., 0])
         return self.rest(x, exchange.to_tokens(mixed, frames), None, time_BF6D, text_kv)

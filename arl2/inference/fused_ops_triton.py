@@ -81,6 +81,17 @@ class TritonFusedOps(FusedOps):
         maps_HOI = layer.phi_k.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
         state_keys(key_BLD, inverse_rms_BL, layer.norm_k.weight, maps_HOI, *rotary, L2_NORM_EPS, out_BLHK)
 
+    def state_queries(
+        self, layer: HybridAttention, query_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary
+    ) -> Tensor:
+        """See `FusedOps.state_queries`."""
+        if inverse_rms_BL is None or layer.head_dim not in HEAD_SIZES:
+            return super().state_queries(layer, query_BLD, inverse_rms_BL, rotary)
+        maps_HOI = layer.phi_q.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
+        out = query_BLD.new_empty(*query_BLD.shape[:2], layer.num_heads, layer.head_dim)
+        state_keys(query_BLD, inverse_rms_BL, layer.norm_q.weight, maps_HOI, *rotary, L2_NORM_EPS, out)
+        return out
+
     def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, reading: StateRead) -> Tensor:
         """See `FusedOps.add_state_read`."""
         state, query, inverse_rms, gate, rotary = reading

@@ -95,6 +95,7 @@ class InferenceModel:
         parallel, frames = self._parallel, latents_BFCHW.shape[1]
         if parallel is not None:
             x, rotary = parallel.shard(x, frames).contiguous(), parallel.shard_rotary(rotary, frames)
+            parallel.begin_pass(x, self.model.config.dim // self.model.config.num_heads)
         stream, updates = DeferredResidual(x, None, None), list[Any]()
         waiting: list[int] = []
         to_write = sum(isinstance(block, FastHybridBlock) for block in self._blocks) if remember else 0

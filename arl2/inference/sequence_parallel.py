@@ -7,13 +7,24 @@ exchanges per layer lie between. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 A rank's tokens are an equal part of every latent frame: modulations, which are per frame, stay as they are.
 """
 
+import socket
 from collections.abc import Sequence
+from enum import StrEnum
 
 import torch
 from torch import Tensor, distributed
 
 from wan.ops.rope import Rotary
+from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
+
+
+class Exchange(StrEnum):
+    """How ranks exchange tokens for heads: the faster of what they can do, by collectives, or by stores into peers."""
+
+    AUTO = "auto"
+    COLLECTIVE = "collective"
+    PEER = "peer"
 
 
 def check_divides(num_heads: int, tokens_per_frame: int, size: int) -> None:
@@ -35,20 +46,33 @@ def check_divides(num_heads: int, tokens_per_frame: int, size: int) -> None:
 
 
 class SequenceParallel:
-    """Exchanges between tokens and heads over the ranks of a group.
+    """Exchanges between tokens and heads over the ranks of a group, by collectives of any backend.
 
     Args:
         num_heads: heads of the model.
         group: ranks that compute a video together; None for all.
 
+    Attributes:
+        can_be_recorded: whether CUDA graphs can record the exchanges. A recorded all-to-all of NCCL was seen to hang.
+
     Raises:
         InputError: the heads do not divide over the ranks.
     """
+
+    can_be_recorded = False
 
     def __init__(self, num_heads: int, group: distributed.ProcessGroup | None = None) -> None:
         self._group = group
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
         check_divides(num_heads, self.size, self.size)
+
+    def begin_pass(self, x_BLD: Tensor, head_dim: int) -> None:
+        """Prepare for the exchanges of a pass.
+
+        Args:
+            x_BLD: this rank's tokens, for their shape, dtype and device.
+            head_dim: channels per head.
+        """
 
     def shard(self, x_BLD: Tensor, num_frames: int) -> Tensor:
         """This rank's tokens of all, [B, L / ranks, D]."""
@@ -70,17 +94,23 @@ class SequenceParallel:
         """Exchange all heads of this rank's tokens for all tokens of its heads.
 
         Args:
-            parts: tensors [B, L / ranks, H, K], whose K may differ; they travel together.
+            parts: tensors [B, L / ranks, H, K], whose K and dtype may differ; they travel together.
 
         Returns:
-            for each [B, L, H / ranks, K], views of one tensor.
+            for each [B, L, H / ranks, K]; some may be views of one tensor. Valid until the next exchange but one.
         """
-        widths = [part.shape[-1] for part in parts]
-        x = torch.cat(list(parts), dim=-1) if len(parts) > 1 else parts[0]
+        received: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(part.dtype for part in parts):
+            places = [place for place, part in enumerate(parts) if part.dtype == dtype]
+            got = self._to_heads(torch.cat([parts[place] for place in places], dim=-1), num_frames)
+            widths = [parts[place].shape[-1] for place in places]
+            received |= zip(places, got.split(widths, dim=-1), strict=True)
+        return [received[place] for place in range(len(parts))]
+
+    def _to_heads(self, x_BLHK: Tensor, num_frames: int) -> Tensor:
         # [ranks, B, F, tokens of a frame, heads of a rank, K]: the first axis is that of the exchange.
-        sent = x.unflatten(1, (num_frames, -1)).unflatten(3, (self.size, -1)).movedim(3, 0)
-        got = self._exchange(sent)
-        return list(got.movedim(0, 2).flatten(1, 3).split(widths, dim=-1))
+        sent = x_BLHK.unflatten(1, (num_frames, -1)).unflatten(3, (self.size, -1)).movedim(3, 0)
+        return self._exchange(sent).movedim(0, 2).flatten(1, 3)
 
     def to_tokens(self, x_BLHK: Tensor, num_frames: int) -> Tensor:
         """Exchange all tokens of this rank's heads for all heads of its tokens; the inverse of `to_heads`."""
@@ -94,3 +124,45 @@ class SequenceParallel:
         got = torch.empty_like(sent)
         distributed.all_to_all_single(got, sent, group=self._group)
         return got
+
+
+def new_sequence_parallel(
+    num_heads: int, device: torch.device, exchange: Exchange = Exchange.AUTO
+) -> SequenceParallel:
+    """Exchanges over all ranks of the default group; all of them make the same call.
+
+    Args:
+        num_heads: heads of the model.
+        device: this rank's.
+        exchange: `PEER` needs GPUs of one host that can access each other's memory, and Triton.
+
+    Raises:
+        InputError: the heads do not divide over the ranks, or `PEER` is asked for and cannot be.
+    """
+    check_divides(num_heads, distributed.get_world_size(), distributed.get_world_size())
+    is_reachable = exchange is not Exchange.COLLECTIVE and peers_are_reachable(device)
+    if is_reachable:
+        from arl2.inference.peer_exchange import PeerParallel  # needs Triton and a GPU
+
+        assert distributed.group.WORLD is not None
+        return PeerParallel(num_heads, distributed.group.WORLD)
+    if exchange is Exchange.PEER:
+        raise InputError("these processes have no GPUs of one host that access each other's memory: leave exchange auto")
+    return SequenceParallel(num_heads)
+
+
+def peers_are_reachable(device: torch.device) -> bool:
+    """Returns whether every rank of the default group has a GPU that can access the memory of all others'.
+
+    All ranks make the same call.
+    """
+    if device.type != "cuda" or distributed.get_backend() != "nccl":
+        return False
+    places: list[tuple[str, int]] = [("", 0)] * distributed.get_world_size()
+    distributed.all_gather_object(places, (socket.gethostname(), device.index))
+    others = [index for _, index in places if index != device.index]
+    mine = triton_installed() and len(set(places)) == len(places) and len({host for host, _ in places}) == 1
+    mine = mine and all(torch.cuda.can_device_access_peer(device, other) for other in others)
+    answers = [False] * len(places)
+    distributed.all_gather_object(answers, mine)
+    return all(answers)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
+from arl2.inference.sequence_parallel import check_divides
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from arl2.rollout import num_blocks
@@ -178,6 +179,7 @@ class Case:
         memory: of its softmax layers.
         frames: pixel frames.
         vae, blocks_sampled, speed: see `BenchmarkConfig`.
+        ranks: GPUs that compute the video together.
     """
 
     row: str
@@ -187,6 +189,7 @@ class Case:
     vae: bool
     blocks_sampled: int | None
     speed: SpeedOptions
+    ranks: int = 1
 
     def settings(self, lora_rank: int | None) -> HybridSettings:
         """As the model takes them."""
@@ -215,11 +218,14 @@ def quick(config: BenchmarkConfig) -> BenchmarkConfig:
     return replace(select(config, config.quick.rows, config.quick.lengths), repeats=config.quick.repeats)
 
 
-def plan_cases(config: BenchmarkConfig) -> list[Case]:
+def plan_cases(config: BenchmarkConfig, ranks: int = 1) -> list[Case]:
     """All cases, row by row, checked before any weights are drawn.
 
+    Args:
+        ranks: GPUs that compute every video together.
+
     Raises:
-        InputError: sizes, lengths, or memories that cannot work.
+        InputError: sizes, lengths, memories or numbers of ranks that cannot work.
     """
     check_ranges(config)
     if not config.rows or not config.lengths:
@@ -236,11 +242,11 @@ def plan_cases(config: BenchmarkConfig) -> list[Case]:
         for frames in config.lengths:
             _check_sampling(config, frames)
             vae = config.vae and config.blocks_sampled is None
-            cases.append(
-                Case(row.name, row.num_hybrid_layers, memory, frames, vae, config.blocks_sampled, config.speed)
-            )
+            sampled, speed = config.blocks_sampled, config.speed
+            cases.append(Case(row.name, row.num_hybrid_layers, memory, frames, vae, sampled, speed, ranks))
     model = empty_model(config, cases[0])
     check_size(config.height, config.width, config.height // config.latent_size[0], model.patch_size)
+    check_divides(model.config.num_heads, model.tokens_per_frame(*config.latent_size), ranks)
     return cases
 
 
@@ -267,9 +273,9 @@ def empty_model(config: BenchmarkConfig, case: Case) -> HybridWanModel:
 
 
 def memory_bytes(config: BenchmarkConfig, case: Case, dtype: torch.dtype) -> int:
-    """Bytes of the memory of all layers at the end of the video."""
+    """Bytes of a rank's memory of all layers at the end of the video."""
     frames = config.blocks(case.frames) * config.frames_per_block
-    return empty_model(config, case).memory_bytes(frames, *config.latent_size, dtype, *case.memory.window)
+    return empty_model(config, case).memory_bytes(frames, *config.latent_size, dtype, *case.memory.window) // case.ranks
 
 
 def by_row(cases: Iterable[Case]) -> dict[str, list[Case]]:

@@ -5,8 +5,10 @@ import logging
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pipelines.benchmark.ceilings import Ceilings
 from pipelines.benchmark.flops import Flops, rollout_flops
 from pipelines.config import MemoryKind
 from pipelines.generation.blocks import NonFiniteBlockError
+from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import Transfer, finished
@@ -48,12 +51,14 @@ class Stage:
         prompt_embeds: of a prompt; text is encoded once and never timed.
         config: of the benchmark.
         folder: where videos are written, and removed when they have been measured.
+        lockstep: of the ranks that compute every video together; None for one.
     """
 
     pipeline: CausalVideoPipeline
     prompt_embeds: Tensor
     config: BenchmarkConfig
     folder: Path
+    lockstep: Lockstep | None = None
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +115,14 @@ class Trace:
         self.clean += enumerate(timer.spans("remember"), first_block)
 
 
-def build_stage(config: BenchmarkConfig, case: Case, device: torch.device, dtype: torch.dtype, folder: Path) -> Stage:
+def build_stage(
+    config: BenchmarkConfig,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path,
+    lockstep: Lockstep | None = None,
+) -> Stage:
     """Draw the case's model on the device."""
     start = time.perf_counter()
     pipeline = random_pipeline(
@@ -128,30 +140,37 @@ def build_stage(config: BenchmarkConfig, case: Case, device: torch.device, dtype
         timestep_shift=config.timestep_shift,
     )
     keep_gates_in_float32(pipeline.transformer, dtype)
+    if lockstep is not None:
+        pipeline.parallelize(case.speed.exchange)
     case.speed.apply(pipeline)
     with torch.no_grad():
-        stage = Stage(pipeline, pipeline.encode_prompt([PROMPT]).to(device), config, folder)
+        stage = Stage(pipeline, pipeline.encode_prompt([PROMPT]).to(device), config, folder, lockstep)
     log.info("%s: drawn in %.1f s", case.row, time.perf_counter() - start)
     return stage
 
 
 def generate_video(stage: Stage, case: Case, frames: int, trace: Trace) -> None:
-    """Generate, decode and write a video of `frames` frames."""
+    """Generate, decode and write a video of `frames` frames; a rank that follows only generates."""
     config, timer = stage.config, SpanTimer(stage.device)
+    stream = partial(
+        stage.pipeline.stream,
+        None,
+        frames,
+        config.height,
+        config.width,
+        prompt_embeds=stage.prompt_embeds,
+        seeds=[config.seed],
+        memory=case.memory,
+        phase=timer.phase,
+        lockstep=stage.lockstep,
+    )
+    if stage.lockstep is not None and not stage.lockstep.leads:
+        deque(stream(), maxlen=0)
+        return
     with tempfile.TemporaryDirectory(dir=stage.folder) as folder:
         trace.start = time.perf_counter()
         with VideoWriter(Path(folder) / "video.mp4", config.height, config.width, fps=config.fps) as writer:
-            stream = stage.pipeline.stream(
-                None,
-                frames,
-                config.height,
-                config.width,
-                prompt_embeds=stage.prompt_embeds,
-                seeds=[config.seed],
-                memory=case.memory,
-                phase=timer.phase,
-            )
-            for block in stream:
+            for block in stream():
                 frames_THWC = block.frames_BTHWC.wait()[0]
                 trace.block_arrived(config.frames_after(block.index + 1), stage.device)
                 writer.write(frames_THWC)
@@ -294,7 +313,7 @@ def transformer_metrics(
         "dit_seconds": dit,
         "dit_fps": case.frames / dit,
         "flops_per_second": flops.total / dit,
-        "share_of_ceiling": ceilings.least_seconds(flops) / dit,
+        "share_of_ceiling": ceilings.least_seconds(flops) / case.ranks / dit,
     }
     for name, seconds in ends.items():
         columns[f"{name}_median"] = statistics.median(seconds)
@@ -305,7 +324,7 @@ def transformer_metrics(
 def measure_case(
     build: Callable[[], Stage], config: BenchmarkConfig, case: Case, ceilings: Ceilings, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Measure one case; what goes wrong with it is its result.
+    """Measure one case; what goes wrong with it is its result, unless several ranks compute it.
 
     Args:
         build: the stage of the case's model; called inside, since memory may run out there too.
@@ -332,7 +351,8 @@ def measure_case(
             run(stage, case, case.frames, trace)
             repeats.append(_repeat(trace, case, config, flops, ceilings, stage.device))
     except RuntimeError as error:
-        if not (isinstance(error, NonFiniteBlockError) or out_of_memory(error)):
+        # Of several ranks, the others would wait for this one.
+        if case.ranks > 1 or not (isinstance(error, NonFiniteBlockError) or out_of_memory(error)):
             raise
         failure = {
             "status": "failed" if isinstance(error, NonFiniteBlockError) else "oom",

@@ -79,7 +79,13 @@ def name_of(record: Record) -> str:
         how.append(f"sampled: {BLOCKS_PER_SAMPLE} blocks at each of {case['blocks_sampled']} places, integrated")
     elif not case["vae"]:
         how.append("DiT only")
+    how += _several_ranks(case)
     return _marked(case["row"], how + _unusual_speed(case))
+
+
+def _several_ranks(case: Mapping[str, Any]) -> list[str]:
+    ranks = case.get("ranks", 1)  # files of older versions do not say
+    return [f"{ranks} GPUs"] if ranks > 1 else []
 
 
 def _unusual_speed(case: Mapping[str, Any]) -> list[str]:
@@ -199,7 +205,7 @@ def _baseline(records: Sequence[Record], record: Record) -> Record | None:
         for other in records
         if other["case"]["hybrid_layers"] == 0
         and other["case"]["memory"]["kind"] == MemoryKind.full
-        and all(other["case"][key] == record["case"][key] for key in ("frames", "speed"))
+        and all(other["case"].get(key) == record["case"].get(key) for key in ("frames", "speed", "ranks"))
     ]
     return min(found, key=lambda other: (_way(other) != _way(record), other["status"] != "ok"), default=None)
 
@@ -277,7 +283,8 @@ def charts(records: Sequence[Record]) -> dict[str, tuple[dict[str, Points], str,
 
 
 def _curve(record: Record) -> str:
-    return _marked(record["case"]["row"], _unusual_speed(record["case"]))
+    case = record["case"]
+    return _marked(case["row"], _several_ranks(case) + _unusual_speed(case))
 
 
 def _by_length(

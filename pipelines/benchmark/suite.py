@@ -12,6 +12,7 @@ import torch
 from pipelines.benchmark.cases import BenchmarkConfig, Case, by_row, empty_model, plan_cases
 from pipelines.benchmark.ceilings import Ceilings, measure_ceilings
 from pipelines.benchmark.measure import build_stage, measure_case, release
+from pipelines.generation.lockstep import Lockstep
 from pipelines.provenance import device_name, environment
 from pipelines.records import open_records
 
@@ -41,6 +42,7 @@ def run_benchmark(
     folder: Path,
     again: bool = False,
     on_record: Callable[[Results], None] = lambda results: None,
+    lockstep: Lockstep | None = None,
 ) -> Results:
     """Measure all cases that the folder's file does not have yet.
 
@@ -50,6 +52,7 @@ def run_benchmark(
         folder: of the results.
         again: measure also what is there.
         on_record: told all results after each new record, and once at the end.
+        lockstep: of the ranks that compute every video together; this one leads.
 
     Returns:
         all results of the file: settings, figures of others, runs (environment and ceilings), records.
@@ -57,7 +60,7 @@ def run_benchmark(
     Raises:
         InputError: a case that cannot be, or results of another card or other settings in the folder.
     """
-    cases = plan_cases(config)
+    cases = plan_cases(config, num_ranks(lockstep))
     cure = "give another --output_folder, or remove it"
     with open_records(folder / JSON_FILE, "records", "case", {"runs": []}, cure) as records:
         records.made_with(shared_settings(config, device, dtype))
@@ -68,7 +71,9 @@ def run_benchmark(
         if todo:
             ceilings = start_run(results, config, todo[0], device, dtype)
         for row in by_row(todo).values():
-            build = cache(partial(build_stage, config, row[0], device, dtype, folder))
+            if lockstep is not None:
+                lockstep.tell((row, ceilings))
+            build = cache(partial(build_stage, config, row[0], device, dtype, folder, lockstep))
             for case in row:
                 record = measure_case(build, config, case, ceilings, dtype) | {"run": len(results["runs"]) - 1}
                 records.put(asdict(case), record)
@@ -76,8 +81,29 @@ def run_benchmark(
                 log.info("%s, %d frames: %s", case.row, case.frames, outcome(record))
             del build
             release()
+        if lockstep is not None:
+            lockstep.tell(None)
         on_record(results)
         return results
+
+
+def follow_benchmark(
+    config: BenchmarkConfig, device: torch.device, dtype: torch.dtype, folder: Path, lockstep: Lockstep
+) -> None:
+    """Compute the videos that the leading rank measures, until it measures nothing more; arguments as there."""
+    plan_cases(config, num_ranks(lockstep))
+    while (order := lockstep.hear()) is not None:
+        row, ceilings = order
+        build = cache(partial(build_stage, config, row[0], device, dtype, folder, lockstep))
+        for case in row:
+            measure_case(build, config, case, ceilings, dtype)
+        del build
+        release()
+
+
+def num_ranks(lockstep: Lockstep | None) -> int:
+    """Number of ranks that compute a video together."""
+    return 1 if lockstep is None else lockstep.size
 
 
 def shared_settings(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def add_speed_flags(parser: Parser) -> None:
         "--fp8": "linear layers in FP8: faster, less exact; Ada or Hopper GPUs",
         "--tiny_vae": "decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact",
         "--kernels": "our Triton kernels between products",
+        "--exchange": "how GPUs that compute one video exchange tokens for heads",
     }.items():
         field = f"speed.{flag[2:]}"
         is_open = flag in WHERE_IT_PAYS and parser.default_of(field) is None

@@ -27,11 +27,12 @@ class Lockstep:
 
     Attributes:
         leads: whether this process is the one that decides, decodes and writes.
+        size: number of processes.
     """
 
     def __init__(self) -> None:
         self._orders = distributed.new_group(backend="gloo")
-        self.leads = distributed.get_rank() == 0
+        self.leads, self.size = distributed.get_rank() == 0, distributed.get_world_size()
 
     def tell(self, order: Any) -> None:
         """Give an order to the others; for the process that leads."""

@@ -18,7 +18,7 @@ from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
-from arl2.inference.sequence_parallel import SequenceParallel
+from arl2.inference.sequence_parallel import Exchange, SequenceParallel, new_sequence_parallel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
@@ -170,16 +170,19 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Whether a block is decoded while the next is denoised."""
         return self._side is not None
 
-    def parallelize(self) -> None:
+    def parallelize(self, exchange: Exchange = Exchange.AUTO) -> None:
         """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
 
         All of them must make the same calls, and all get the same latents; memories hold the heads of their process.
         Call it before `optimize_for_inference`, which makes the form of the transformer that does it.
 
+        Args:
+            exchange: how GPUs exchange tokens for heads.
+
         Raises:
-            InputError: the heads do not divide over the processes.
+            InputError: the heads do not divide over the processes, or the GPUs cannot exchange in this way.
         """
-        self._parallel = SequenceParallel(self.transformer.config.num_heads)
+        self._parallel = new_sequence_parallel(self.transformer.config.num_heads, self.transformer.device, exchange)
         self.transformer.head_shards = self._parallel.size
 
     def optimize_for_inference(self, speed: SpeedConfig) -> None:
@@ -213,7 +216,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels), self._parallel)
         self._undo.callback(fast.release)
         self._pool = MemoryPool(self.transformer)
-        if not speed.cuda_graphs or self._parallel is not None:  # exchanges between GPUs are not recorded
+        if not speed.cuda_graphs or not (self._parallel is None or self._parallel.can_be_recorded):
             self._fast = fast
             return
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.

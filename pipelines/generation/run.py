@@ -71,7 +71,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
     pipeline.use_attention_backend(run.backend)
     if run.over_video:
         join_processes(run.device)
-        pipeline.parallelize()
+        pipeline.parallelize(config.speed.exchange)
     pipeline.optimize_for_inference(config.speed)
     return pipeline
 
