@@ -126,9 +126,7 @@ class SequenceParallel:
         return got
 
 
-def new_sequence_parallel(
-    num_heads: int, device: torch.device, exchange: Exchange = Exchange.AUTO
-) -> SequenceParallel:
+def new_sequence_parallel(num_heads: int, device: torch.device, exchange: Exchange = Exchange.AUTO) -> SequenceParallel:
     """Exchanges over all ranks of the default group; all of them make the same call.
 
     Args:
@@ -147,7 +145,9 @@ def new_sequence_parallel(
         assert distributed.group.WORLD is not None
         return PeerParallel(num_heads, distributed.group.WORLD)
     if exchange is Exchange.PEER:
-        raise InputError("these processes have no GPUs of one host that access each other's memory: leave exchange auto")
+        raise InputError(
+            "these processes have no GPUs of one host that access each other's memory: leave exchange auto"
+        )
     return SequenceParallel(num_heads)
 
 

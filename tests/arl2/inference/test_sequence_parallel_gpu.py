@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fast_path_gpu import gpu_blocks, gpu_model, gpu_text
+from gpu_models import SIZES, gpu_blocks, gpu_model, gpu_text
 from torch import Tensor, distributed
 
 from arl2.inference.cuda_graphs import GraphedModel
@@ -89,7 +89,7 @@ def roll(rank: int, folder: Path, kind: str, dtype_name: str, window: int | None
     usual = torch.stack(gpu_blocks(whole, model.new_memory(like(spec, dtype, 1)), gpu_text(model), 6)) - expected
     whole.release()
     model.head_shards = RANKS
-    parallel = InferenceModel(model, fast, fp8, fast, new_sequence_parallel(SIZES_HEADS, device, Exchange.PEER))
+    parallel = InferenceModel(model, fast, fp8, fast, new_sequence_parallel(SIZES["num_heads"], device, Exchange.PEER))
     graphed, pool = GraphedModel(parallel, device), MemoryPool(model)
     for video in range(3):
         found = torch.stack(gpu_blocks(graphed, pool.new_memory(like(spec, dtype, RANKS)), gpu_text(model), 6))
@@ -102,9 +102,6 @@ def roll(rank: int, folder: Path, kind: str, dtype_name: str, window: int | None
         assert torch.equal(*parts)
     assert graphed.num_graphs > 0
     distributed.destroy_process_group()
-
-
-SIZES_HEADS = 2
 
 
 def like(spec: MemorySpec, dtype: torch.dtype, shards: int) -> MemorySpec:
