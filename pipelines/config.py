@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 
 import torch
 
-from arl2.inference.sequence_parallel import Exchange
+from arl2.inference.parallel.factory import Exchange
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from arl2.trained_memory import TrainedMemory, describe_memory
@@ -175,6 +175,8 @@ class SpeedConfig:
         tiny_vae: weights of a tiny decoder in TAEHV's format, such as taew2_1.pth, to decode with: quicker, less exact.
         exchange: how GPUs that compute one video together exchange tokens for heads: "peer" writes into the memory of
             other GPUs of the host, "collective" uses NCCL, without CUDA graphs; "auto" is "peer" where it can be.
+        shard_weights: of GPUs that compute one video together with the "peer" exchange, each keeps a part of the large
+            weights, and fetches those of the next layer while one computes.
         kernels: what lies between products by Triton kernels of our own; null for with CUDA graphs, on a GPU with
             Triton, in half precision. Passes that are not recorded leave it to compiled blocks, if blocks are compiled.
     """
@@ -187,6 +189,7 @@ class SpeedConfig:
     kernels: bool | None = None
     tiny_vae: PathText | None = None
     exchange: Exchange = Exchange.AUTO
+    shard_weights: bool = False
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Self:
         """With every switch that was left open thrown as it pays on a device for weights of a type."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention, StateView, combine
 from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
-from arl2.inference.linear import FusedLinear, inference_linear
-from arl2.inference.sequence_parallel import SequenceParallel
+from arl2.inference.linear import FusedLinear, Weight, inference_linear, weight_name
+from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
@@ -77,6 +77,14 @@ class FastBlock(nn.Module):
     def parts(self) -> dict[str, nn.Linear]:
         """Projections of self-attention by name, ordered so that those needed by a pass are neighbours."""
         return {"q": self.attention.q, "k": self.attention.k, "v": self.attention.v}
+
+    def large_weights(self) -> list[Weight]:
+        """Weights of the products that take most of the block's memory, apart from the model's own modules."""
+        self.ffn_in, self.ffn_out = (
+            like(linear, linear.weight, linear.bias) if isinstance(linear, nn.Linear) else linear
+            for linear in (self.ffn_in, self.ffn_out)
+        )
+        return [Weight(module, weight_name(module)) for module in (self.projections.product, self.ffn_in, self.ffn_out)]
 
     def forward(
         self,

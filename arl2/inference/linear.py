@@ -118,6 +118,20 @@ def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
     return FP8Linear(linear.weight, linear.bias) if fp8 else linear
 
 
+class Weight(NamedTuple):
+    """The tensor `name` of `module`."""
+
+    module: nn.Module
+    name: str
+
+
+def weight_name(linear: nn.Module) -> str:
+    """Name of the tensor that holds a linear layer's weight."""
+    if isinstance(linear, FP8Linear):
+        return "values_NK"
+    return "weight_NK" if isinstance(linear, RowsLinear) else "weight"
+
+
 def separate(module: nn.Module) -> None:
     """Copy every parameter that is a view of a larger tensor, so that the larger one can be freed.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from arl2.inference.blocks import (
     BatchedStateWrites,
     BlockForm,
+    FastBlock,
     FastHybridBlock,
     compiled,
     fast_block,
@@ -19,7 +20,7 @@ from arl2.inference.blocks import (
 )
 from arl2.inference.fused_ops import DeferredResidual, FusedOps
 from arl2.inference.linear import separate
-from arl2.inference.sequence_parallel import SequenceParallel
+from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedWeights
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from wan.model import CausalWanModel, PassOutput, TextKV
@@ -42,6 +43,8 @@ class InferenceModel:
             `arl2.inference.fused_ops.require_kernels`.
         parallel: ranks that compute every pass together; all call with the same arguments, and all get the result.
             Memories hold the heads of their rank: see `wan.memory.MemorySpec.head_shards`.
+        sharded: shards the large weights of all blocks but the first over these ranks; None keeps them whole. Until
+            `release`, the parameters of the model that are sharded are on the meta device.
     """
 
     def __init__(
@@ -51,15 +54,27 @@ class InferenceModel:
         fp8: bool = False,
         kernels: bool = False,
         parallel: SequenceParallel | None = None,
+        sharded: ShardedWeights | None = None,
     ) -> None:
         self.model = model
+        self._sharded = sharded
         self._parallel = parallel
         self._fp8 = fp8
         self._compile_fn = compiled if compile else uncompiled
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
         form = BlockForm(new_fused_ops(fp8, kernels), self._compile_fn, parallel)
-        self._blocks = [fast_block(block, form).eval() for block in model.layers()]
+        self._blocks: list[FastBlock] = []
+        for block in model.layers():
+            self._blocks.append(fast_block(block, form).eval())
+            if sharded is None:
+                continue
+            if len(self._blocks) == 1:
+                sharded.keep()  # no block runs before it, under which to fetch its weights
+            else:
+                sharded.add(self._blocks[-1].large_weights(), block)
+        if sharded is not None:
+            sharded.finish()
 
     def without_kernels(self) -> Self:
         """Copy that shares the weights and uses the plain functions between products."""
@@ -72,6 +87,8 @@ class InferenceModel:
     def release(self) -> None:
         """Give the model's parameters tensors of their own again; this object must not be called afterwards."""
         self._blocks = []
+        if self._sharded is not None:
+            self._sharded.release()
         separate(self.model)
 
     def tokens_per_frame(self, height: int, width: int) -> int:
@@ -101,6 +118,8 @@ class InferenceModel:
         to_write = sum(isinstance(block, FastHybridBlock) for block in self._blocks) if remember else 0
         for layer, (block, view, kv) in enumerate(zip(self._blocks, views, text, strict=True)):
             delta_out = None
+            if self._sharded is not None:
+                self._sharded.before(layer)
             if to_write and isinstance(block, FastHybridBlock):
                 if not waiting:
                     ranks = 1 if parallel is None else parallel.size

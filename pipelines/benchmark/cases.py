@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
-from arl2.inference.sequence_parallel import check_divides
+from arl2.inference.parallel.sequence_parallel import check_divides
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
 from arl2.rollout import num_blocks

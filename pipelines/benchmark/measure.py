@@ -349,7 +349,7 @@ def measure_case(
             if stage.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(stage.device)
             run(stage, case, case.frames, trace)
-            repeats.append(_repeat(trace, case, config, flops, ceilings, stage.device))
+            repeats.append(_repeat(trace, case, config, flops, ceilings, stage))
     except RuntimeError as error:
         # Of several ranks, the others would wait for this one.
         if case.ranks > 1 or not (isinstance(error, NonFiniteBlockError) or out_of_memory(error)):
@@ -389,10 +389,12 @@ def warm_up(stage: Stage, case: Case) -> float:
 
 
 def _repeat(
-    trace: Trace, case: Case, config: BenchmarkConfig, flops: Flops, ceilings: Ceilings, device: torch.device
+    trace: Trace, case: Case, config: BenchmarkConfig, flops: Flops, ceilings: Ceilings, stage: Stage
 ) -> dict[str, Any]:
     columns = metrics(trace, case, config.blocks(case.frames), flops, ceilings)
-    columns["peak_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    columns["peak_bytes"] = None
+    if stage.device.type == "cuda":
+        columns["peak_bytes"] = torch.cuda.max_memory_allocated(stage.device) + stage.pipeline.symmetric_bytes
     return {
         "metrics": columns,
         "dit_block_seconds": latencies(trace),

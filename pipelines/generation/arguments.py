@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from arl2.inference.sequence_parallel import check_divides
+from arl2.inference.parallel.sequence_parallel import check_divides
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, rank_and_world_size
@@ -108,6 +108,7 @@ def add_speed_flags(parser: Parser) -> None:
         "--fp8": "linear layers in FP8: faster, less exact; Ada or Hopper GPUs",
         "--tiny_vae": "decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact",
         "--kernels": "our Triton kernels between products",
+        "--shard_weights": "of GPUs that compute one video, each keeps a part of the large weights",
         "--exchange": "how GPUs that compute one video exchange tokens for heads",
     }.items():
         field = f"speed.{flag[2:]}"

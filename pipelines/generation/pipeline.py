@@ -18,7 +18,8 @@ from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
-from arl2.inference.sequence_parallel import Exchange, SequenceParallel, new_sequence_parallel
+from arl2.inference.parallel.factory import Exchange, new_sequence_parallel, new_sharded_weights
+from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedWeights
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
@@ -91,6 +92,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._pool: MemoryPool | None = None
         self._side: SideStream | None = None
         self._parallel: SequenceParallel | None = None
+        self._sharded: ShardedWeights | None = None
         self._known_cuts = set[str]()
         self._memories_warned_of: set[tuple[int | None, int]] = set()
         self._undo = ExitStack()
@@ -166,6 +168,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         return self._fast or self.transformer
 
     @property
+    def symmetric_bytes(self) -> int:
+        """Bytes on this GPU that others of a parallel run can address; PyTorch's allocator does not count them."""
+        return sum(part.symmetric_bytes for part in (self._parallel, self._sharded) if part is not None)
+
+    @property
     def overlaps_decoding(self) -> bool:
         """Whether a block is decoded while the next is denoised."""
         return self._side is not None
@@ -208,15 +215,18 @@ class CausalVideoPipeline(DiffusionPipeline):
             self.wan_vae.tiny = load_tiny_decoder(
                 speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
             )
-        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels or self._parallel is not None):
+        parallel = self._parallel
+        self._sharded = sharded = new_sharded_weights(parallel, device) if speed.shard_weights else None
+        if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels or parallel is not None):
             return
         # On the CPU the adapters' layers cost a GPU no memory, and come back exactly.
         adapters = self.transformer.merge_ffn_lora(keep_on=torch.device("cpu"))
         self._undo.callback(self.transformer.unmerge_ffn_lora, adapters)
-        fast = InferenceModel(self.transformer, bool(speed.compile), speed.fp8, bool(speed.kernels), self._parallel)
+        switches = bool(speed.compile), speed.fp8, bool(speed.kernels)
+        fast = InferenceModel(self.transformer, *switches, parallel, sharded)
         self._undo.callback(fast.release)
         self._pool = MemoryPool(self.transformer)
-        if not speed.cuda_graphs or not (self._parallel is None or self._parallel.can_be_recorded):
+        if not speed.cuda_graphs or not (parallel is None or parallel.can_be_recorded):
             self._fast = fast
             return
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.

@@ -11,7 +11,7 @@ from tiny_models import TINY
 from torch import Tensor, distributed
 
 from arl2.inference.model import InferenceModel
-from arl2.inference.sequence_parallel import SequenceParallel, check_divides
+from arl2.inference.parallel.sequence_parallel import SequenceParallel, check_divides
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.rollout import predict_flow, remember_block
 from wan.model import FlowModel

@@ -12,7 +12,8 @@ from torch import Tensor, distributed
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
-from arl2.inference.sequence_parallel import Exchange, SequenceParallel, new_sequence_parallel
+from arl2.inference.parallel.factory import Exchange, new_sequence_parallel, new_sharded_weights
+from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.ops.gated_delta import WriteBackend
 from wan.memory import MemorySpec
 
@@ -131,3 +132,32 @@ def test_recorded_passes_over_two_gpus(
     kind: str, dtype: str, window: int | None, fast: bool, fp8: bool, tmp_path: Path
 ) -> None:
     in_two_processes(roll, tmp_path, kind, dtype, window, fast, fp8)
+
+
+def shard(rank: int, folder: Path, fp8: bool, kernels: bool) -> None:
+    """Blocks with sharded weights, and the model after it has them back, compared with whole ones."""
+    device = join(rank, folder)
+    model = gpu_model(torch.bfloat16, WriteBackend.AUTO, LAYERS["hybrid"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    parallel = new_sequence_parallel(SIZES["num_heads"], device, Exchange.PEER)
+    model.head_shards, spec = RANKS, MemorySpec(1, 24, device, torch.bfloat16, 18, 9, 3, head_shards=RANKS)
+    videos = []
+    for sharded in (None, new_sharded_weights(parallel, device), None):
+        form = InferenceModel(model, kernels, fp8, kernels, parallel, sharded)
+        on_meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        assert bool(on_meta) == (sharded is not None and not fp8)
+        graphed, pool = GraphedModel(form, device), MemoryPool(model)
+        videos += [torch.stack(gpu_blocks(graphed, pool.new_memory(spec), gpu_text(model), 6)) for _ in range(2)]
+        assert graphed.num_graphs > 0
+        del graphed
+        form.release()
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(video, videos[0]) for video in videos)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("fp8", "kernels"), [(False, False), (False, True), (True, True)])
+def test_sharded_weights_change_nothing(fp8: bool, kernels: bool, tmp_path: Path) -> None:
+    in_two_processes(shard, tmp_path, fp8, kernels)

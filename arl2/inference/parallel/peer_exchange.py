@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, distributed
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from arl2.inference.sequence_parallel import SequenceParallel
+from arl2.inference.parallel.sequence_parallel import SequenceParallel
 
 ALIGNMENT = 128
 """Parts of an exchange begin at multiples of so many bytes."""
@@ -87,6 +87,11 @@ class PeerParallel(SequenceParallel):
     """
 
     can_be_recorded = True
+
+    @property
+    def symmetric_bytes(self) -> int:  # type: ignore[override]
+        """See `SequenceParallel`."""
+        return sum(len(buffers.own) for buffers in self._buffers.values())
 
     def __init__(self, num_heads: int, group: distributed.ProcessGroup) -> None:
         super().__init__(num_heads, group)

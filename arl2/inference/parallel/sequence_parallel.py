@@ -7,24 +7,15 @@ exchanges per layer lie between. Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 A rank's tokens are an equal part of every latent frame: modulations, which are per frame, stay as they are.
 """
 
-import socket
 from collections.abc import Sequence
-from enum import StrEnum
+from typing import Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from arl2.inference.linear import Weight
 from wan.ops.rope import Rotary
-from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
-
-
-class Exchange(StrEnum):
-    """How ranks exchange tokens for heads: the faster of what they can do, by collectives, or by stores into peers."""
-
-    AUTO = "auto"
-    COLLECTIVE = "collective"
-    PEER = "peer"
 
 
 def check_divides(num_heads: int, tokens_per_frame: int, size: int) -> None:
@@ -54,15 +45,17 @@ class SequenceParallel:
 
     Attributes:
         can_be_recorded: whether CUDA graphs can record the exchanges. A recorded all-to-all of NCCL was seen to hang.
+        symmetric_bytes: bytes of memory that other ranks can address, which PyTorch's allocator does not count.
 
     Raises:
         InputError: the heads do not divide over the ranks.
     """
 
     can_be_recorded = False
+    symmetric_bytes = 0
 
     def __init__(self, num_heads: int, group: distributed.ProcessGroup | None = None) -> None:
-        self._group = group
+        self.group = group
         self.size, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
         check_divides(num_heads, self.size, self.size)
 
@@ -87,7 +80,7 @@ class SequenceParallel:
         """All tokens from every rank's, [B, L, D]; the inverse of `shard`."""
         mine = x_BLD.contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        distributed.all_gather(parts, mine, group=self._group)
+        distributed.all_gather(parts, mine, group=self.group)
         return torch.stack([part.unflatten(1, (num_frames, -1)) for part in parts], dim=2).flatten(1, 3)
 
     def to_heads(self, parts: Sequence[Tensor], num_frames: int) -> list[Tensor]:
@@ -122,47 +115,28 @@ class SequenceParallel:
         """Send part i of the first axis to rank i, and receive one from each."""
         sent = sent.contiguous()
         got = torch.empty_like(sent)
-        distributed.all_to_all_single(got, sent, group=self._group)
+        distributed.all_to_all_single(got, sent, group=self.group)
         return got
 
 
-def new_sequence_parallel(num_heads: int, device: torch.device, exchange: Exchange = Exchange.AUTO) -> SequenceParallel:
-    """Exchanges over all ranks of the default group; all of them make the same call.
+class ShardedWeights(Protocol):
+    """Interface of `arl2.inference.parallel.weight_sharding.ShardedWeights`, which needs GPUs."""
 
-    Args:
-        num_heads: heads of the model.
-        device: this rank's.
-        exchange: `PEER` needs GPUs of one host that can access each other's memory, and Triton.
+    @property
+    def symmetric_bytes(self) -> int:
+        """Bytes of this rank's shards."""
 
-    Raises:
-        InputError: the heads do not divide over the ranks, or `PEER` is asked for and cannot be.
-    """
-    check_divides(num_heads, distributed.get_world_size(), distributed.get_world_size())
-    is_reachable = exchange is not Exchange.COLLECTIVE and peers_are_reachable(device)
-    if is_reachable:
-        from arl2.inference.peer_exchange import PeerParallel  # needs Triton and a GPU
+    def keep(self) -> None:
+        """Add a layer that every rank keeps whole."""
 
-        assert distributed.group.WORLD is not None
-        return PeerParallel(num_heads, distributed.group.WORLD)
-    if exchange is Exchange.PEER:
-        raise InputError(
-            "these processes have no GPUs of one host that access each other's memory: leave exchange auto"
-        )
-    return SequenceParallel(num_heads)
+    def add(self, weights: Sequence[Weight], owner: nn.Module) -> None:
+        """Add a layer whose weights are sharded."""
 
+    def finish(self) -> None:
+        """Prepare for passes."""
 
-def peers_are_reachable(device: torch.device) -> bool:
-    """Returns whether every rank of the default group has a GPU that can access the memory of all others'.
+    def before(self, index: int) -> None:
+        """Let the current stream have a layer's weights when it comes to it."""
 
-    All ranks make the same call.
-    """
-    if device.type != "cuda" or distributed.get_backend() != "nccl":
-        return False
-    places: list[tuple[str, int]] = [("", 0)] * distributed.get_world_size()
-    distributed.all_gather_object(places, (socket.gethostname(), device.index))
-    others = [index for _, index in places if index != device.index]
-    mine = triton_installed() and len(set(places)) == len(places) and len({host for host, _ in places}) == 1
-    mine = mine and all(torch.cuda.can_device_access_peer(device, other) for other in others)
-    answers = [False] * len(places)
-    distributed.all_gather_object(answers, mine)
-    return all(answers)
+    def release(self) -> None:
+        """Give the model its parameters back."""
