@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,14 +19,14 @@ from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
-from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
 from pipelines.feasibility import check_speed
-from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.decoding import BlockDecoder, Phase
 from pipelines.generation.lockstep import Lockstep
-from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
+from pipelines.generation.streaming import SideStream, finished
 from pipelines.media.images import Picture, first_frames
-from pipelines.media.video import to_uint8
 from pipelines.prompts.files import check_prompt
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
@@ -46,7 +45,6 @@ from wan.vae.wan_vae import WanVAE, load_vae
 log = logging.getLogger(__name__)
 
 SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 class CausalVideoPipeline(DiffusionPipeline):
@@ -376,53 +374,23 @@ class CausalVideoPipeline(DiffusionPipeline):
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
+        decode = BlockDecoder(self.wan_vae, size, self._side, context, given, phase, lockstep)
         if lockstep is not None:
             generated = lockstep.blocks(iter(generated))
-            if not lockstep.leads:
-                deque(generated, maxlen=0)
-                return
-        for block in finished(self._decoder(context, given, phase), generated, device):
-            broken = block.finite.first_broken()
+        finish = lockstep.together(decode) if lockstep is not None and decode.divided else decode
+        leads = lockstep is None or lockstep.leads
+        for block in finished(finish, generated, device):
+            broken = block.finite.first_broken() if leads else None
             if broken is not None:
                 raise NonFiniteBlockError(block.index, broken)
             block.frames_BTHWC.join()
-            yield block
+            if leads:
+                yield block
 
     def _encode_image(self, image: Picture | Sequence[Picture], batch: int, height: int, width: int) -> Tensor:
         """Latents [B, F, C, h, w] of the frames to start with; see `stream`."""
         given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
         return self.wan_vae.encode(given_BTCHW.to(self._execution_device, self.wan_vae.dtype))
-
-    def _decoder(
-        self, context_BFCHW: Tensor | None, given: Mapping[str, Tensor], phase: Phase
-    ) -> Callable[[GeneratedBlock], VideoBlock]:
-        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing.
-
-        Args:
-            given: what all blocks are made from, checked with the first of them. Held by the caller until then.
-        """
-        vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
-        unchecked = dict(given)
-        with aside():
-            decoder, head = vae.decode_stream(), list[Tensor]()
-            if context_BFCHW is not None:
-                with phase("vae"):
-                    head.append(decoder.decode(context_BFCHW.to(vae.dtype), clamp=False))
-
-        def decode(block: GeneratedBlock) -> VideoBlock:
-            with aside():
-                latents = block.latents_BFCHW
-                with phase("vae"):
-                    pixels = torch.cat([*head, decoder.decode(latents.to(vae.dtype), clamp=False)], dim=1)
-                # Before clamping, which makes a number of infinity.
-                finite = FiniteCheck({**unchecked, LATENTS: latents, PIXELS: pixels})
-                pixels.clamp_(-1, 1)
-                head.clear()
-                unchecked.clear()
-                frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
-            return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
-
-        return decode
 
     @torch.no_grad()
     def __call__(

@@ -18,8 +18,9 @@ from arl2.rollout import num_blocks
 from pipelines.generation.announcements import announced
 from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.blocks import NonFiniteBlockError, VideoBlock
+from pipelines.generation.decoding import Phase
 from pipelines.generation.lockstep import Lockstep, join_processes
-from pipelines.generation.pipeline import CausalVideoPipeline, Phase
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
     identity_of,
     image_of,
@@ -96,7 +97,7 @@ def generate(
     """
     # As the model means it, so that a video is the same one whichever way its memory was asked for.
     run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
-    lockstep = Lockstep() if run.over_video else None
+    lockstep = Lockstep(run.device) if run.over_video else None
     if lockstep is not None and not lockstep.leads:
         follow(run, pipeline, lockstep)
         return 0

@@ -11,6 +11,7 @@ What is computed twice, in the released decoder for 480 × 832 pixels: the deare
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 ALL_ROWS = slice(None)
@@ -37,7 +38,8 @@ class Rows(NamedTuple):
         return ALL_ROWS if self == outer else slice(self.begin - outer.begin, self.end - outer.begin)
 
 
-class Band(NamedTuple):
+@dataclass(frozen=True)
+class Band:
     """One of `count` bands of rows, as equal in height as can be, that together are a frame.
 
     Attributes:

@@ -1,6 +1,5 @@
 """Bands of a frame, decoded apart, are the frame; and what that costs."""
 
-from itertools import product
 from typing import Any
 
 import pytest
