@@ -31,6 +31,7 @@ from wan.utils.ranges import Count, typed
 from wan.vae.wan_vae import WAN21_VAE, spatial_stride
 
 GIGABYTE = 1e9
+DECODING = "decoding"
 TRITON_CAPABILITY = (7, 0)
 """Compute capability of the oldest GPUs that Triton compiles for."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -68,6 +69,16 @@ class Estimate:
     def total(self) -> int:
         """All of them together."""
         return sum(self.parts.values())
+
+    def divided(self, device: torch.device, vae_device: torch.device) -> dict[torch.device, "Estimate"]:
+        """What each of the devices needs of it; a VAE on a device of its own decodes there."""
+        if vae_device == device:
+            return {device: self}
+        here, there = (
+            {name: self.parts[name] for name in self.parts if (name == DECODING) is is_there}
+            for is_there in (False, True)
+        )
+        return {device: Estimate(here), vae_device: Estimate(there)}
 
 
 @lru_cache(maxsize=8)
@@ -183,7 +194,7 @@ def room_for_generation(
         parts["latents"] = 4 * batch * latents
     elif config.speed.tiny_vae is None:
         frames = min(4, 4 * config.num_output_frames - 3)
-        parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
+        parts[DECODING] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
     return Estimate(parts)
 
 
@@ -253,6 +264,7 @@ def check_speed(speed: SpeedConfig, device: torch.device, dtype: torch.dtype, di
         InputError: it cannot; the message names the switch.
     """
     speed = speed.on(device, dtype)
+    speed.vae_on(device)
     for switch in ("cuda_graphs", "overlap_decoding"):
         if vars(speed)[switch] and device.type != "cuda":
             raise InputError(f"{switch} needs a GPU: leave it off")

@@ -66,8 +66,7 @@ class SpanTimer(PhaseTimer):
 
     def spans(self, name: str) -> list[float]:
         """Seconds of every span of a phase, in order; waits for the GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self.synchronize()
         return [span() for span in self._spans[name]]
 
 
@@ -137,7 +136,7 @@ def build_stage(config: BenchmarkConfig, case: Case, device: torch.device, dtype
 
 def generate_video(stage: Stage, case: Case, frames: int, trace: Trace) -> None:
     """Generate, decode and write a video of `frames` frames."""
-    config, timer = stage.config, SpanTimer(stage.device)
+    config, timer = stage.config, SpanTimer(stage.device, {"vae": stage.pipeline.wan_vae.device})
     with tempfile.TemporaryDirectory(dir=stage.folder) as folder:
         trace.start = time.perf_counter()
         with VideoWriter(Path(folder) / "video.mp4", config.height, config.width, fps=config.fps) as writer:

@@ -20,7 +20,7 @@ from arl2.inference.model import InferenceModel
 from arl2.inference.sequence_parallel import SequenceParallel
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, predict_flow, remember_block, rollout
-from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
+from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size, stored_sampling
 from pipelines.feasibility import check_speed
 from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
 from pipelines.generation.decoding import BlockDecoder, Phase
@@ -28,7 +28,6 @@ from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.streaming import SideStream, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.prompts.files import check_prompt
-from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
@@ -36,15 +35,13 @@ from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.device import wide_range_dtype
-from wan.utils.errors import CheckpointError, InputError
+from wan.utils.errors import InputError
 from wan.utils.files import writing
-from wan.utils.ranges import declarations, typed
+from wan.utils.ranges import typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
-
-SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
 
 
 class CausalVideoPipeline(DiffusionPipeline):
@@ -105,6 +102,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         hybrid: HybridSettings = HybridSettings(),
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),
+        vae_device: torch.device | None = None,
         seed: int = 0,
         **sampling: Any,
     ) -> Self:
@@ -118,6 +116,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
             torch_dtype, device: of all parts; float16 only of the transformer.
+            vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
             sampling: settings of this class that replace those stored in the folder.
 
@@ -129,7 +128,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         transformer, _ = build_hybrid(
             weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )
-        vae = load_vae(folder, dtype=torch_dtype, device=device)
+        vae = load_vae(folder, dtype=torch_dtype, device=vae_device or device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
         pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
         pipeline.load_seconds = time.perf_counter() - begin
@@ -159,6 +158,17 @@ class CausalVideoPipeline(DiffusionPipeline):
             give_umask_mode(Path(save_directory))
 
     @property
+    def device(self) -> torch.device:
+        """The transformer's device."""
+        device: torch.device = self.transformer.device
+        return device
+
+    @property
+    def vae_is_apart(self) -> bool:
+        """Whether the VAE has a device of its own: then pixels are there, and latents are copied."""
+        return self.wan_vae.device != self.device
+
+    @property
     def flow_model(self) -> FlowModel:
         """Model that computes the transformer's passes: itself, or its fast form."""
         return self._fast or self.transformer
@@ -166,7 +176,32 @@ class CausalVideoPipeline(DiffusionPipeline):
     @property
     def overlaps_decoding(self) -> bool:
         """Whether a block is decoded while the next is denoised."""
-        return self._side is not None
+        on_two_gpus = self.vae_is_apart and {self.device.type, self.wan_vae.device.type} == {"cuda"}
+        return self._side is not None or on_two_gpus
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            InputError: the VAE has a device of its own.
+        """
+        self._require_one_device("enable_model_cpu_offload")
+        super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            InputError: the VAE has a device of its own.
+        """
+        self._require_one_device("enable_sequential_cpu_offload")
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def _require_one_device(self, what: str) -> None:
+        if self.vae_is_apart:
+            raise InputError(
+                f"{what} needs all parts on {self.device}, the VAE is on {self.wan_vae.device}: leave vae_device out"
+            )
 
     def parallelize(self) -> None:
         """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
@@ -175,8 +210,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         Call it before `optimize_for_inference`, which makes the form of the transformer that does it.
 
         Raises:
-            InputError: the heads do not divide over the processes.
+            InputError: the heads do not divide over the processes, or the VAE has a device of its own.
         """
+        self._require_one_device("parallelize, with which every process decodes a part of each frame,")
         self._parallel = SequenceParallel(self.transformer.config.num_heads)
         self.transformer.head_shards = self._parallel.size
 
@@ -197,11 +233,13 @@ class CausalVideoPipeline(DiffusionPipeline):
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
         self._fast = self._pool = None
         self._undo.close()
-        self._side = SideStream(device) if speed.overlap_decoding else None
+        if speed.vae_device is not None:
+            self._move_vae(speed.vae_on(device))
+        self._side = SideStream(device) if speed.overlap_decoding and not self.vae_is_apart else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
             self.wan_vae.tiny = load_tiny_decoder(
-                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
+                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=self.wan_vae.device
             )
         if not (speed.compile or speed.cuda_graphs or speed.fp8 or speed.kernels or self._parallel is not None):
             return
@@ -217,6 +255,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.
         launched = fast.without_kernels() if speed.kernels and speed.compile else fast
         self._fast = GraphedModel(fast, device, launched)
+
+    def _move_vae(self, device: torch.device) -> None:
+        """Move the VAE to a device until this is undone."""
+        home = self.wan_vae.device
+        if device == home:
+            return
+        if self._parallel is not None or hasattr(self.vae, "_hf_hook"):
+            raise InputError("vae_device goes neither with parallelize nor with CPU offloading: leave it out")
+        self.wan_vae.to(device)
+        self._undo.callback(self.wan_vae.to, home)
 
     @torch.no_grad()
     def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:
@@ -390,7 +438,8 @@ class CausalVideoPipeline(DiffusionPipeline):
     def _encode_image(self, image: Picture | Sequence[Picture], batch: int, height: int, width: int) -> Tensor:
         """Latents [B, F, C, h, w] of the frames to start with; see `stream`."""
         given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
-        return self.wan_vae.encode(given_BTCHW.to(self._execution_device, self.wan_vae.dtype))
+        encoded = self.wan_vae.encode(given_BTCHW.to(self.wan_vae.device, self.wan_vae.dtype))
+        return encoded.to(self._execution_device)
 
     @torch.no_grad()
     def __call__(
@@ -422,20 +471,3 @@ class CausalVideoPipeline(DiffusionPipeline):
     def use_attention_backend(self, backend: AttentionBackend) -> None:
         """Let `backend` compute all softmax attention of the transformer."""
         self.transformer.use_attention_backend(backend)
-
-
-def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
-
-    Raises:
-        CheckpointError: they are malformed or out of range.
-    """
-    index = folder / "model_index.json"
-    if not index.exists():
-        return {}
-    found = {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
-    try:
-        typed(GeneratorSampling, found, "")
-    except InputError as error:
-        raise CheckpointError(f"{index}: {error}") from error
-    return found
