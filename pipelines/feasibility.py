@@ -161,13 +161,20 @@ class StoredModel:
 
 
 def room_for_generation(
-    config: InferenceConfig, sizes: TransformerSizes, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+    config: InferenceConfig,
+    sizes: TransformerSizes,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    decodes: bool = True,
+    processes: int = 1,
 ) -> Estimate:
     """What generating videos takes at the least.
 
     Args:
         batch: videos at a time.
         decodes: whether they are decoded, block by block; else all their latents are kept.
+        processes: that compute every video together: what each of them needs, one that decodes.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or was trained with a memory that cannot hold a block.
@@ -186,15 +193,16 @@ def room_for_generation(
     block = config.frames_per_block * tokens
     parts = {
         "weights": transformer_parameters(sizes, hybrid) * dtype.itemsize + text_encoder_bytes(folder, dtype),
-        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype),
-        "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize,
+        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype) // processes,
+        "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize // processes,
     }
     if not decodes:  # then the latents of the whole video are kept
         latents = config.num_output_frames * sizes.in_dim * (config.height // stride) * (config.width // stride)
         parts["latents"] = 4 * batch * latents
     elif config.speed.tiny_vae is None:
         frames = min(4, 4 * config.num_output_frames - 3)
-        parts[DECODING] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
+        whole = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
+        parts[DECODING] = whole // processes if config.speed.fast_vae else whole
     return Estimate(parts)
 
 

@@ -153,9 +153,9 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     over_video = arguments.parallel == "video" and rank_and_world_size()[1] > 1
     check_config(config, arguments.i2v)
     check_vae_device(config, device, over_video)
-    check_device(config, device, dtype)
     if over_video:
         check_parallel(config, rank_and_world_size()[1])
+    check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
     jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
@@ -239,13 +239,20 @@ def check_vae_device(config: InferenceConfig, device: torch.device, over_video: 
 
 
 def check_device(
-    config: InferenceConfig, device: torch.device, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+    config: InferenceConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    decodes: bool = True,
+    processes: int = 1,
 ) -> None:
-    """Make sure that a device can do what a config asks for, and has room for it.
+    """Make sure that a device can do what a config asks for, and has room for it, and the VAE's likewise.
 
     Args:
         batch: videos at a time.
         decodes: whether they are decoded.
+        processes: that compute every video together.
 
     Raises:
         InputError: it cannot, or has not.
@@ -253,7 +260,7 @@ def check_device(
     folder = Path(config.model_folder)
     sizes = TransformerSizes.of(transformer_config(folder))
     check_speed(config.speed, device, dtype, sizes.dim, sizes.ffn_dim)
-    estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
+    estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes, processes=processes)
     videos = f"{batch} videos of " if batch > 1 else ""
     what = (
         f"generating {videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
