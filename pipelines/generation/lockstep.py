@@ -1,6 +1,7 @@
 """Several processes that generate the same videos together: one leads, the others follow."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ class Lockstep:
     the same orders; so exchanges of the two groups, which may be under way at one time, do not wait for one another.
 
     A process that fails while it computes or decodes a block leaves the others waiting in an exchange, until they find
-    it gone: its program must end.
+    it gone: its program must end. So after a failure the leading one gives no more orders, which nobody would hear.
 
     Args:
         device: this process's. Bands are exchanged once at the start, since the first exchange between GPUs takes long.
@@ -49,10 +50,17 @@ class Lockstep:
         self._bands = distributed.new_group()
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.leads = self.rank == _LEADER
+        self._failed = False
         self._gather(torch.zeros(1, device=device))
 
     def tell(self, order: Any) -> None:
-        """Give an order to the others; for the process that leads."""
+        """Give an order to the others; for the process that leads.
+
+        Raises:
+            RuntimeError: what was ordered before failed: nobody would hear.
+        """
+        if self._failed:
+            raise RuntimeError("an order to all processes failed: they cannot go on together")
         distributed.broadcast_object_list([order], src=_LEADER, group=self._orders)
 
     def hear(self) -> Any:
@@ -79,13 +87,13 @@ class Lockstep:
         is_over = False
         try:
             while not is_over:
-                self.tell(GO)
-                block = next(generated, None)
+                with self._ordered(GO):
+                    block = next(generated, None)
                 is_over = block is None
                 if block is not None:
                     yield block
         finally:
-            if not is_over:
+            if not is_over and not self._failed:
                 self.tell(STOP)
 
     def together(self, finish: Callable[[Block], Result]) -> Callable[[Block], Result]:
@@ -94,10 +102,18 @@ class Lockstep:
             return finish
 
         def finish_together(block: Block) -> Result:
-            self.tell(FINISH)
-            return finish(block)
+            with self._ordered(FINISH):
+                return finish(block)
 
         return finish_together
+
+    @contextmanager
+    def _ordered(self, order: str) -> Iterator[None]:
+        """Order what all processes do inside. Left by an error, this one is no more where the others wait for it."""
+        self.tell(order)
+        self._failed = True
+        yield
+        self._failed = False
 
     def band(self, latent_rows: int) -> Band:
         """The band of a video's rows that this process decodes.

@@ -207,7 +207,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
 
         All of them must make the same calls, and all get the same latents; memories hold the heads of their process.
-        Call it before `optimize_for_inference`, which makes the form of the transformer that does it.
+        Call it before `optimize_for_inference`, which makes the form of the transformer that does it. `stream` divides
+        decoding too, if it is given a `Lockstep` and the fast decoder is on.
 
         Raises:
             InputError: the heads do not divide over the processes, or the VAE has a device of its own.
@@ -382,7 +383,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
             memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
-            lockstep: of processes that compute the video together; those that follow hand out nothing.
+            lockstep: of processes that compute the video together. Each decodes a band of rows with the fast decoder;
+                others work on the leading process alone. Those that follow hand out nothing.
 
         Yields:
             blocks in order; the first brings the given frames too. On a GPU the next block is computed meanwhile: take
