@@ -19,14 +19,15 @@ Phase = Callable[[str], AbstractContextManager[None]]
 class BlockDecoder:
     """Gives the generated blocks of one video, in order, their frames; waits for nothing, if the VAE is on a GPU.
 
-    Latents are copied to the VAE's device if they are on another. Of two GPUs each does its own work meanwhile, so that
-    a block is decoded beside the next one's denoising without a stream of its own.
+    Latents are copied to the VAE's device if they are on another. If both are GPUs, a block is decoded beside the next
+    one's denoising without a stream of its own.
 
-    Processes that compute a video together decode a band of its rows each, if the decoder can; else the leading one
-    decodes alone. Either way only the leading one has whole frames.
+    Processes that compute a video together decode a band of its rows each, with the fast decoder. Diffusers' decoder
+    and the tiny one work on whole frames, on the leading process alone. Only that process gets whole frames.
 
     Args:
         vae: decodes, with its weights as they are now.
+        latent_size: height and width of the latents.
         side: stream to decode on; None for the current one of the VAE's device.
         context_BFCHW: latents of given frames, decoded at once and handed out with the first block's.
         given: what all blocks are made from, checked with the first of them. Held by the caller until then.

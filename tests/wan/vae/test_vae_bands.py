@@ -125,12 +125,12 @@ MOST = {2: ((75, 58, 53, 51), 54), 4: ((70, 41, 32, 27), 33), 8: ((60, 28, 19, 1
 
 
 @pytest.mark.parametrize("count", MOST)
-def test_what_the_dearest_band_costs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_most_expensive_band_costs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 480 × 832 pixels, by the released decoder; the numbers in `wan.vae.bands`."""
     with torch.device("meta"):
         decoder = FastDecoder(new_vae(WAN21_VAE))
     whole = work(decoder, None, monkeypatch)
     bands = [work(decoder, Band(index, count), monkeypatch) for index in range(count)]
-    dearest = max(bands, key=sum)
-    parts = tuple(round(100 * part / all_of_it) for part, all_of_it in zip(dearest, whole, strict=True))
-    assert (parts, round(100 * sum(dearest) / sum(whole))) == MOST[count]
+    largest = max(bands, key=sum)
+    parts = tuple(round(100 * part / all_of_it) for part, all_of_it in zip(largest, whole, strict=True))
+    assert (parts, round(100 * sum(largest) / sum(whole))) == MOST[count]
