@@ -142,6 +142,7 @@ def watched(pixels: Callable[..., Tensor], heights: set[int]) -> Callable[..., T
 
 @pytest.fixture(scope="module")
 def alone() -> Videos:
+    torch.set_num_threads(1)  # as started processes have it: on a busy machine threads wait for one another
     return all_videos(None)
 
 
