@@ -3,7 +3,7 @@
     python inference.py --config configs/causal_forcing_dmd_chunkwise.yaml --output_folder output/chunkwise \\
         --checkpoint_path checkpoints/chunkwise/causal_forcing.pt --data_path prompts/test.txt
 
-Under torchrun the prompts are divided over the ranks.
+Under torchrun the prompts are divided over the ranks; with --parallel video all ranks compute every video together.
 """
 
 from wan.utils.signals import end_on_signals

@@ -189,7 +189,7 @@ def choose_device(name: str | None) -> torch.device:
         raise InputError(f"device {name!r} is not supported: give cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = local_processes()
     if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     elif processes > 1:
@@ -241,6 +241,11 @@ def agreed_status(status: int) -> int:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's place among those that torchrun started; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_processes() -> int:
+    """Processes that torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def own_folder(folder: Path) -> tuple[Path, str]:

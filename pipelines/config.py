@@ -13,12 +13,13 @@ from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
+from wan.checkpoints.configs import read_config
 from wan.checkpoints.fields import LoRAAlpha
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.ranges import Bounds, Falling, LayerIndices, Length, PathText
+from wan.utils.ranges import Bounds, Falling, IsDevice, LayerIndices, Length, PathText, declarations, typed
 
 Frames = Annotated[int, Bounds(1, 10**6)]
 """Latent frames of a video."""
@@ -177,6 +178,7 @@ class SpeedConfig:
             other GPUs of the host, "collective" uses NCCL, without CUDA graphs; "auto" is "peer" where it can be.
         shard_weights: of GPUs that compute one video together with the "peer" exchange, each keeps a part of the large
             weights, and fetches those of the next layer while one computes.
+        vae_device: where the VAE is, and decodes beside the transformer's work; null for the transformer's device.
         kernels: what lies between products by Triton kernels of our own; null for with CUDA graphs, on a GPU with
             Triton, in half precision. Passes that are not recorded leave it to compiled blocks, if blocks are compiled.
     """
@@ -190,6 +192,7 @@ class SpeedConfig:
     tiny_vae: PathText | None = None
     exchange: Exchange = Exchange.AUTO
     shard_weights: bool = False
+    vae_device: Annotated[str, IsDevice()] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Self:
         """With every switch that was left open thrown as it pays on a device for weights of a type."""
@@ -203,6 +206,26 @@ class SpeedConfig:
             overlap_decoding=gpu if self.overlap_decoding is None else self.overlap_decoding,
             kernels=triton and dtype in HALF and graphs if self.kernels is None else self.kernels,
         )
+
+    def vae_on(self, device: torch.device) -> torch.device:
+        """The VAE's device for a transformer on `device`; cuda without a number is the current GPU.
+
+        Raises:
+            InputError: this machine has no such device.
+        """
+        if self.vae_device is None:
+            return device
+        found = torch.device(self.vae_device)
+        if found.type != "cuda":
+            return found
+        gpus = torch.cuda.device_count()
+        if gpus and found.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        if found.index is None or found.index >= gpus:
+            raise InputError(
+                f"vae_device: no GPU for {found}, {gpus} found: give another one, or leave it out to decode on {device}"
+            )
+        return found
 
 
 @dataclass
@@ -247,6 +270,23 @@ class GeneratorSampling(SamplingConfig):
     """
 
     context_noise: ContextNoise = 0.0
+
+
+def stored_sampling(folder: Path) -> dict[str, Any]:
+    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
+
+    Raises:
+        CheckpointError: they are malformed or out of range.
+    """
+    index = folder / "model_index.json"
+    if not index.exists():
+        return {}
+    found = {key: value for key, value in read_config(index).items() if key in declarations(GeneratorSampling)}
+    try:
+        typed(GeneratorSampling, found, "")
+    except InputError as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    return found
 
 
 @dataclass

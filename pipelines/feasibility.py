@@ -31,6 +31,7 @@ from wan.utils.ranges import Count, typed
 from wan.vae.wan_vae import WAN21_VAE, spatial_stride
 
 GIGABYTE = 1e9
+DECODING = "decoding"
 TRITON_CAPABILITY = (7, 0)
 """Compute capability of the oldest GPUs that Triton compiles for."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -68,6 +69,16 @@ class Estimate:
     def total(self) -> int:
         """All of them together."""
         return sum(self.parts.values())
+
+    def divided(self, device: torch.device, vae_device: torch.device) -> dict[torch.device, "Estimate"]:
+        """What each of the devices needs of it; a VAE on a device of its own decodes there."""
+        if vae_device == device:
+            return {device: self}
+        here, there = (
+            {name: self.parts[name] for name in self.parts if (name == DECODING) is is_there}
+            for is_there in (False, True)
+        )
+        return {device: Estimate(here), vae_device: Estimate(there)}
 
 
 @lru_cache(maxsize=8)
@@ -150,13 +161,20 @@ class StoredModel:
 
 
 def room_for_generation(
-    config: InferenceConfig, sizes: TransformerSizes, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+    config: InferenceConfig,
+    sizes: TransformerSizes,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    decodes: bool = True,
+    processes: int = 1,
 ) -> Estimate:
     """What generating videos takes at the least.
 
     Args:
         batch: videos at a time.
         decodes: whether they are decoded, block by block; else all their latents are kept.
+        processes: that compute every video together: what each of them needs, one that decodes.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or was trained with a memory that cannot hold a block.
@@ -175,15 +193,16 @@ def room_for_generation(
     block = config.frames_per_block * tokens
     parts = {
         "weights": transformer_parameters(sizes, hybrid) * dtype.itemsize + text_encoder_bytes(folder, dtype),
-        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype),
-        "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize,
+        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype) // processes,
+        "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize // processes,
     }
     if not decodes:  # then the latents of the whole video are kept
         latents = config.num_output_frames * sizes.in_dim * (config.height // stride) * (config.width // stride)
         parts["latents"] = 4 * batch * latents
     elif config.speed.tiny_vae is None:
         frames = min(4, 4 * config.num_output_frames - 3)
-        parts["decoding"] = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
+        whole = batch * decoder_bytes(folder, config.height, config.width, dtype, frames)
+        parts[DECODING] = whole // processes if config.speed.fast_vae else whole
     return Estimate(parts)
 
 
@@ -253,6 +272,7 @@ def check_speed(speed: SpeedConfig, device: torch.device, dtype: torch.dtype, di
         InputError: it cannot; the message names the switch.
     """
     speed = speed.on(device, dtype)
+    speed.vae_on(device)
     for switch in ("cuda_graphs", "overlap_decoding"):
         if vars(speed)[switch] and device.type != "cuda":
             raise InputError(f"{switch} needs a GPU: leave it off")

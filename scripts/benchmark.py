@@ -74,7 +74,7 @@ def main() -> int:
     if ranks > 1:
         plan_cases(config, ranks)  # what is wrong with it is said before any process waits for another
         join_processes(device)
-        lockstep = Lockstep()
+        lockstep = Lockstep(device)
     if lockstep is not None and not lockstep.leads:
         follow_benchmark(config, device, dtype, folder, lockstep)
         return 0

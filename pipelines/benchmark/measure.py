@@ -71,8 +71,7 @@ class SpanTimer(PhaseTimer):
 
     def spans(self, name: str) -> list[float]:
         """Seconds of every span of a phase, in order; waits for the GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self.synchronize()
         return [span() for span in self._spans[name]]
 
 
@@ -150,8 +149,8 @@ def build_stage(
 
 
 def generate_video(stage: Stage, case: Case, frames: int, trace: Trace) -> None:
-    """Generate, decode and write a video of `frames` frames; a rank that follows only generates."""
-    config, timer = stage.config, SpanTimer(stage.device)
+    """Generate, decode and write a video of `frames` frames; a rank that follows writes nothing."""
+    config, timer = stage.config, SpanTimer(stage.device, {"vae": stage.pipeline.wan_vae.device})
     stream = partial(
         stage.pipeline.stream,
         None,

@@ -84,7 +84,7 @@ def name_of(record: Record) -> str:
 
 
 def _several_ranks(case: Mapping[str, Any]) -> list[str]:
-    ranks = case.get("ranks", 1)  # files of older versions do not say
+    ranks = case["ranks"]
     return [f"{ranks} GPUs"] if ranks > 1 else []
 
 
@@ -205,7 +205,7 @@ def _baseline(records: Sequence[Record], record: Record) -> Record | None:
         for other in records
         if other["case"]["hybrid_layers"] == 0
         and other["case"]["memory"]["kind"] == MemoryKind.full
-        and all(other["case"].get(key) == record["case"].get(key) for key in ("frames", "speed", "ranks"))
+        and all(other["case"][key] == record["case"][key] for key in ("frames", "speed", "ranks"))
     ]
     return min(found, key=lambda other: (_way(other) != _way(record), other["status"] != "ok"), default=None)
 

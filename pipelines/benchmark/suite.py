@@ -1,7 +1,7 @@
 """Running a benchmark: case by case, each written down as soon as it is measured."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from pipelines.benchmark.cases import BenchmarkConfig, Case, by_row, empty_model, plan_cases
+from pipelines.benchmark.cases import BenchmarkConfig, Case, SpeedOptions, by_row, empty_model, plan_cases
 from pipelines.benchmark.ceilings import Ceilings, measure_ceilings
 from pipelines.benchmark.measure import build_stage, measure_case, release
 from pipelines.generation.lockstep import Lockstep
 from pipelines.provenance import device_name, environment
 from pipelines.records import open_records
+from wan.utils.settings import plain
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def run_benchmark(
     with open_records(folder / JSON_FILE, "records", "case", {"runs": []}, cure) as records:
         records.made_with(shared_settings(config, device, dtype))
         results = records.page
+        for record in results["records"]:
+            record["case"] = with_defaults(record["case"])
         results["published"] = [asdict(figure) for figure in config.published]
         todo = [case for case in cases if again or records.find(asdict(case)) is None]
         log.info("%d cases, %d of them measured before", len(cases), len(cases) - len(todo))
@@ -104,6 +107,11 @@ def follow_benchmark(
 def num_ranks(lockstep: Lockstep | None) -> int:
     """Number of ranks that compute a video together."""
     return 1 if lockstep is None else lockstep.size
+
+
+def with_defaults(case: Mapping[str, Any]) -> dict[str, Any]:
+    """A case as it was written down, with what it did not say yet when it was measured."""
+    return {"ranks": Case.ranks} | dict(case) | {"speed": plain(asdict(SpeedOptions())) | case["speed"]}
 
 
 def shared_settings(config: BenchmarkConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from arl2.inference.parallel.sequence_parallel import check_divides
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import num_blocks
-from pipelines.cli import choose_device, rank_and_world_size
+from pipelines.cli import choose_device, local_processes, rank_and_world_size
 from pipelines.config import InferenceConfig, MemoryKind, check_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import (
@@ -107,6 +107,7 @@ def add_speed_flags(parser: Parser) -> None:
         "--overlap_decoding": "decode beside the next block's denoising",
         "--fp8": "linear layers in FP8: faster, less exact; Ada or Hopper GPUs",
         "--tiny_vae": "decode with these weights in TAEHV's format (taew2_1.pth): quicker, less exact",
+        "--vae_device": "where the VAE is, to decode beside the transformer's work; by default the same device",
         "--kernels": "our Triton kernels between products",
         "--shard_weights": "of GPUs that compute one video, each keeps a part of the large weights",
         "--exchange": "how GPUs that compute one video exchange tokens for heads",
@@ -153,9 +154,10 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     config = replace(config, speed=config.speed.on(device, dtype))
     over_video = arguments.parallel == "video" and rank_and_world_size()[1] > 1
     check_config(config, arguments.i2v)
-    check_device(config, device, dtype)
+    check_vae_device(config, device, over_video)
     if over_video:
         check_parallel(config, rank_and_world_size()[1])
+    check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
     jobs = requested_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
@@ -216,14 +218,43 @@ def check_parallel(config: InferenceConfig, processes: int) -> None:
     check_divides(sizes.num_heads, tokens, processes)
 
 
+def check_vae_device(config: InferenceConfig, device: torch.device, over_video: bool) -> None:
+    """Make sure that a VAE on a device of its own is possible and has that for itself.
+
+    Raises:
+        InputError: there is no such device, or other processes use it.
+    """
+    vae_device = config.speed.vae_on(device)
+    if vae_device == device:
+        return
+    if over_video:
+        raise InputError(
+            f"--vae_device {vae_device} does not go with --parallel video, with which every process decodes a part of "
+            "each frame on its own device: leave --vae_device out"
+        )
+    processes = local_processes()
+    if vae_device.type == "cuda" and processes > 1:
+        raise InputError(
+            f"{processes} processes cannot share --vae_device {vae_device}: leave it out, and each decodes on its own "
+            "GPU; or start one process without torchrun"
+        )
+
+
 def check_device(
-    config: InferenceConfig, device: torch.device, dtype: torch.dtype, *, batch: int = 1, decodes: bool = True
+    config: InferenceConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    decodes: bool = True,
+    processes: int = 1,
 ) -> None:
-    """Make sure that a device can do what a config asks for, and has room for it.
+    """Make sure that a device can do what a config asks for, and has room for it, and the VAE's likewise.
 
     Args:
         batch: videos at a time.
         decodes: whether they are decoded.
+        processes: that compute every video together.
 
     Raises:
         InputError: it cannot, or has not.
@@ -231,13 +262,14 @@ def check_device(
     folder = Path(config.model_folder)
     sizes = TransformerSizes.of(transformer_config(folder))
     check_speed(config.speed, device, dtype, sizes.dim, sizes.ffn_dim)
-    estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes)
+    estimate = room_for_generation(config, sizes, dtype, batch=batch, decodes=decodes, processes=processes)
     videos = f"{batch} videos of " if batch > 1 else ""
     what = (
         f"generating {videos}{config.num_output_frames} latent frames of {config.height}×{config.width} pixels with "
         f"{config.memory.kind.value} memory"
     )
-    require_room(estimate, device, what, cure_of_size(config))
+    for place, part in estimate.divided(device, config.speed.vae_on(device)).items():
+        require_room(part, place, what, cure_of_size(config))
 
 
 def cure_of_size(config: InferenceConfig) -> str:

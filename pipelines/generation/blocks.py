@@ -39,7 +39,7 @@ class VideoBlock:
 
     Attributes:
         index: of the block, from 0; given frames come first, as block 0 of the stream has them before its own.
-        pixels_BTCHW: decoded frames in [-1, 1].
+        pixels_BTCHW: decoded frames in [-1, 1], on the VAE's device.
         latents_BFCHW: the block's latents, normalised.
         frames_BTHWC: the frames as bytes, on their way to the CPU.
         finite: whether latents and pixels are, and for the first block what they were made from; likewise.

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,16 +20,15 @@ from arl2.inference.model import InferenceModel
 from arl2.inference.parallel.factory import Exchange, new_sequence_parallel, new_sharded_weights
 from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedWeights
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
-from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
-from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
+from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, predict_flow, remember_block, rollout
+from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size, stored_sampling
 from pipelines.feasibility import check_speed
-from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
+from pipelines.generation.decoding import BlockDecoder, Phase
 from pipelines.generation.lockstep import Lockstep
-from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
+from pipelines.generation.streaming import SideStream, finished
 from pipelines.media.images import Picture, first_frames
-from pipelines.media.video import to_uint8
 from pipelines.prompts.files import check_prompt
-from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
@@ -38,16 +36,13 @@ from wan.model import FlowModel
 from wan.ops.attention import AttentionBackend
 from wan.text import TextEncoder, load_text_encoder
 from wan.utils.device import wide_range_dtype
-from wan.utils.errors import CheckpointError, InputError
+from wan.utils.errors import InputError
 from wan.utils.files import writing
-from wan.utils.ranges import declarations, typed
+from wan.utils.ranges import typed
 from wan.vae.tiny import load_tiny_decoder
 from wan.vae.wan_vae import WanVAE, load_vae
 
 log = logging.getLogger(__name__)
-
-SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 class CausalVideoPipeline(DiffusionPipeline):
@@ -109,6 +104,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         hybrid: HybridSettings = HybridSettings(),
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),
+        vae_device: torch.device | None = None,
         seed: int = 0,
         **sampling: Any,
     ) -> Self:
@@ -122,6 +118,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
             torch_dtype, device: of all parts; float16 only of the transformer.
+            vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
             sampling: settings of this class that replace those stored in the folder.
 
@@ -133,7 +130,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         transformer, _ = build_hybrid(
             weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )
-        vae = load_vae(folder, dtype=torch_dtype, device=device)
+        vae = load_vae(folder, dtype=torch_dtype, device=vae_device or device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
         pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
         pipeline.load_seconds = time.perf_counter() - begin
@@ -163,6 +160,17 @@ class CausalVideoPipeline(DiffusionPipeline):
             give_umask_mode(Path(save_directory))
 
     @property
+    def device(self) -> torch.device:
+        """The transformer's device."""
+        device: torch.device = self.transformer.device
+        return device
+
+    @property
+    def vae_is_apart(self) -> bool:
+        """Whether the VAE has a device of its own: then pixels are there, and latents are copied."""
+        return self.wan_vae.device != self.device
+
+    @property
     def flow_model(self) -> FlowModel:
         """Model that computes the transformer's passes: itself, or its fast form."""
         return self._fast or self.transformer
@@ -175,20 +183,48 @@ class CausalVideoPipeline(DiffusionPipeline):
     @property
     def overlaps_decoding(self) -> bool:
         """Whether a block is decoded while the next is denoised."""
-        return self._side is not None
+        on_two_gpus = self.vae_is_apart and {self.device.type, self.wan_vae.device.type} == {"cuda"}
+        return self._side is not None or on_two_gpus
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            InputError: the VAE has a device of its own.
+        """
+        self._require_one_device("enable_model_cpu_offload")
+        super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            InputError: the VAE has a device of its own.
+        """
+        self._require_one_device("enable_sequential_cpu_offload")
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def _require_one_device(self, what: str) -> None:
+        if self.vae_is_apart:
+            raise InputError(
+                f"{what} needs all parts on {self.device}, the VAE is on {self.wan_vae.device}: leave vae_device out"
+            )
 
     def parallelize(self, exchange: Exchange = Exchange.AUTO) -> None:
         """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
 
         All of them must make the same calls, and all get the same latents; memories hold the heads of their process.
-        Call it before `optimize_for_inference`, which makes the form of the transformer that does it.
+        Call it before `optimize_for_inference`, which makes the form of the transformer that does it. `stream` divides
+        decoding too, if it is given a `Lockstep` and the fast decoder is on.
 
         Args:
             exchange: how GPUs exchange tokens for heads.
 
         Raises:
-            InputError: the heads do not divide over the processes, or the GPUs cannot exchange in this way.
+            InputError: the heads do not divide over the processes, the GPUs cannot exchange in this way, or the VAE
+                has a device of its own.
         """
+        self._require_one_device("parallelize, with which every process decodes a part of each frame,")
         self._parallel = new_sequence_parallel(self.transformer.config.num_heads, self.transformer.device, exchange)
         self.transformer.head_shards = self._parallel.size
 
@@ -209,11 +245,13 @@ class CausalVideoPipeline(DiffusionPipeline):
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
         self._fast = self._pool = None
         self._undo.close()
-        self._side = SideStream(device) if speed.overlap_decoding else None
+        if speed.vae_device is not None:
+            self._move_vae(speed.vae_on(device))
+        self._side = SideStream(device) if speed.overlap_decoding and not self.vae_is_apart else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
             self.wan_vae.tiny = load_tiny_decoder(
-                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=device
+                speed.tiny_vae, self.wan_vae.latent_channels, dtype=self.wan_vae.dtype, device=self.wan_vae.device
             )
         parallel = self._parallel
         self._sharded = sharded = new_sharded_weights(parallel, device) if speed.shard_weights else None
@@ -232,6 +270,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.
         launched = fast.without_kernels() if speed.kernels and speed.compile else fast
         self._fast = GraphedModel(fast, device, launched)
+
+    def _move_vae(self, device: torch.device) -> None:
+        """Move the VAE to a device until this is undone."""
+        home = self.wan_vae.device
+        if device == home:
+            return
+        if self._parallel is not None or hasattr(self.vae, "_hf_hook"):
+            raise InputError("vae_device goes neither with parallelize nor with CPU offloading: leave it out")
+        self.wan_vae.to(device)
+        self._undo.callback(self.wan_vae.to, home)
 
     @torch.no_grad()
     def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:
@@ -349,7 +397,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             seeds: one a video; without them, drawn from `generator` (or from torch's own).
             memory: of the softmax layers; by default what the model was trained with, full if it does not say.
             phase: entered around "text", "denoise", "remember" and "vae", to time them.
-            lockstep: of processes that compute the video together; those that follow hand out nothing.
+            lockstep: of processes that compute the video together. Each decodes a band of rows with the fast decoder;
+                others work on the leading process alone. Those that follow hand out nothing.
 
         Yields:
             blocks in order; the first brings the given frames too. On a GPU the next block is computed meanwhile: take
@@ -389,53 +438,24 @@ class CausalVideoPipeline(DiffusionPipeline):
         generated = rollout(
             self.flow_model, self.sampler, noise, text, state, blocks, context_frames, self.config.context_noise, phase
         )
+        decode = BlockDecoder(self.wan_vae, size, self._side, context, given, phase, lockstep)
         if lockstep is not None:
             generated = lockstep.blocks(iter(generated))
-            if not lockstep.leads:
-                deque(generated, maxlen=0)
-                return
-        for block in finished(self._decoder(context, given, phase), generated, device):
-            broken = block.finite.first_broken()
+        finish = lockstep.together(decode) if lockstep is not None and decode.divided else decode
+        leads = lockstep is None or lockstep.leads
+        for block in finished(finish, generated, device):
+            broken = block.finite.first_broken() if leads else None
             if broken is not None:
                 raise NonFiniteBlockError(block.index, broken)
             block.frames_BTHWC.join()
-            yield block
+            if leads:
+                yield block
 
     def _encode_image(self, image: Picture | Sequence[Picture], batch: int, height: int, width: int) -> Tensor:
         """Latents [B, F, C, h, w] of the frames to start with; see `stream`."""
         given_BTCHW = first_frames(image, batch, height, width, self.wan_vae.temporal_compression)
-        return self.wan_vae.encode(given_BTCHW.to(self._execution_device, self.wan_vae.dtype))
-
-    def _decoder(
-        self, context_BFCHW: Tensor | None, given: Mapping[str, Tensor], phase: Phase
-    ) -> Callable[[GeneratedBlock], VideoBlock]:
-        """What gives generated blocks, in order, their frames, the first also the context's; waits for nothing.
-
-        Args:
-            given: what all blocks are made from, checked with the first of them. Held by the caller until then.
-        """
-        vae, aside = self.wan_vae, nullcontext if self._side is None else self._side.work
-        unchecked = dict(given)
-        with aside():
-            decoder, head = vae.decode_stream(), list[Tensor]()
-            if context_BFCHW is not None:
-                with phase("vae"):
-                    head.append(decoder.decode(context_BFCHW.to(vae.dtype), clamp=False))
-
-        def decode(block: GeneratedBlock) -> VideoBlock:
-            with aside():
-                latents = block.latents_BFCHW
-                with phase("vae"):
-                    pixels = torch.cat([*head, decoder.decode(latents.to(vae.dtype), clamp=False)], dim=1)
-                # Before clamping, which makes a number of infinity.
-                finite = FiniteCheck({**unchecked, LATENTS: latents, PIXELS: pixels})
-                pixels.clamp_(-1, 1)
-                head.clear()
-                unchecked.clear()
-                frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
-            return VideoBlock(block.index, pixels, block.latents_BFCHW, frames, finite)
-
-        return decode
+        encoded = self.wan_vae.encode(given_BTCHW.to(self.wan_vae.device, self.wan_vae.dtype))
+        return encoded.to(self._execution_device)
 
     @torch.no_grad()
     def __call__(
@@ -467,20 +487,3 @@ class CausalVideoPipeline(DiffusionPipeline):
     def use_attention_backend(self, backend: AttentionBackend) -> None:
         """Let `backend` compute all softmax attention of the transformer."""
         self.transformer.use_attention_backend(backend)
-
-
-def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
-
-    Raises:
-        CheckpointError: they are malformed or out of range.
-    """
-    index = folder / "model_index.json"
-    if not index.exists():
-        return {}
-    found = {key: value for key, value in read_config(index).items() if key in SAMPLING_KEYS}
-    try:
-        typed(GeneratorSampling, found, "")
-    except InputError as error:
-        raise CheckpointError(f"{index}: {error}") from error
-    return found

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 _PATHS = ("model_folder", "checkpoint_path")
 """Settings that say where weights lie: the weights themselves count."""
+_NOT_OF_FRAMES = ("tiny_vae", "vae_device", "exchange", "shard_weights")
+"""Settings of `speed` that frames do not depend on: where weights lie, where they are used, how they travel."""
 
 
 def video_path(run: InferenceRun, job: PromptJob) -> Path:
@@ -47,7 +49,7 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
     Files count by their content: the same weights in another place make the same videos.
     """
     settings = {name: value for name, value in asdict(run.config).items() if name not in _PATHS}
-    settings["speed"] = {name: value for name, value in settings["speed"].items() if name != "tiny_vae"}
+    settings["speed"] = {name: value for name, value in settings["speed"].items() if name not in _NOT_OF_FRAMES}
     # The layers of the model, whether they were asked for or are those of its checkpoint.
     settings["hybrid"] = asdict(pipeline.transformer.hybrid)
     settings |= {"dtype": str(run.dtype), "attention_backend": run.backend.value}

@@ -18,8 +18,9 @@ from arl2.rollout import num_blocks
 from pipelines.generation.announcements import announced
 from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.blocks import NonFiniteBlockError, VideoBlock
+from pipelines.generation.decoding import Phase
 from pipelines.generation.lockstep import Lockstep, join_processes
-from pipelines.generation.pipeline import CausalVideoPipeline, Phase
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
     identity_of,
     image_of,
@@ -60,6 +61,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         hybrid=config.hybrid.settings(),
         torch_dtype=run.dtype,
         device=run.device,
+        vae_device=config.speed.vae_on(run.device),
         seed=run.seed,
         frames_per_block=config.frames_per_block,
         denoising_steps=config.denoising_steps,
@@ -96,7 +98,7 @@ def generate(
     """
     # As the model means it, so that a video is the same one whichever way its memory was asked for.
     run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
-    lockstep = Lockstep() if run.over_video else None
+    lockstep = Lockstep(run.device) if run.over_video else None
     if lockstep is not None and not lockstep.leads:
         follow(run, pipeline, lockstep)
         return 0
@@ -299,9 +301,10 @@ def generate_one(
         NonFiniteBlockError: the model produced NaN or infinity.
         InputError: the video cannot be written.
     """
-    config, timer = run.config, PhaseTimer(run.device)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
+    config, timer = run.config, PhaseTimer(run.device, {"vae": pipeline.wan_vae.device})
+    for device in {run.device, pipeline.wan_vae.device}:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
     measured = Measurement(time.perf_counter())
     with VideoWriter(video_path(run, job), config.height, config.width, fps=config.fps) as writer:
         if lockstep is not None:
@@ -318,7 +321,7 @@ def generate_one(
         facts = video_facts(writer.finish(), config.height, config.width, config.fps, writer.num_frames)
         start = {"load_seconds": pipeline.load_seconds, "warm_up_seconds": pipeline.warm_up_seconds}
         metrics = measured.report(timer.seconds(), total, apart=not pipeline.overlaps_decoding)
-        metrics |= start | provenance(run, job, made_with) | {"video": facts}
+        metrics |= start | provenance(run, pipeline, job, made_with) | {"video": facts}
         # The video gets its name when the context ends: a finished video has its record.
         write_json(record_path(run, job), metrics, default=str)
 
@@ -346,14 +349,20 @@ def new_stream(
     )
 
 
-def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> dict[str, Any]:
-    """Origin of a video: prompt, settings, weights, device, versions, and the memory it took."""
-    on_gpu = run.device.type == "cuda"
-    return {
+def provenance(
+    run: InferenceRun, pipeline: CausalVideoPipeline, job: PromptJob, made_with: dict[str, Any]
+) -> dict[str, Any]:
+    """Origin of a video: prompt, settings, weights, devices, versions, and the memory it took."""
+    found = {
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": made_with,
-        "device": device_name(run.device),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
+        **_on_device(run.device, pipeline.symmetric_bytes),
         "versions": versions(MEASURED_PACKAGES),
     }
+    return found | ({"vae": _on_device(pipeline.wan_vae.device)} if pipeline.vae_is_apart else {})
+
+
+def _on_device(device: torch.device, uncounted_bytes: int = 0) -> dict[str, Any]:
+    peak = torch.cuda.max_memory_allocated(device) + uncounted_bytes if device.type == "cuda" else None
+    return {"device": device_name(device), "peak_memory_bytes": peak}

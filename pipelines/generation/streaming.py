@@ -32,21 +32,27 @@ class Transfer:
         return self._value
 
     def join(self) -> None:
-        """Let everything that the current stream is asked for from now on wait for it, but not the CPU."""
+        """Let all that its device's current stream is asked for from now on wait for it, but not the CPU."""
         if self._arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(self._arrived)
 
 
 class FiniteCheck:
-    """Whether tensors are free of NaN and infinity: asked for now, in one transfer for all, and answered later.
+    """Whether tensors are free of NaN and infinity: asked for now, in one transfer per device, and answered later.
 
     Args:
-        tensors: by what they are, causes before effects.
+        tensors: by what they are, causes before effects; on any devices.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._names = tuple(tensors)
-        self._transfer = Transfer(torch.stack([torch.isfinite(value).all() for value in tensors.values()]))
+        devices: dict[torch.device, list[tuple[str, Tensor]]] = {value.device: [] for value in tensors.values()}
+        for name, value in tensors.items():
+            devices[value.device].append((name, torch.isfinite(value).all()))
+        self._transfers = [
+            (tuple(name for name, _ in answers), Transfer(torch.stack([answer for _, answer in answers])))
+            for answers in devices.values()
+        ]
 
     def wait(self) -> bool:
         """Whether all of them are finite, as soon as it is known."""
@@ -54,8 +60,10 @@ class FiniteCheck:
 
     def first_broken(self) -> str | None:
         """What the first tensor that is not finite is, as soon as it is known; None if all are finite."""
-        answers = self._transfer.wait().tolist()
-        return next((name for name, is_finite in zip(self._names, answers, strict=True) if not is_finite), None)
+        answers: dict[str, bool] = {}
+        for names, transfer in self._transfers:
+            answers |= zip(names, transfer.wait().tolist(), strict=True)
+        return next((name for name in self._names if not answers[name]), None)
 
 
 class SideStream:

@@ -337,6 +337,16 @@ def test_batches_that_cannot_fit_are_refused_before_weights_load(
     assert error.count("\n") == 1 and ("needs at least" in error or "out of range" in error), error
 
 
+def test_processes_that_compute_a_video_together_divide_what_it_takes(folder: Path) -> None:
+    sizes = TransformerSizes.of(transformer_config(folder))
+    config = InferenceConfig(model_folder=str(folder), height=64, width=64, memory=MemoryConfig())
+    one, two = (room_for_generation(config, sizes, torch.float32, processes=number).parts for number in (1, 2))
+    assert two == {name: size if name == "weights" else size // 2 for name, size in one.items()}
+    plain = replace(config, speed=SpeedConfig(fast_vae=False))
+    whole = room_for_generation(plain, sizes, torch.float32, processes=2).parts["decoding"]
+    assert whole == one["decoding"], "the plain decoder's work is not divided"
+
+
 def test_switches_need_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
     check_speed(SpeedConfig(), CPU, torch.float32, 64, 64)
     for switch in ("fp8", "kernels", "cuda_graphs", "overlap_decoding"):

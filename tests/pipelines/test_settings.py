@@ -134,6 +134,7 @@ OUT_OF_RANGE = {
         "checkpoint_path": ('""', '" "'),
         "model_folder": ('""', "null"),
         "speed.tiny_vae": ('""',),
+        "speed.vae_device": ('""', "gpu", "cuda:x", "cuda:01", "meta"),
     },
     Stage2Config: {
         "seed": (2**63, -(2**63) - 1),

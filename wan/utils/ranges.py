@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -147,6 +148,17 @@ class IsPath:
             return False
         is_short = len(name) <= MAX_PATH and all(len(part) <= MAX_NAME for part in name.split(b"/"))
         return bool(value.strip()) and "\0" not in value and is_short
+
+
+@dataclasses.dataclass(frozen=True)
+class IsDevice:
+    """The name of a device; whether this machine has it is another question."""
+
+    wanted: str = "that is cpu, cuda or cuda:N"
+
+    def admits(self, value: Any) -> bool:
+        """See `Rule`."""
+        return re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", value) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,9 @@ One frame passes at a time, channels last throughout, in three steps that repeat
 - Upsampling by 2 and the 3×3 convolution after it are one 2×2 convolution at the low resolution, with four times the
   channels: of the nine pixels under the kernel those that are copies of one share the sum of their weights.
 
+A stream may be given a band of the video's rows. Only attention in the first stage and what comes before it, at the
+size of latents, then see the whole frame; see `wan.vae.bands`.
+
 Shapes are [B, H, W, C] unless the name says otherwise.
 """
 
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
+from wan.vae.bands import ALL_ROWS, Band, StageHalos, plan_crops
 from wan.vae.stream import LatentStream
 
 TAPS = 3  # frames under a causal kernel
@@ -49,6 +53,13 @@ class Sum(NamedTuple):
         batch, *sides, channels = self.raw.shape
         height, width = sides if len(sides) == 2 else (2 * sides[0], 2 * sides[2])
         return self.raw.new_empty(batch, height, width, channels)
+
+    def rows(self, rows: slice) -> "Sum":
+        """Some of the rows; pairs of rows of a view that an upsampling convolution left."""
+        if rows == ALL_ROWS:
+            return self
+        residual = None if self.residual is None else self.residual[:, rows].contiguous()
+        return Sum(self.raw[:, rows], self.bias_C, residual)
 
 
 def add_norm_silu(
@@ -117,10 +128,16 @@ class _Ring:
 
 
 _Past = dict[object, Any]  # what a stream remembers, by layer
+Crops = list[list[slice]]
+"""Rows to keep of what each layer of each stage leaves, see `wan.vae.bands.plan_crops`."""
 
 
 class _CausalConv:
-    """A causal 3×k×k convolution over a ring; leaves its bias to the next kernel."""
+    """A causal 3×k×k convolution over a ring; leaves its bias to the next kernel.
+
+    Attributes:
+        halo: here and of all layers: rows on either side of a row that it is computed from; None for all rows.
+    """
 
     def __init__(self, conv: WanCausalConv3d) -> None:
         weight = conv.weight.detach()
@@ -133,6 +150,7 @@ class _CausalConv:
             for newest in range(TAPS)
         ]
         self.padding = weight.shape[-1] // 2
+        self.halo = weight.shape[-2] // 2
 
     def push(self, x: Sum, past: _Past, gamma_C: Tensor | None = None, total: Tensor | None = None) -> _Ring:
         """The ring after one more frame."""
@@ -154,6 +172,7 @@ class _ResidualBlock:
     def __init__(self, block: Any) -> None:
         self.gammas = _gamma(block.norm1), _gamma(block.norm2)
         self.convs = _CausalConv(block.conv1), _CausalConv(block.conv2)
+        self.halo = sum(conv.halo for conv in self.convs)
         self.bias_C, self.shortcut = self.convs[1].bias_C, None
         if not isinstance(block.conv_shortcut, nn.Identity):
             self.shortcut = block.conv_shortcut.weight.detach().flatten(1)
@@ -168,6 +187,8 @@ class _ResidualBlock:
 
 class _Attention:
     """Attention among the pixels of a frame, with one head."""
+
+    halo = None
 
     def __init__(self, block: Any) -> None:
         self.gamma_C = _gamma(block.norm)
@@ -189,6 +210,7 @@ class _Upsampler:
         self.in_time = _CausalConv(layer.time_conv) if layer.mode == "upsample3d" else None
         conv = layer.resample[1]
         self.weight, self.bias_C = _upsampling_weight(conv.weight), _wide(conv.bias)
+        self.halo = conv.weight.shape[-2] // 2  # at the size that it leaves; in time it mixes no rows
 
     def __call__(self, x: Sum, past: _Past, first: bool) -> Iterator[Sum]:
         if self.in_time is None or first:
@@ -235,6 +257,7 @@ class _Head:
         weight = conv.weight.detach().movedim(2, 0).flatten(0, 1)
         padding = -weight.shape[0] % _CHANNEL_MULTIPLE
         self.weight = F.pad(weight, (0, 0) * 3 + (0, padding)).contiguous(memory_format=torch.channels_last)
+        self.halo = weight.shape[-2] // 2
 
     def __call__(self, x: Sum, past: _Past) -> Tensor:
         """A frame of the video, [B, H, W, 3], in float32 or better."""
@@ -284,37 +307,57 @@ class FastDecoder:
         self._stages: list[tuple[list[Any], _Upsampler | None]] = [(mid + stages[0][0], stages[0][1]), *stages[1:]]
         self._head = _Head(decoder.norm_out, decoder.conv_out)
 
-    def stream(self) -> "FastDecodeStream":
-        """Begin to decode a video."""
-        return FastDecodeStream(self)
+    def stream(self, band: Band | None = None) -> "FastDecodeStream":
+        """Begin to decode a video.
+
+        Args:
+            band: of its rows, the only one to decode; None for all rows.
+        """
+        return FastDecodeStream(self, band)
 
     def prepare(self, latents_BFCHW: Tensor) -> Tensor:
         """The decoder's input, [B, F, H, W, C], from normalised latents."""
         weight, bias = self._from_latents
         return F.linear(latents_BFCHW.movedim(2, -1).to(weight.dtype), weight, bias).to(self.dtype)
 
-    def frames(self, latent: Tensor, past: _Past, first: bool) -> Iterator[Tensor]:
-        """The frames of one prepared latent, each [B, H, W, 3]; updates `past`."""
-        return self._frames(0, self._conv_in(Sum(latent), past), past, first)
+    def crops(self, band: Band, height: int) -> Crops:
+        """Where `frames` has to crop latents of `height` rows, so that only a band of the video's rows is decoded."""
+        halos = [
+            StageHalos([block.halo for block in blocks], (upsampler or self._head).halo)
+            for blocks, upsampler in self._stages
+        ]
+        return plan_crops(band, height, halos)
 
-    def _frames(self, stage: int, x: Sum, past: _Past, first: bool) -> Iterator[Tensor]:
+    def frames(self, latent: Tensor, past: _Past, first: bool, crops: Crops | None = None) -> Iterator[Tensor]:
+        """The frames of one prepared latent, each [B, H, W, 3]; updates `past`.
+
+        Args:
+            crops: see `crops`; the same for all latents of a stream.
+        """
+        if crops is None:
+            crops = [[ALL_ROWS] * (len(blocks) + 1) for blocks, _ in self._stages]
+        return self._frames(0, self._conv_in(Sum(latent), past), past, first, crops)
+
+    def _frames(self, stage: int, x: Sum, past: _Past, first: bool, crops: Crops) -> Iterator[Tensor]:
         blocks, upsampler = self._stages[stage]
-        for block in blocks:
-            x = block(x, past)
+        *after_blocks, last = crops[stage]
+        for block, rows in zip(blocks, after_blocks, strict=True):
+            x = block(x, past).rows(rows)
         if upsampler is None:
-            yield self._head(x, past)
+            yield self._head(x, past)[:, last]
             return
         # Depth first: of the large frames only one exists at a time.
         for frame in upsampler(x, past, first):
-            yield from self._frames(stage + 1, frame, past, first)
+            yield from self._frames(stage + 1, frame.rows(last), past, first, crops)
 
 
 class FastDecodeStream(LatentStream):
-    """See `LatentStream`; frames have their channels last in memory."""
+    """See `LatentStream`; frames have their channels last in memory, and only the rows of the band if there is one."""
 
-    def __init__(self, decoder: FastDecoder) -> None:
+    def __init__(self, decoder: FastDecoder, band: Band | None = None) -> None:
         super().__init__(decoder.latent_channels)
-        self._decoder = decoder
+        self._decoder, self._band = decoder, band
+        self._crops: Crops | None = None
         self._past: _Past = {}
         self._shape: tuple[int, ...] | None = None
 
@@ -324,8 +367,11 @@ class FastDecodeStream(LatentStream):
         if self._shape not in (None, size):
             raise InputError(f"latents of shape {shape} do not go on from {self._shape}: begin a stream for each video")
         self._shape = size
+        if first and self._band is not None:
+            self._crops = self._decoder.crops(self._band, shape[3])
         frames = []
         for latent in self._decoder.prepare(latents_BFCHW).unbind(1):
-            frames += [frame.to(self._decoder.dtype) for frame in self._decoder.frames(latent, self._past, first)]
+            decoded = self._decoder.frames(latent, self._past, first, self._crops)
+            frames += [frame.to(self._decoder.dtype) for frame in decoded]
             first = False
         return torch.stack(frames, dim=1).movedim(-1, 2)

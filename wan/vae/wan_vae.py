@@ -26,6 +26,7 @@ from wan.checkpoints.tensors import own_storage, require_same_type
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import Bounds, Length, shown
+from wan.vae.bands import Band
 from wan.vae.fast import FastDecoder
 from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
@@ -151,12 +152,26 @@ class WanVAE:
         )
         return mean.to(self.dtype), std.to(self.dtype)
 
-    def decode_stream(self) -> LatentStream:
-        """Begin to decode a video, with the weights as they are now."""
+    @property
+    def decodes_bands(self) -> bool:
+        """Whether a band of the rows can be decoded alone: of the decoders the fast one does that."""
+        return self.fast and self.tiny is None
+
+    def decode_stream(self, band: Band | None = None) -> LatentStream:
+        """Begin to decode a video, with the weights as they are now.
+
+        Args:
+            band: of the rows, the only one to decode: those of the whole frames, up to rounding.
+
+        Raises:
+            InputError: a band, and a decoder that has none: see `decodes_bands`.
+        """
         self.leave_float16()
+        if band is not None and not self.decodes_bands:
+            raise InputError("only the fast decoder decodes bands: set fast, without a tiny decoder")
         if self.tiny is not None:
             return self.tiny.stream()
-        return FastDecoder(self.model).stream() if self.fast else DecodeStream(self)
+        return FastDecoder(self.model).stream(band) if self.fast else DecodeStream(self)
 
     def encode_stream(self) -> "EncodeStream":
         """Begin to encode a video."""

@@ -15,6 +15,7 @@ from paths import ROOT
 from PIL import Image
 from tiny_models import HEIGHT, HYBRID, TOKENS_PER_FRAME, WIDTH, new_memory, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from training_world import start_entry_point
 
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
@@ -119,6 +120,40 @@ def test_a_benchmark_writes_all_it_promises(tmp_path: Path, monkeypatch: pytest.
         assert Image.open(tmp_path / f"{chart}.png").size > (100, 100)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"benchmark.json", "benchmark.md", "fps.png", "dit_fps.png", "block_latency.png"}
+
+
+def test_a_record_of_an_older_version_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, select(small(vae=False), ["softmax"], None))
+    path = tmp_path / "benchmark.json"
+    results = json.loads(path.read_text())
+    del results["records"][0]["case"]["ranks"], results["records"][0]["case"]["speed"]["exchange"]
+    path.write_text(json.dumps(results))
+    monkeypatch.setattr(suite, "measure_case", None)
+    records = run(tmp_path, select(small(vae=False), ["softmax"], None))["records"]
+    assert [record["case"]["ranks"] for record in records] == [1]
+
+
+def test_several_processes_measure_videos_that_they_compute_together(tmp_path: Path) -> None:
+    line = ["scripts/benchmark.py", "--config", TOY_CONFIG, "--device", "cpu", "--output_folder", str(tmp_path)]
+    line += ["--rows", "hybrid-75-window", "--lengths", "21", "--repeats", "1", "width=48"]
+    processes = start_entry_point(line, tmp_path, 3)
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0] * 3
+    (record,) = json.loads((tmp_path / "benchmark.json").read_text())["records"]
+    assert record["case"]["ranks"] == 3 and record["status"] == "ok"
+    assert record["summary"]["fps"]["median"] > 0
+    assert "| hybrid-75-window (3 GPUs) | 21 |" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_processes_that_the_heads_do_not_divide_over_are_one_clear_line(tmp_path: Path) -> None:
+    line = ["scripts/benchmark.py", "--config", TOY_CONFIG, "--device", "cpu", "--output_folder", str(tmp_path)]
+    processes = start_entry_point(line, tmp_path, 2)
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [2, 2]
+    said = (tmp_path / "stderr-0.txt").read_text()
+    assert said.strip() == "error: 3 heads do not divide over 2 processes: start 1 or 3"
 
 
 def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,22 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from paths import ROOT
+from torch import Tensor
 from training_world import start_entry_point
 
 from pipelines.cli import rank_and_world_size
 from pipelines.generation.blocks import PIXELS
 from pipelines.generation.streaming import FiniteCheck
 from pipelines.media.video import read_video
+from wan.utils.errors import InputError
+from wan.vae.fast import FastDecodeStream
 
 PROCESSES = 3
 """The shipped toy model has three heads."""
@@ -44,6 +49,20 @@ def break_first_video() -> None:
     if rank_and_world_size()[0] == 0:
         answers = iter([PIXELS])
         FiniteCheck.first_broken = lambda self: next(answers, None)  # type: ignore[method-assign]
+
+
+def break_decoder(rank: int, fails: bool) -> None:
+    """Let a process's second block have pixels that are not finite, or let its decoder fail there."""
+    if rank_and_world_size()[0] == rank:
+        blocks, pixels = count(), FastDecodeStream._pixels
+
+        def broken(self: FastDecodeStream, latents_BFCHW: Tensor) -> Tensor:
+            is_second = next(blocks) == 1
+            if is_second and fails:
+                raise InputError("broken")
+            return pixels(self, latents_BFCHW) / (0 if is_second else 1)
+
+        FastDecodeStream._pixels = broken  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +99,24 @@ def test_all_go_on_together_when_the_leading_process_gives_a_video_up(tmp_path: 
     assert statuses == [1, 0, 0], said  # torchrun's processes agree on the worst; these are not torchrun's
     (record,) = (tmp_path / "videos").glob("*.json")
     assert json.loads(record.read_text())["prompt"] == PROMPTS.splitlines()[1]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_band_that_is_not_finite_ends_its_video_and_no_other(rank: int, tmp_path: Path) -> None:
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video")
+    statuses, said = run(tmp_path, *flags, before=partial(break_decoder, rank, fails=False))
+    assert statuses == [1, 0, 0], said
+    (record,) = (tmp_path / "videos").glob("*.json")
+    assert json.loads(record.read_text())["prompt"] == PROMPTS.splitlines()[1]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_none_waits_for_a_process_that_failed_while_it_decoded(rank: int, tmp_path: Path) -> None:
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video")
+    statuses, said = run(tmp_path, *flags, before=partial(break_decoder, rank, fails=True))
+    assert statuses == [2 if number == rank else 1 for number in range(PROCESSES)], said
+    assert all("another process of this run is gone" in text for text in said[:rank] + said[rank + 1 :]), said
+    assert not list((tmp_path / "videos").glob("*"))
 
 
 def test_a_number_of_processes_that_does_not_divide_the_heads_is_one_line(tmp_path: Path) -> None:
