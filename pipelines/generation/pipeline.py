@@ -23,6 +23,7 @@ from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, GeneratedBlock, SeededNoise, num_blocks, predict_flow, remember_block, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, SpeedConfig, check_size
 from pipelines.feasibility import check_speed
+from pipelines.generation.adapters import LoRAPipelineMixin
 from pipelines.generation.blocks import GIVEN, LATENTS, PIXELS, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
 from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer, finished
@@ -31,6 +32,7 @@ from pipelines.media.video import to_uint8
 from pipelines.prompts.files import check_prompt
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
@@ -49,7 +51,7 @@ SAMPLING_KEYS = tuple(declarations(GeneratorSampling))
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
-class CausalVideoPipeline(DiffusionPipeline):
+class CausalVideoPipeline(LoRAPipelineMixin, DiffusionPipeline):
     """Text to video with a causal Wan transformer, hybrid or softmax.
 
     Args:
@@ -58,6 +60,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         frames_per_block: latent frames generated at a time.
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
+        first_block_denoising_steps: steps of a video's first block, if it has its own.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -73,6 +76,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         warp_denoising_steps: bool = True,
         timestep_shift: float = 5.0,
         context_noise: float = 0.0,
+        first_block_denoising_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         sampling = {
@@ -81,11 +85,14 @@ class CausalVideoPipeline(DiffusionPipeline):
             "warp_denoising_steps": warp_denoising_steps,
             "timestep_shift": timestep_shift,
             "context_noise": context_noise,
+            "first_block_denoising_steps": first_block_denoising_steps and list(first_block_denoising_steps),
         }
         typed(GeneratorSampling, sampling, "")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(**sampling)
-        self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
+        self.sampler = FewStepSampler.from_steps(
+            denoising_steps, timestep_shift, warp_denoising_steps, first_block_denoising_steps
+        )
         self.wan_vae = WanVAE(vae)
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
@@ -108,6 +115,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),
         seed: int = 0,
+        lora: Sequence[LoRASource] = (),
         **sampling: Any,
     ) -> Self:
         """Load every part, strictly and offline, from a native Wan 2.1 folder or a diffusers folder.
@@ -121,6 +129,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             hybrid: hybrid layers and adapters; by default those of the weights.
             torch_dtype, device: of all parts; float16 only of the transformer.
             seed: of parameters that a conversion adds.
+            lora: LoRAs that become a part of the transformer, without a way back; see `load_lora_weights` for others.
             sampling: settings of this class that replace those stored in the folder.
 
         Raises:
@@ -129,7 +138,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         begin, folder = time.perf_counter(), Path(pretrained_model_name_or_path)
         weights = read_generator(folder, checkpoint_path, use_ema)
         transformer, _ = build_hybrid(
-            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
+            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed, loras=lora
         )
         vae = load_vae(folder, dtype=torch_dtype, device=device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
@@ -197,8 +206,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         device, config = self.transformer.device, self.transformer.config
         speed = speed.on(device, self.transformer.dtype)
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
-        self._fast = self._pool = None
-        self._undo.close()
+        self._speed = speed
+        self.leave_fast_form()
         self._side = SideStream(device) if speed.overlap_decoding else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
@@ -219,6 +228,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         # A kernel of ours costs the CPU more to launch than one of the compiler's: 29 fps where a pass is not recorded.
         launched = fast.without_kernels() if speed.kernels and speed.compile else fast
         self._fast = GraphedModel(fast, device, launched)
+
+    def leave_fast_form(self) -> None:
+        """Undo what `optimize_for_inference` did to the transformer: its own passes are computed from now on."""
+        self._fast = self._pool = None
+        self._undo.close()
 
     @torch.no_grad()
     def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:

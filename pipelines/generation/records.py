@@ -17,9 +17,6 @@ from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
 
-_PATHS = ("model_folder", "checkpoint_path")
-"""Settings that say where weights lie: the weights themselves count."""
-
 
 def video_path(run: InferenceRun, job: PromptJob) -> Path:
     """Where a job's video goes."""
@@ -46,7 +43,9 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 
     Files count by their content: the same weights in another place make the same videos.
     """
-    settings = {name: value for name, value in asdict(run.config).items() if name not in _PATHS}
+    settings = run.config.identity()
+    if run.config.lora:
+        settings["lora"] = [source.identity() for source in run.config.lora_sources()]
     settings["speed"] = {name: value for name, value in settings["speed"].items() if name != "tiny_vae"}
     # The layers of the model, whether they were asked for or are those of its checkpoint.
     settings["hybrid"] = asdict(pipeline.transformer.hybrid)

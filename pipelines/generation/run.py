@@ -53,6 +53,8 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         CheckpointError, InputError: weights that are missing, damaged or do not fit.
     """
     config = run.config
+    if config.caveat is not None:
+        log.warning("%s", config.caveat)
     pipeline = CausalVideoPipeline.from_pretrained(
         config.model_folder,
         checkpoint_path=config.checkpoint_path,
@@ -61,11 +63,8 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         torch_dtype=run.dtype,
         device=run.device,
         seed=run.seed,
-        frames_per_block=config.frames_per_block,
-        denoising_steps=config.denoising_steps,
-        warp_denoising_steps=config.warp_denoising_steps,
-        timestep_shift=config.timestep_shift,
-        context_noise=config.context_noise,
+        lora=config.lora_sources(),
+        **config.sampling(),
     )
     check_interrupted()
     pipeline.use_attention_backend(run.backend)
@@ -353,6 +352,7 @@ def provenance(run: InferenceRun, job: PromptJob, made_with: dict[str, Any]) -> 
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": made_with,
+        "lora_files": [str(source.path) for source in run.config.lora_sources()],
         "device": device_name(run.device),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if on_gpu else None,
         "versions": versions(MEASURED_PACKAGES),
