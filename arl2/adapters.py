@@ -5,44 +5,51 @@ both the softmax inside the block and the memory, so a LoRA changes both. Parame
 own adapters included, are never changed; the initial values of a conversion do not depend on the softmax weights, so it
 makes no difference whether a LoRA comes before or after it.
 
-Sums are computed in float32 at least and rounded once, to the type of the parameter.
+Sums are computed in float32 at least and rounded once, to the type of the parameter: what a model loaded in bfloat16
+holds is the bfloat16 of its weights in that type plus all changes.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from arl2.model import HybridWanModel
+from wan.checkpoints.identify import is_hybrid_part
 from wan.checkpoints.lora import LoRA, LoRASource, read_lora
 from wan.checkpoints.tensors import describe_dtype, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
 
+Value = TypeVar("Value", bound=Tensor)
 Weighted = tuple[LoRA, float]
 """A LoRA and what its changes are multiplied by."""
 
 
+def base_tensors(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """Those of a model's tensors, or of a checkpoint's, that the softmax model has too, by its names."""
+    return {name.replace(".linear.", "."): value for name, value in tensors.items() if not is_hybrid_part(name)}
+
+
 def base_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
-    """The parameters that the softmax model has too, by its names."""
-    new = set(model.hybrid_parameter_names())
-    return {name.replace(".linear.", "."): parameter for name, parameter in model.named_parameters() if name not in new}
+    """The parameters that a LoRA may change, by the softmax model's names."""
+    return base_tensors(dict(model.named_parameters()))
 
 
-def shapes_of(model: HybridWanModel) -> dict[str, torch.Size]:
-    """Shapes of the parameters that a LoRA may change, for `wan.checkpoints.lora.read_lora`."""
-    return {name: parameter.shape for name, parameter in base_parameters(model).items()}
+def read_loras(tensors: Mapping[str, Tensor], sources: Sequence[LoRASource]) -> list[Weighted]:
+    """Read LoRA files for a model.
 
-
-def read_loras(model: HybridWanModel, sources: Sequence[LoRASource]) -> list[Weighted]:
-    """Read LoRA files for a model, whose values do not matter.
+    Args:
+        tensors: of the model or of its checkpoint; their values do not matter.
 
     Raises:
         CheckpointError: see `wan.checkpoints.lora.read_lora`.
     """
-    loras = [(read_lora(source.path, shapes_of(model)), source.scale) for source in sources]
+    shapes = {name: value.shape for name, value in base_tensors(tensors).items()}
+    loras = [(read_lora(source.path, shapes), source.scale) for source in sources]
     for lora, scale in loras:
         log.info("%s: changes of %d weights, times %g", lora.source, len(lora.names()), scale)
     return loras

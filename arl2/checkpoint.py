@@ -10,14 +10,13 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arl2.adapters import base_parameters, fuse, read_loras
 from arl2.initial_values import initial_values
 from arl2.model import (
     DEFAULT_LORA_ALPHA,
@@ -44,7 +43,6 @@ from wan.checkpoints.fields import HYBRID, OPTIONAL_HYBRID, RELEASED, SIZES, TRA
 from wan.checkpoints.formats import GENERATOR, TransformerWeights, read_transformer, require_sizes
 from wan.checkpoints.identify import is_hybrid_part
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_header, read_weights, require_fit
-from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.record import ALPHA, RECORD, check_record, read_record, require_record
 from wan.checkpoints.saving import with_record, write_pickle, write_safetensors
 from wan.checkpoints.tensors import describe_dtype, own_storage, require_floating
@@ -154,7 +152,6 @@ def build_hybrid(
     device: torch.device,
     seed: int = 0,
     to_be_trained: bool = False,
-    loras: Sequence[LoRASource] = (),
 ) -> tuple[HybridWanModel, LoadReport]:
     """Build the model that weights and wishes describe, and load it strictly.
 
@@ -163,8 +160,6 @@ def build_hybrid(
         dtype: of the model, A_log and dt_bias stay float32; None for what every weight has, new ones float32.
         device: of the model.
         to_be_trained: whether training, or loading of what was trained, comes next: untrained parameters are no news.
-        loras: files whose changes are added to the weights, in the wider of their type and float32, see
-            `arl2.adapters`.
 
     Returns:
         the model in evaluation mode, and what was done.
@@ -173,10 +168,8 @@ def build_hybrid(
         CheckpointError, InputError: see `plan_hybrid`; or values are not finite.
     """
     plan = plan_hybrid(weights, config, wanted, seed)
-    changes = read_loras(plan.model, loras)
     state = {name: value.to(device) for name, value in own_storage(plan.state, plan.source).items()}
     load_strict(plan.model, state, plan.source)
-    fuse(base_parameters(plan.model), changes)
     if dtype is not None:
         keep_gates_in_float32(plan.model, dtype)
         if dtype.itemsize < 4 or any(value.dtype is torch.float64 for value in state.values()):

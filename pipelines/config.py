@@ -295,6 +295,18 @@ class InferenceConfig(GeneratorSampling):
         """
         return [LoRASource.from_text(text) for text in self.lora]
 
+    def refuse_lora(self) -> None:
+        """Make sure that there are no LoRAs, for programs whose results are told by the hash of one checkpoint.
+
+        Raises:
+            InputError: there are some.
+        """
+        if self.lora:
+            raise InputError(
+                f"lora {', '.join(self.lora)} is not taken here: write model and LoRA as one checkpoint, with "
+                "scripts/convert_checkpoint.py and its --lora, and give that with lora=[]"
+            )
+
     def identity(self) -> dict[str, Any]:
         """All settings that a video depends on, beside its weights.
 

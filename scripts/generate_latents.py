@@ -181,6 +181,7 @@ def main() -> int:
     config.memory.refuse_idle(given_names(InferenceConfig, arguments))
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    config.refuse_lora()
     check_config(config, i2v=False)
     softmax = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
     check_device(softmax, device, dtype, decodes=False)

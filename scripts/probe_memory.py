@@ -131,6 +131,7 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
         config.model_folder,
         checkpoint_path=config.checkpoint_path,
         hybrid=config.hybrid.settings(),
+        lora=config.lora_sources(),
         device=device,
         **config.sampling(),
     )

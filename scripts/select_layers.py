@@ -243,6 +243,7 @@ def main() -> int:
     config = replace(config, hybrid=HybridConfig())
     check_target(arguments.yaml)
     if arguments.method == "replacement":
+        config.refuse_lora()
         check_config(config, i2v=False)
         scores = score_by_replacement(arguments, config)
     else:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arl2.adapters import AdapterStack, shapes_of
+from arl2.adapters import AdapterStack, Weighted, base_parameters, fuse
 from arl2.model import HybridWanModel
 from pipelines.config import SpeedConfig
-from wan.checkpoints.lora import lora_of, read_lora
+from pipelines.provenance import part_fingerprint
+from wan.checkpoints.lora import MAX_SCALE, lora_of, read_lora
 from wan.utils.errors import InputError
 
 
@@ -19,9 +20,14 @@ class LoRAPipelineMixin:
     The weights themselves are changed, at once and in place, so that generating costs nothing more. Their original
     values wait on the CPU, and come back exactly. A fast form of the transformer is made anew by every call that
     changes weights: its next pass may compile again. What `save_pretrained` writes is the model as it is, adapted.
+
+    Attributes:
+        base_fingerprint: of the transformer before `merge_loras`; None without. Sums of products have other last bits
+            on other devices, so that a record of what made a video holds this and the LoRAs' hashes.
     """
 
     transformer: HybridWanModel
+    base_fingerprint: str | None = None
     _adapters: AdapterStack | None = None
     _before_fusing: dict[str, float] | None = None
     _speed: SpeedConfig | None = None
@@ -33,6 +39,19 @@ class LoRAPipelineMixin:
     def leave_fast_form(self) -> None:
         """See `CausalVideoPipeline`."""
         raise NotImplementedError
+
+    def merge_loras(self, loras: Sequence[Weighted]) -> None:
+        """Make LoRAs a part of the transformer, without a way back: nothing is kept of the weights before.
+
+        Args:
+            loras: from `arl2.adapters.read_loras`, none for nothing to do.
+
+        Raises:
+            CheckpointError: a sum leaves the range of its type. Then the transformer is of no use.
+        """
+        if loras:
+            self.base_fingerprint = part_fingerprint(self.transformer)
+            fuse(base_parameters(self.transformer), loras)
 
     def load_lora_weights(
         self,
@@ -51,7 +70,8 @@ class LoRAPipelineMixin:
             InputError: the name is taken, or LoRAs are fused.
         """
         self._require_not_fused()
-        given, shapes = pretrained_model_name_or_path_or_dict, shapes_of(self.transformer)
+        given = pretrained_model_name_or_path_or_dict
+        shapes = {name: parameter.shape for name, parameter in base_parameters(self.transformer).items()}
         lora = lora_of(given, shapes, "the LoRA") if isinstance(given, Mapping) else read_lora(Path(given), shapes)
         with self._plain_form():
             stack = self._adapters = self._adapters or AdapterStack(self.transformer)
@@ -76,6 +96,9 @@ class LoRAPipelineMixin:
         weights = [float(given)] * len(names) if isinstance(given, int | float) else list(given)
         if len(weights) != len(names):
             raise InputError(f"{len(weights)} weights for {len(names)} adapters: give one each, or one for all")
+        for name, weight in zip(names, weights, strict=True):
+            if not abs(weight) <= MAX_SCALE:
+                raise InputError(f"the weight {weight:g} of adapter {name!r} is out of range: give up to {MAX_SCALE:g}")
         with self._plain_form():
             self._stack().set_weights(dict(zip(names, weights, strict=True)))
 

@@ -14,6 +14,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from arl2.adapters import read_loras
 from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
@@ -137,12 +138,14 @@ class CausalVideoPipeline(LoRAPipelineMixin, DiffusionPipeline):
         """
         begin, folder = time.perf_counter(), Path(pretrained_model_name_or_path)
         weights = read_generator(folder, checkpoint_path, use_ema)
+        loras = read_loras(weights.state, lora)
         transformer, _ = build_hybrid(
-            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed, loras=lora
+            weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )
         vae = load_vae(folder, dtype=torch_dtype, device=device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
         pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+        pipeline.merge_loras(loras)
         pipeline.load_seconds = time.perf_counter() - begin
         log.info("model loaded in %.1f s", pipeline.load_seconds)
         return pipeline

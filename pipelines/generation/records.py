@@ -54,9 +54,14 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 
 
 def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
-    """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows."""
+    """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows.
+
+    The transformer's is that before LoRAs, which count by their files.
+    """
     parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
     found = {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
+    if pipeline.base_fingerprint is not None:
+        found["transformer"] = pipeline.base_fingerprint
     if pipeline.tokenizer is not None:
         found["tokenizer"] = tokenizer_fingerprint(pipeline.tokenizer)
     if pipeline.wan_vae.tiny is not None:

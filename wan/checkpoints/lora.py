@@ -22,7 +22,7 @@ from torch import Tensor
 from wan.checkpoints.formats import diffusers_name, native_name, unwrapped_name
 from wan.checkpoints.identify import A_LORA, HYBRID_ALONE, IMAGE_BRANCH, family
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights
-from wan.checkpoints.peft import CONFIG_FILE, PeftSettings, read_peft_settings, settings_in_header
+from wan.checkpoints.peft import CONFIG_FILE, MAX_ALPHA, PeftSettings, read_peft_settings, settings_in_header
 from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.tensors import printable, require_finite, require_floating, summarize_names
 from wan.utils.errors import CheckpointError, InputError
@@ -289,8 +289,9 @@ def _scale(module: str, written: str, parts: Mapping[str, Tensor], settings: Pef
         )
     if alpha is None:
         return 1.0 if settings is None else settings.scale(written, len(down), source)
-    if alpha.numel() != 1:
-        raise CheckpointError(f"{source}: alpha of {module} has the shape {tuple(alpha.shape)}, it must be a number")
+    if alpha.numel() != 1 or abs(float(alpha)) > MAX_ALPHA:
+        found = f"is {float(alpha):g}" if alpha.numel() == 1 else f"has the shape {tuple(alpha.shape)}"
+        raise CheckpointError(f"{source}: alpha of {module} {found}, it must be a number of at most {MAX_ALPHA:g}")
     return float(alpha) / len(down)
 
 

@@ -14,6 +14,8 @@ from wan.utils.errors import CheckpointError
 from wan.utils.files import parse_json
 from wan.utils.ranges import shown
 
+MAX_ALPHA = 1e6
+"""Of an adapter; a larger one is damage."""
 CONFIG_FILE = "adapter_config.json"
 HEADER_KEY = "lora_adapter_metadata"
 """Where diffusers puts peft's settings in the header of a file, each behind the name of the model's part."""
@@ -122,8 +124,8 @@ def _checked(config: Mapping[str, Any], source: str) -> PeftSettings:
 
 
 def _number(value: Any, name: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{source}: {name} has {shown(value)}, it must be a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise CheckpointError(f"{source}: {name} has {shown(value)}, it must be a number of at most {MAX_ALPHA:g}")
     return float(value)
 
 
