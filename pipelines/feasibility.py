@@ -25,8 +25,8 @@ from wan.checkpoints.formats import (
     GENERATOR,
     GENERATOR_EMA,
     MODEL,
+    has_config,
     transformer_config,
-    transformer_folder,
     unwrapped_name,
 )
 from wan.checkpoints.loading import read_header, read_weights
@@ -139,7 +139,7 @@ class StoredModel:
         """
         if not path.is_dir() and not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder: give weights of a supported format")
-        if path.is_dir() and not (transformer_folder(path) / "config.json").exists():
+        if path.is_dir() and not has_config(path):
             return None  # shards alone
         if path.is_dir():
             record = transformer_config(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_files import ALPHA, LAYOUTS, NATIVE, PEFT, RANK, LoRALayout, named, new_pairs, peft_folder, products
+from lora_files import ALPHA, LAYOUTS, NATIVE, PEFT, RANK, LoRALayout, named, new_pairs, peft_folder, products, theirs
 from published import pickled, stored, wrapped
 from tiny_models import HYBRID, TINY, tiny_model
 from torch import Tensor
@@ -263,6 +263,7 @@ def test_files_that_are_no_lora_say_what_they_are_and_where_they_belong(model: H
     whole = "holds a whole model, not a LoRA: give it as --checkpoint_path"
     save_hybrid_weights(tiny_model(HYBRID, torch.float32), tmp_path / "hybrid.safetensors")
     (tmp_path / "none").mkdir()
+    model.save_pretrained(tmp_path / "model")
     files = {
         pickled({"generator": wrapped(state)}, tmp_path / "a.pt"): whole,
         pickled({"generator_ema": wrapped(state), "generator": wrapped(state)}, tmp_path / "b.pt"): whole,
@@ -274,13 +275,34 @@ def test_files_that_are_no_lora_say_what_they_are_and_where_they_belong(model: H
         pickled({"critic_lora": named(new_pairs(shapes), PEFT)}, tmp_path / "g.pt"): "'critic_lora' is a dict",
         tmp_path / "missing.safetensors": "no LoRA at",
         tmp_path / "none": "has no adapter_model.safetensors nor",
+        tmp_path / "model": whole,
     }
     for file, words in files.items():
         with pytest.raises(CheckpointError, match=words):
             read_lora(file, shapes)
     file = stored(named(new_pairs(shapes), NATIVE), tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match="holds a LoRA: give it as --lora"):
-        read_transformer(file)
+    folder = peft_folder(named(new_pairs(shapes), PEFT), tmp_path / "folder")
+    file_of_training = pickled({"generator_lora": named(new_pairs(shapes), PEFT)}, tmp_path / "lora.pt")
+    for lora in (file, folder, folder / "adapter_model.safetensors", file_of_training):
+        with pytest.raises(CheckpointError, match="holds a LoRA: give it as --lora"):
+            read_transformer(lora)
+
+
+@pytest.mark.parametrize("spelling", ["native", "diffusers", "kohya", "kohya of diffusers"])
+def test_every_module_is_found_by_each_way_of_writing_it(spelling: str, model: HybridWanModel) -> None:
+    before = values(model)
+    changes = {name: torch.ones_like(value) for name, value in before.items() if not name.endswith("modulation")}
+
+    def written(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        module = theirs(module) if "diffusers" in spelling else module
+        entry = f"lora_unet_{module.replace('.', '_')}" if "kohya" in spelling else f"transformer.{module}"
+        return f"{entry}.{'diff' if kind == 'weight' else 'diff_b'}"
+
+    state = {written(name): value for name, value in changes.items()}
+    assert len(state) == len(changes)
+    fuse(base_parameters(model), [(lora_of(state, shapes_of(model), "x"), 1.0)])
+    require_changed(model, before, {name: value.double() for name, value in changes.items()})
 
 
 @pytest.mark.parametrize("scale", ["0", "nan", "inf", "-1e3"])

@@ -30,6 +30,7 @@ from wan.checkpoints.fields import (
 from wan.checkpoints.identify import (
     A_LORA,
     HYBRID_ALONE,
+    LORA_FILES,
     OPTIMIZER,
     SHARD,
     family,
@@ -233,6 +234,15 @@ def transformer_folder(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
+def has_config(folder: Path) -> bool:
+    """Whether a folder has a transformer's config.json; one of shards alone, for which others say the sizes, has not.
+
+    Raises:
+        CheckpointError: see `transformer_folder`.
+    """
+    return (transformer_folder(folder) / "config.json").is_file()
+
+
 def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeights:
     """Read transformer weights of any supported format into Wan's names.
 
@@ -287,13 +297,15 @@ def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:
     if use_ema:
         raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop use_ema")
     folder = transformer_folder(path)
-    has_config = (folder / "config.json").is_file()
-    if not has_config and not any(SHARD.search(file.name) for file in folder.glob("*.safetensors")):
+    is_stated = has_config(path)
+    if not is_stated and any((folder / name).is_file() for name in LORA_FILES):
+        raise _not_a_transformer(folder, A_LORA)
+    if not is_stated and not any(SHARD.search(file.name) for file in folder.glob("*.safetensors")):
         read_config(folder / "config.json")  # says that it is missing
-    config = stated_config(path) if has_config else {}
+    config = stated_config(path) if is_stated else {}
     state, file = read_folder(folder, WEIGHT_FILES)
-    kind = read_config(folder / "config.json").get("_class_name") if has_config else None
-    causal = kind in (*OUR_CLASSES, CAUSAL_DIFFUSERS_CLASS) if has_config else None
+    kind = read_config(folder / "config.json").get("_class_name") if is_stated else None
+    causal = kind in (*OUR_CLASSES, CAUSAL_DIFFUSERS_CLASS) if is_stated else None
     named = _named(state, folder if SHARD.search(file.name) else file)
     return TransformerWeights(named, str(folder), config, causal=causal, record=read_record(file, state))
 

@@ -18,6 +18,8 @@ HYBRID_PART = re.compile(
 FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
 """With `HYBRID_PART`, names of what a hybrid model has beyond the softmax one."""
 A_LORA = "a LoRA"
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+"""Files with a LoRA in a folder of peft or diffusers."""
 _OTHER_ARCHITECTURES = (
     (re.compile(r"(^|\.)to_gate_compress\."), "a transformer with sparse attention (to_gate_compress in its blocks)"),
     (IMAGE_BRANCH, "an image-to-video transformer with an image branch"),

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wan.checkpoints.formats import diffusers_name, native_name, unwrapped_name
-from wan.checkpoints.identify import A_LORA, HYBRID_ALONE, IMAGE_BRANCH, family
+from wan.checkpoints.formats import diffusers_name, has_config, native_name, unwrapped_name
+from wan.checkpoints.identify import A_LORA, HYBRID_ALONE, IMAGE_BRANCH, LORA_FILES, family
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights
 from wan.checkpoints.peft import CONFIG_FILE, MAX_ALPHA, PeftSettings, read_peft_settings, settings_in_header
 from wan.checkpoints.pickles import Opaque
@@ -29,8 +29,6 @@ from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import content_hash
 
 GENERATOR_LORA, CRITIC_LORA = "generator_lora", "critic_lora"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
-"""Files with a LoRA in a folder of peft or diffusers."""
 MAX_SCALE = 100.0
 _PEFT_PREFIX = re.compile(r"^base_model\.model\.")
 _KOHYA_PREFIX = re.compile(r"^lora_(unet|transformer)_")
@@ -92,16 +90,18 @@ class LoRASource:
         """
         path = self.path
         if path.is_dir():
-            found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+            found = [path / name for name in LORA_FILES if (path / name).is_file()]
             if len(found) != 1:
-                names = " nor ".join(WEIGHT_FILES) if not found else " and ".join(file.name for file in found)
+                names = " nor ".join(LORA_FILES) if not found else " and ".join(file.name for file in found)
                 fault = f"no {names}" if not found else f"both {names}"
+                if not found and has_config(path):
+                    raise CheckpointError(f"{path} holds a whole model, not a LoRA: give it as --checkpoint_path")
                 raise CheckpointError(f"{path} has {fault}: give the LoRA's file")
             path = found[0]
         if not path.is_file():
             raise CheckpointError(f"no LoRA at {path}: check the path, or download it")
         config = path.with_name(CONFIG_FILE)
-        return [path, config] if path.stem == Path(WEIGHT_FILES[0]).stem and config.is_file() else [path]
+        return [path, config] if path.stem == Path(LORA_FILES[0]).stem and config.is_file() else [path]
 
     def identity(self) -> dict[str, Any]:
         """What a record of the use of a LoRA holds: the hash of its file, that of its settings, and the scale."""
