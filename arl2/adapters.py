@@ -10,7 +10,8 @@ holds is the bfloat16 of its weights in that type plus all changes.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -75,10 +76,11 @@ def fuse(
     """
     chosen = sorted(set[str]().union(*(lora.names() for lora, _ in loras)) if names is None else names)
     finite = []
-    for name in chosen:
-        parameter = parameters[name]
-        parameter.copy_(_changed(name, (originals or parameters)[name], parameter.device, loras))
-        finite.append(parameter.isfinite().all())
+    with _whole_products():
+        for name in chosen:
+            parameter = parameters[name]
+            parameter.copy_(_changed(name, (originals or parameters)[name], parameter.device, loras))
+            finite.append(parameter.isfinite().all())
     if not finite:
         return
     wrong = [name for name, ok in zip(chosen, torch.stack(finite).tolist(), strict=True) if not ok]
@@ -88,6 +90,17 @@ def fuse(
             f"{sources}: with these changes {summarize_names(wrong)} leaves the range of {dtype}: give a smaller "
             "scale, or load the model in a wider type"
         )
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Compute products of float32 in float32 inside the context, whatever is allowed outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _changed(name: str, original: Tensor, device: torch.device, loras: Sequence[Weighted]) -> Tensor:

@@ -58,10 +58,9 @@ def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
 
     The transformer's is that before LoRAs, which count by their files.
     """
-    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    found = {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
-    if pipeline.base_fingerprint is not None:
-        found["transformer"] = pipeline.base_fingerprint
+    found = {"transformer": pipeline.base_fingerprint or part_fingerprint(pipeline.transformer)}
+    parts = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    found |= {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
     if pipeline.tokenizer is not None:
         found["tokenizer"] = tokenizer_fingerprint(pipeline.tokenizer)
     if pipeline.wan_vae.tiny is not None:

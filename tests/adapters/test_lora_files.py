@@ -11,6 +11,7 @@ from published import pickled, stored, wrapped
 from tiny_models import HYBRID, TINY, tiny_model
 from torch import Tensor
 
+from arl2 import adapters
 from arl2.adapters import base_parameters, base_tensors, fuse, read_loras
 from arl2.checkpoint import build_hybrid, save_hybrid_weights
 from arl2.model import HybridSettings, HybridWanModel
@@ -127,6 +128,26 @@ def test_several_loras_add_up_with_one_rounding(tmp_path: Path) -> None:
         # Rounded once: no further from the exact sum than its nearest neighbours, but for float32 sums before.
         nearest = (exact.to(torch.bfloat16).double() - exact).abs()
         assert bool(((value.double() - exact).abs() <= nearest + 1e-5 * exact.abs().clamp_min(1)).all()), name
+
+
+def test_products_are_in_float32_whatever_is_allowed_elsewhere(
+    model: HybridWanModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, seen = adapters._changed, list[str]()
+
+    def changed(*arguments: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return genuine(*arguments)
+
+    monkeypatch.setattr(adapters, "_changed", changed)
+    file = stored(named(new_pairs(shapes_of(model)), NATIVE), tmp_path / "a.safetensors")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        fuse(base_parameters(model), read_loras(model.state_dict(), [LoRASource(file)]))
+        assert torch.get_float32_matmul_precision() == "medium" and set(seen) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
