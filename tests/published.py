@@ -207,6 +207,10 @@ REFUSED: dict[str, tuple[Callable[[State, Path], Path], str]] = {
         lambda s, f: shards(s, f / "high_noise_model", 2, index=True).parent,
         "Wan 2.2 14B, with two transformers",
     ),
+    "Wan 2.2 14B, one of its two": (
+        lambda s, f: shards(s, f / "low_noise_model", 2, index=True),
+        "Wan 2.2 14B, with two transformers",
+    ),
     "Wan 2.2 14B in diffusers' layout": (
         lambda s, f: (diffusers_folder(s, f), (f / "transformer_2").mkdir())[0],
         "Wan 2.2 14B, with two transformers",

@@ -225,7 +225,7 @@ def transformer_folder(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no model folder {folder}: run scripts/download_weights.py or check the path")
-    if experts := [name for name in EXPERTS if (folder / name).is_dir()]:
+    if experts := [name for name in EXPERTS if (folder / name).is_dir() or folder.name == name]:
         raise CheckpointError(
             f"{folder} is of Wan 2.2 14B, with two transformers for high and low noise ({experts[0]}): give a model "
             "that has one"
