@@ -32,18 +32,25 @@ class FewStepSampler:
     Attributes:
         timesteps: timestep of every step, in decreasing order.
         sigmas: noise level of every step.
+        first_block: the steps of a video's first block, which has nothing to attend to; None for those of the others.
     """
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+    first_block: "FewStepSampler | None" = None
 
     def __post_init__(self) -> None:
         typed(tuple[Annotated[float, Bounds(0, 1000)], ...], self.timesteps, "timesteps")
         typed(tuple[Annotated[float, Bounds(0, 1)], ...], self.sigmas, "sigmas")
 
     @classmethod
-    def from_steps(cls, steps: Sequence[int], shift: float, warp: bool = True) -> "FewStepSampler":
+    def from_steps(
+        cls, steps: Sequence[int], shift: float, warp: bool = True, first_block: Sequence[int] | None = None
+    ) -> "FewStepSampler":
         """Build a sampler from a step list such as [1000, 750, 500, 250], warped through the shift by default.
+
+        Args:
+            first_block: the step list of a video's first block, if it has its own.
 
         Raises:
             InputError: the list is empty, not falling, or leaves 1..1000.
@@ -52,7 +59,12 @@ class FewStepSampler:
             raise InputError(f"denoising steps {list(steps)} must fall from at most 1000 to at least 1")
         schedule = FlowSchedule(shift)
         timesteps = schedule.warp(steps) if warp else torch.tensor(steps, dtype=torch.float32)
-        return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()))
+        first = None if first_block is None else cls.from_steps(first_block, shift, warp)
+        return cls(tuple(timesteps.tolist()), tuple(schedule.sigma_at(timesteps).tolist()), first)
+
+    def for_block(self, start_frame: int) -> "FewStepSampler":
+        """The steps of the block that begins at a latent frame. A block after given frames is not a first one."""
+        return self.first_block if self.first_block is not None and start_frame == 0 else self
 
 
 def seed_for(*key: object) -> int:
@@ -222,7 +234,8 @@ def rollout(
     Yielding first lets the decoding of a block start while its clean pass runs.
 
     Args:
-        model, sampler, text, memory: as in `denoise_block`; the memory may already hold context.
+        model, text, memory: as in `denoise_block`; the memory may already hold context.
+        sampler: denoising steps, those of the first block included.
         noise: noise of every block and step.
         blocks: number of blocks; None for as many as the caller asks for.
         start_frame: absolute index of the first latent frame, after the context.
@@ -235,7 +248,8 @@ def rollout(
     indices: Iterable[int] = count() if blocks is None else range(blocks)
     for index in indices:
         with phase("denoise"):
-            latents = denoise_block(model, sampler, partial(noise, index), text, memory, start_frame)
+            steps = sampler.for_block(start_frame)
+            latents = denoise_block(model, steps, partial(noise, index), text, memory, start_frame)
         yield GeneratedBlock(index, start_frame, latents)
         if blocks is None or index + 1 < blocks:
             with phase("remember"):

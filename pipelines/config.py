@@ -1,7 +1,7 @@
 """Settings of an inference run, each with its range; `pipelines.settings` reads them."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -15,6 +15,7 @@ from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.fields import LoRAAlpha
+from wan.checkpoints.lora import LoRASource
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
@@ -33,8 +34,10 @@ Steps = Annotated[list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1
 """Timesteps of a few-step generator."""
 ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
 """Timestep of the clean pass."""
-NOT_OF_LATENTS = ("model_folder", "checkpoint_path", "hybrid", "speed", "fps")
-"""Settings of `InferenceConfig` that a softmax model's latents do not depend on; weights count by their content."""
+NOT_OF_VIDEOS = ("model_folder", "checkpoint_path", "lora", "caveat")
+"""Settings of `InferenceConfig` that videos do not depend on; weights count by their content."""
+NOT_OF_LATENTS = ("hybrid", "speed", "fps")
+"""With `NOT_OF_VIDEOS`, settings that a softmax model's latents do not depend on."""
 
 
 class MemoryKind(StrEnum):
@@ -267,9 +270,22 @@ class GeneratorSampling(SamplingConfig):
 
     Attributes, beside those of `SamplingConfig`:
         context_noise: timestep of the clean pass.
+        first_block_denoising_steps: steps of a video's first block, for models that are trained to take more of them
+            there; null for those of the other blocks.
     """
 
     context_noise: ContextNoise = 0.0
+    first_block_denoising_steps: Steps | None = None
+
+    def sampler(self) -> FewStepSampler:
+        """The steps."""
+        return FewStepSampler.from_steps(
+            self.denoising_steps, self.timestep_shift, self.warp_denoising_steps, self.first_block_denoising_steps
+        )
+
+    def sampling(self) -> dict[str, Any]:
+        """All settings of this class, as arguments of `CausalVideoPipeline`."""
+        return {each.name: getattr(self, each.name) for each in fields(GeneratorSampling)}
 
 
 def stored_sampling(folder: Path) -> dict[str, Any]:
@@ -301,6 +317,8 @@ class InferenceConfig(GeneratorSampling):
         fps: of the video file.
         attention_backend: see `wan.ops.attention.AttentionBackend`.
         speed: of the transformer.
+        lora: LoRAs that are added to the weights, each FILE or FILE:SCALE; see `wan.checkpoints.lora`.
+        caveat: what a preset needs that this code lacks, and its effect; warned of when the model is loaded.
     """
 
     model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
@@ -313,6 +331,36 @@ class InferenceConfig(GeneratorSampling):
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    lora: list[PathText] = field(default_factory=list)
+    caveat: str | None = None
+
+    def lora_sources(self) -> list[LoRASource]:
+        """The LoRAs.
+
+        Raises:
+            InputError: a scale is out of range.
+        """
+        return [LoRASource.from_text(text) for text in self.lora]
+
+    def refuse_lora(self) -> None:
+        """Make sure that there are no LoRAs, for programs whose results are told by the hash of one checkpoint.
+
+        Raises:
+            InputError: there are some.
+        """
+        if self.lora:
+            raise InputError(
+                f"lora {', '.join(self.lora)} is not taken here: write model and LoRA as one checkpoint, with "
+                "scripts/convert_checkpoint.py and its --lora, and give that with lora=[]"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """All settings that a video depends on, beside its weights.
+
+        What records of earlier versions lack is left out where it does nothing.
+        """
+        idle = {name for name in ("first_block_denoising_steps",) if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in (*NOT_OF_VIDEOS, *idle)}
 
 
 def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) -> None:

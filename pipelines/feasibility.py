@@ -21,7 +21,14 @@ from arl2.statement import hybrid_layer_of, trained_memory_of
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import InferenceConfig, SpeedConfig
 from wan.checkpoints.configs import read_config
-from wan.checkpoints.formats import GENERATOR, GENERATOR_EMA, transformer_config, unwrapped_name
+from wan.checkpoints.formats import (
+    GENERATOR,
+    GENERATOR_EMA,
+    MODEL,
+    has_config,
+    transformer_config,
+    unwrapped_name,
+)
 from wan.checkpoints.loading import read_header, read_weights
 from wan.checkpoints.record import read_record
 from wan.text import NATIVE_TEXT_FILE
@@ -143,12 +150,14 @@ class StoredModel:
         """
         if not path.is_dir() and not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a folder: give weights of a supported format")
+        if path.is_dir() and not has_config(path):
+            return None  # shards alone
         if path.is_dir():
             record = transformer_config(path)
             layers = record.get("hybrid_layers", ())
         elif path.suffix == ".safetensors" or is_zipfile(path):
             weights = {} if path.suffix == ".safetensors" else read_weights(path)
-            inner = next((weights[key] for key in (GENERATOR, GENERATOR_EMA) if key in weights), weights)
+            inner = next((weights[key] for key in (GENERATOR, GENERATOR_EMA, MODEL) if key in weights), weights)
             names = inner if isinstance(inner, Mapping) else ()
             found = read_header(path)[0] if path.suffix == ".safetensors" else [str(name) for name in names]
             record = read_record(path, weights)

@@ -74,6 +74,17 @@ def _store(namespace: argparse.Namespace, action: argparse.Action, value: Any) -
     setattr(namespace, action.dest, value)
 
 
+class _Collect(argparse.Action):
+    """Stores the values of a flag that may be given several times, in order."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        given: dict[str, Any] = vars(namespace).setdefault("given", {})
+        given[self.dest] = [*given.get(self.dest, []), *values]
+        setattr(namespace, self.dest, given[self.dest])
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=120)
@@ -101,7 +112,8 @@ class Parser(argparse.ArgumentParser):
         aliases: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-        for name, action in ((None, _Store), ("store", _Store), ("store_true", _StoreConstant), ("switch", _Switch)):
+        actions: dict[str | None, type[argparse.Action]] = {None: _Store, "store": _Store, "collect": _Collect}
+        for name, action in (actions | {"store_true": _StoreConstant, "switch": _Switch}).items():
             self.register("action", name, action)
         self._kind, self._reads_config = kind, reads_config
         self._aliases = dict(aliases or {})
@@ -125,6 +137,7 @@ class Parser(argparse.ArgumentParser):
         group: "argparse._ArgumentGroup | None" = None,
         const: Any = _UNSET,
         shows_default: bool = True,
+        repeatable: bool = False,
     ) -> None:
         """Add a flag that sets a field of the config; type, range and default are the field's.
 
@@ -132,6 +145,7 @@ class Parser(argparse.ArgumentParser):
             field: its dotted name, such as "memory.window_frames".
             shows_default: whether the help ends with the field's default; not for what the help says otherwise.
             const: what a flag without a value sets.
+            repeatable: whether a flag of a list may be given several times.
         """
         assert self._kind is not None
         hint = declaration(self._kind, field)
@@ -146,7 +160,8 @@ class Parser(argparse.ArgumentParser):
             add(flag, action="switch", default=default, help=_about(help, default=shown_default, unless=unless))
         else:
             about = _about(help, hint, shown_default, unless)
-            add(flag, default=default, help=about, **value_options(hint, flag))
+            options = value_options(hint, flag) | ({"action": "collect", "nargs": "+"} if repeatable else {})
+            add(flag, default=default, help=about, **options)
 
     def default_of(self, field: str) -> Any:
         """The default of a field of the config, by its dotted name."""

@@ -5,6 +5,8 @@
         --model_folder wan_models/Wan2.1-T2V-1.3B
     # hybrid folder → ARL² .pt under the official names; adapters of the feed-forward folded into their linears
     python scripts/convert_checkpoint.py models/hybrid arl2.pt --merge_ffn_lora
+    # a model and its LoRA as one checkpoint, as training and its data take it
+    python scripts/convert_checkpoint.py longlive_base.pt longlive.safetensors --size 1.3B --lora lora.pt
 
 The target's ending decides: .pt (Causal Forcing / ARL²), .safetensors (bare names), or a folder (sharded safetensors).
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from arl2.adapters import base_parameters, fuse, read_loras
 from arl2.checkpoint import LoadReport, build_hybrid, holds_hybrid_alone, read_generator, save_generator
 from arl2.model import FFNLoRA, HybridWanModel
 from pipelines.cli import entry_point
@@ -27,6 +30,7 @@ from pipelines.config import HybridConfig
 from pipelines.flags import Parser, as_path
 from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
+from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.pickles import SUFFIXES as PICKLE_SUFFIXES
 from wan.config import WAN_SIZES, wan_size
 from wan.utils.errors import InputError
@@ -53,6 +57,8 @@ def parse() -> argparse.Namespace:
     alpha = "scale of the adapters times their rank; by default that of the source, or 32 where it does not say"
     setting("--lora_alpha", "lora_alpha", alpha, shows_default=False)
     setting("--ffn_lora_all_layers", "ffn_lora", "adapters on the feed-forward of every block", const=FFNLoRA.ALL)
+    loras = "LoRAs to make a part of the weights, each FILE or FILE:SCALE; may be given several times"
+    add("--lora", action="collect", nargs="+", default=[], metavar="PATH", help=loras)
     add("--merge_ffn_lora", action="store_true", help="fold feed-forward adapters into their linear layers")
     parser.add_seed("of new parameters")
     return parser.parse_args()
@@ -121,6 +127,7 @@ def convert(arguments: argparse.Namespace) -> None:
         InputError: the source is missing or damaged, or its sizes are not known, or contradict the flags.
     """
     weights = read(arguments.source, arguments.model_folder, arguments.use_ema)
+    loras = read_loras(weights.state, [LoRASource.from_text(text) for text in arguments.lora])
     if arguments.model_folder is not None:
         config = transformer_config(arguments.model_folder)
     elif arguments.size is not None:
@@ -139,6 +146,7 @@ def convert(arguments: argparse.Namespace) -> None:
     # Every weight keeps its type: training exports hold what was trained in float32, and the frozen rest as it was.
     model, report = build_hybrid(weights, config, wanted, dtype=None, device=torch.device("cpu"), seed=arguments.seed)
     require_effect(arguments, model, report)
+    fuse(base_parameters(model), loras)
     if arguments.merge_ffn_lora:
         model.merge_ffn_lora()
     save(model, arguments.target)

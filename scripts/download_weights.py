@@ -2,6 +2,7 @@
 
     python scripts/download_weights.py                      # Wan 2.1 T2V 1.3B and Causal Forcing, 30 GB
     python scripts/download_weights.py --what wan-diffusers # Wan 2.1 in diffusers' layout instead
+    python scripts/download_weights.py --what wan longlive  # what configs/presets/longlive.yaml names
 
 A connection that drops is taken up where it broke. A run that was stopped can be started again: whole files are kept,
 the one it was at begins anew.
@@ -45,12 +46,23 @@ class Source:
     patterns: tuple[str, ...]
 
 
+WAN_PARTS = ("config.json", "models_t5_*.pth", "Wan2.1_VAE.pth", "google/*")
+"""Files of a Wan 2.1 release beside its transformer."""
+
+
+def preset(name: str, repository: str, *files: str) -> dict[str, Source]:
+    """The weights of configs/presets/NAME.yaml."""
+    return {name: Source(repository, f"checkpoints/{name}", files)}
+
+
 SOURCES = {
     "wan": Source(
         "Wan-AI/Wan2.1-T2V-1.3B",
         "wan_models/Wan2.1-T2V-1.3B",
-        ("config.json", "diffusion_pytorch_model*", "models_t5_*.pth", "Wan2.1_VAE.pth", "google/*"),
+        ("diffusion_pytorch_model*", *WAN_PARTS),
     ),
+    # Without its transformer, in whose place that of a preset goes.
+    "wan-14b": Source("Wan-AI/Wan2.1-T2V-14B", "wan_models/Wan2.1-T2V-14B", WAN_PARTS),
     "causal-forcing": Source(
         "zhuhz22/Causal-Forcing",
         "checkpoints",
@@ -61,7 +73,17 @@ SOURCES = {
         "wan_models/Wan2.1-T2V-1.3B-Diffusers",
         ("model_index.json", "transformer/*", "text_encoder/*", "tokenizer/*", "vae/*"),
     ),
+    **preset("self_forcing", "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"),
+    **preset("causvid", "tianweiy/CausVid", "autoregressive_checkpoint/model.pt"),
+    **preset("causvid_14b", "lightx2v/Wan2.1-T2V-14B-CausVid", "causvid_model.pt"),
+    **preset("causal_forcing_1step", "zhuhz22/Causal-Forcing", "causal-forcing++/framewise-1step.pt"),
+    **preset("causal_forcing_2step", "zhuhz22/Causal-Forcing", "causal-forcing++/framewise-2step.pt"),
+    **preset("longlive", "Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt", "models/lora.pt"),
+    **preset("reward_forcing", "JaydenLu666/Reward-Forcing-T2V-1.3B", "rewardforcing.pt"),
+    **preset("krea_14b", "krea/krea-realtime-video", "krea-realtime-video-14b.safetensors"),
+    **preset("streamdiffusionv2", "jerryfeng/StreamDiffusionV2", "wan_causal_dmd_v2v/model.pt"),
 }
+"""What --what takes, and where it comes from: the one table of it."""
 LICENCE = "LICENSE*"  # not every source has one
 DEFAULT = ("wan", "causal-forcing")
 

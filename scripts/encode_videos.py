@@ -70,7 +70,7 @@ def read_config(arguments: argparse.Namespace) -> InferenceConfig:
         InputError: a value that cannot work.
     """
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
-    config.checkpoint_path, config.hybrid = None, HybridConfig()
+    config.checkpoint_path, config.hybrid, config.lora = None, HybridConfig(), []
     check_config(config, i2v=False)
     return config
 

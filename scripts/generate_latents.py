@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from arl2.checkpoint import build_hybrid
 from arl2.distillation.latent_writer import LatentWriter, SampleInfo
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, SeededNoise, num_blocks, rollout
+from arl2.rollout import SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
@@ -122,9 +122,7 @@ class Teacher:
             **text_fingerprints(self.encoder),
         }
         self._config, self._device = config, device
-        self._sampler = FewStepSampler.from_steps(
-            config.denoising_steps, config.timestep_shift, config.warp_denoising_steps
-        )
+        self._sampler = config.sampler()
         stride = spatial_stride(model_folder)
         self._shape = (self.model.config.in_dim, config.height // stride, config.width // stride)
         self.latents_shape = (config.num_output_frames, *self._shape)
@@ -183,13 +181,14 @@ def main() -> int:
     config.memory.refuse_idle(given_names(InferenceConfig, arguments))
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
+    config.refuse_lora()
     check_config(config, i2v=False)
     softmax = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
     check_device(softmax, device, dtype, decodes=False)
     jobs = read_jobs(arguments)
     folder, part = own_folder(arguments.output_folder)
     check_writable(folder)
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
+    settings = {name: value for name, value in config.identity().items() if name not in NOT_OF_LATENTS}
     backend = require_backend(config.attention_backend, device, dtype)
     settings |= {"source": "rollouts", "dtype": str(dtype), "attention_backend": backend.value}
     with LatentWriter(folder, settings, pending=KNOWN_LATER, part=part) as writer:

@@ -131,10 +131,9 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
         config.model_folder,
         checkpoint_path=config.checkpoint_path,
         hybrid=config.hybrid.settings(),
+        lora=config.lora_sources(),
         device=device,
-        denoising_steps=config.denoising_steps,
-        warp_denoising_steps=config.warp_denoising_steps,
-        timestep_shift=config.timestep_shift,
+        **config.sampling(),
     )
     rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)

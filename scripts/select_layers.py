@@ -23,7 +23,7 @@ import argparse
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,7 +173,7 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
     jobs = plan(arguments, config)
     plain = replace(config, speed=SpeedConfig(cuda_graphs=False))
     check_device(plain, device, dtype, batch=min(arguments.batch, len(jobs)), decodes=False)
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_LATENTS}
+    settings = {name: value for name, value in config.identity().items() if name not in NOT_OF_LATENTS}
     backend = require_backend(config.attention_backend, device, dtype)
     settings |= {"seed": arguments.seed, "dtype": str(dtype), "attention_backend": backend.value}
     settings["memory"] = MemoryConfig(MemoryKind.full).identity()
@@ -243,6 +243,7 @@ def main() -> int:
     config = replace(config, hybrid=HybridConfig())
     check_target(arguments.yaml)
     if arguments.method == "replacement":
+        config.refuse_lora()
         check_config(config, i2v=False)
         scores = score_by_replacement(arguments, config)
     else:

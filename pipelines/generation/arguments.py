@@ -24,6 +24,7 @@ from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
 from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.loading import require_weight_file
 from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
@@ -69,6 +70,8 @@ def inference_parser() -> Parser:
     model = group("model")
     weights = "transformer weights (.pt, .safetensors or a folder); by default the config's"
     setting("--checkpoint_path", "checkpoint_path", weights, group=model)
+    loras = "a LoRA of peft, diffusers, ComfyUI or kohya, FILE or FILE:SCALE; may be given several times"
+    setting("--lora", "lora", loras, group=model, repeatable=True)
     model.add_argument("--use_ema", action="store_true", help="take generator_ema of the checkpoint")
     layers = "layers with hybrid attention; by default those of the checkpoint"
     setting("--hybrid_layers", "hybrid.layers", layers, group=model)
@@ -195,6 +198,10 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
         raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
+    for source in config.lora_sources():
+        for file in source.files():
+            if file.suffix != ".json":
+                require_weight_file(file)
     tiny = config.speed.tiny_vae
     if tiny is not None and not Path(tiny).is_file():
         raise InputError(f"no tiny decoder at {tiny}: check the path, or drop --tiny_vae")

@@ -13,6 +13,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from arl2.adapters import read_loras
 from arl2.checkpoint import build_hybrid, read_generator
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
@@ -26,10 +27,13 @@ from pipelines.feasibility import check_speed
 from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock, VideoOutput
 from pipelines.generation.decoding import BlockDecoder, Phase
 from pipelines.generation.lockstep import Lockstep
+from pipelines.generation.mixins.lora import LoRAPipelineMixin
+from pipelines.generation.mixins.placement import PlacementMixin
 from pipelines.generation.streaming import SideStream, finished
 from pipelines.media.images import Picture, first_frames
 from pipelines.prompts.files import check_prompt
 from wan.checkpoints.formats import transformer_config
+from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.saving import give_umask_mode
 from wan.memory import Memory, MemorySpec
 from wan.model import FlowModel
@@ -45,7 +49,7 @@ from wan.vae.wan_vae import WanVAE, load_vae
 log = logging.getLogger(__name__)
 
 
-class CausalVideoPipeline(DiffusionPipeline):
+class CausalVideoPipeline(LoRAPipelineMixin, PlacementMixin, DiffusionPipeline):
     """Text to video with a causal Wan transformer, hybrid or softmax.
 
     Args:
@@ -54,6 +58,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         frames_per_block: latent frames generated at a time.
         denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
         context_noise: timestep of the clean pass.
+        first_block_denoising_steps: steps of a video's first block, if it has its own.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -69,6 +74,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         warp_denoising_steps: bool = True,
         timestep_shift: float = 5.0,
         context_noise: float = 0.0,
+        first_block_denoising_steps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         sampling = {
@@ -77,11 +83,14 @@ class CausalVideoPipeline(DiffusionPipeline):
             "warp_denoising_steps": warp_denoising_steps,
             "timestep_shift": timestep_shift,
             "context_noise": context_noise,
+            "first_block_denoising_steps": first_block_denoising_steps and list(first_block_denoising_steps),
         }
         typed(GeneratorSampling, sampling, "")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(**sampling)
-        self.sampler = FewStepSampler.from_steps(denoising_steps, timestep_shift, warp_denoising_steps)
+        self.sampler = FewStepSampler.from_steps(
+            denoising_steps, timestep_shift, warp_denoising_steps, first_block_denoising_steps
+        )
         self.wan_vae = WanVAE(vae)
         self._fast: FlowModel | None = None
         self._pool: MemoryPool | None = None
@@ -106,6 +115,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         device: torch.device = torch.device("cpu"),
         vae_device: torch.device | None = None,
         seed: int = 0,
+        lora: Sequence[LoRASource] = (),
         **sampling: Any,
     ) -> Self:
         """Load every part, strictly and offline, from a native Wan 2.1 folder or a diffusers folder.
@@ -120,6 +130,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             torch_dtype, device: of all parts; float16 only of the transformer.
             vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
+            lora: LoRAs that become a part of the transformer, without a way back; see `load_lora_weights` for others.
             sampling: settings of this class that replace those stored in the folder.
 
         Raises:
@@ -127,12 +138,14 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         begin, folder = time.perf_counter(), Path(pretrained_model_name_or_path)
         weights = read_generator(folder, checkpoint_path, use_ema)
+        loras = read_loras(weights.state, lora)
         transformer, _ = build_hybrid(
             weights, transformer_config(folder), hybrid, dtype=torch_dtype, device=device, seed=seed
         )
         vae = load_vae(folder, dtype=torch_dtype, device=vae_device or device)
         text = load_text_encoder(folder, text_len=transformer.config.text_len, dtype=torch_dtype, device=device)
         pipeline = cls(transformer, vae.model, text.model, text.tokenizer, **(stored_sampling(folder) | sampling))
+        pipeline.merge_loras(loras)
         pipeline.load_seconds = time.perf_counter() - begin
         log.info("model loaded in %.1f s", pipeline.load_seconds)
         return pipeline
@@ -160,17 +173,6 @@ class CausalVideoPipeline(DiffusionPipeline):
             give_umask_mode(Path(save_directory))
 
     @property
-    def device(self) -> torch.device:
-        """The transformer's device."""
-        device: torch.device = self.transformer.device
-        return device
-
-    @property
-    def vae_is_apart(self) -> bool:
-        """Whether the VAE has a device of its own: then pixels are there, and latents are copied."""
-        return self.wan_vae.device != self.device
-
-    @property
     def flow_model(self) -> FlowModel:
         """Model that computes the transformer's passes: itself, or its fast form."""
         return self._fast or self.transformer
@@ -186,30 +188,6 @@ class CausalVideoPipeline(DiffusionPipeline):
         on_two_gpus = self.vae_is_apart and {self.device.type, self.wan_vae.device.type} == {"cuda"}
         return self._side is not None or on_two_gpus
 
-    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers.
-
-        Raises:
-            InputError: the VAE has a device of its own.
-        """
-        self._require_one_device("enable_model_cpu_offload")
-        super().enable_model_cpu_offload(*args, **kwargs)
-
-    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers.
-
-        Raises:
-            InputError: the VAE has a device of its own.
-        """
-        self._require_one_device("enable_sequential_cpu_offload")
-        super().enable_sequential_cpu_offload(*args, **kwargs)
-
-    def _require_one_device(self, what: str) -> None:
-        if self.vae_is_apart:
-            raise InputError(
-                f"{what} needs all parts on {self.device}, the VAE is on {self.wan_vae.device}: leave vae_device out"
-            )
-
     def parallelize(self, exchange: Exchange = Exchange.AUTO) -> None:
         """Compute every pass together with the other processes of `torch.distributed`'s default group from now on.
 
@@ -224,7 +202,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             InputError: the heads do not divide over the processes, the GPUs cannot exchange in this way, or the VAE
                 has a device of its own.
         """
-        self._require_one_device("parallelize, with which every process decodes a part of each frame,")
+        self.require_one_device("parallelize, with which every process decodes a part of each frame,")
         self._parallel = new_sequence_parallel(self.transformer.config.num_heads, self.transformer.device, exchange)
         self.transformer.head_shards = self._parallel.size
 
@@ -243,10 +221,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         device, config = self.transformer.device, self.transformer.config
         speed = speed.on(device, self.transformer.dtype)
         check_speed(speed, device, self.transformer.dtype, config.dim, config.ffn_dim)
-        self._fast = self._pool = None
-        self._undo.close()
+        self._speed = speed
+        self.leave_fast_form()
         if speed.vae_device is not None:
-            self._move_vae(speed.vae_on(device))
+            self._undo.callback(self.move_vae(speed.vae_on(device)))
         self._side = SideStream(device) if speed.overlap_decoding and not self.vae_is_apart else None
         self.wan_vae.fast, self.wan_vae.tiny = speed.fast_vae, None
         if speed.tiny_vae is not None:
@@ -271,15 +249,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         launched = fast.without_kernels() if speed.kernels and speed.compile else fast
         self._fast = GraphedModel(fast, device, launched)
 
-    def _move_vae(self, device: torch.device) -> None:
-        """Move the VAE to a device until this is undone."""
-        home = self.wan_vae.device
-        if device == home:
-            return
-        if self._parallel is not None or hasattr(self.vae, "_hf_hook"):
-            raise InputError("vae_device goes neither with parallelize nor with CPU offloading: leave it out")
-        self.wan_vae.to(device)
-        self._undo.callback(self.wan_vae.to, home)
+    def leave_fast_form(self) -> None:
+        """Undo what `optimize_for_inference` did to the transformer: its own passes are computed from now on."""
+        self._fast = self._pool = None
+        self._undo.close()
 
     @torch.no_grad()
     def warm_up(self, height: int, width: int, memory: MemoryConfig, batch_size: int = 1) -> float:

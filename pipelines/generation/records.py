@@ -17,8 +17,6 @@ from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
 
-_PATHS = ("model_folder", "checkpoint_path")
-"""Settings that say where weights lie: the weights themselves count."""
 _NOT_OF_FRAMES = ("tiny_vae", "vae_device", "exchange", "shard_weights")
 """Settings of `speed` that frames do not depend on: where weights lie, where they are used, how they travel."""
 
@@ -48,7 +46,9 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 
     Files count by their content: the same weights in another place make the same videos.
     """
-    settings = {name: value for name, value in asdict(run.config).items() if name not in _PATHS}
+    settings = run.config.identity()
+    if run.config.lora:
+        settings["lora"] = [source.identity() for source in run.config.lora_sources()]
     settings["speed"] = {name: value for name, value in settings["speed"].items() if name not in _NOT_OF_FRAMES}
     # The layers of the model, whether they were asked for or are those of its checkpoint.
     settings["hybrid"] = asdict(pipeline.transformer.hybrid)
@@ -57,9 +57,13 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 
 
 def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
-    """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows."""
-    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
-    found = {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
+    """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows.
+
+    The transformer's is that before LoRAs, which count by their files.
+    """
+    found = {"transformer": pipeline.base_fingerprint or part_fingerprint(pipeline.transformer)}
+    parts = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    found |= {name: part_fingerprint(part) for name, part in parts.items() if part is not None}
     if pipeline.tokenizer is not None:
         found["tokenizer"] = tokenizer_fingerprint(pipeline.tokenizer)
     if pipeline.wan_vae.tiny is not None:

@@ -54,6 +54,8 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         CheckpointError, InputError: weights that are missing, damaged or do not fit.
     """
     config = run.config
+    if config.caveat is not None:
+        log.warning("%s", config.caveat)
     pipeline = CausalVideoPipeline.from_pretrained(
         config.model_folder,
         checkpoint_path=config.checkpoint_path,
@@ -63,11 +65,8 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         device=run.device,
         vae_device=config.speed.vae_on(run.device),
         seed=run.seed,
-        frames_per_block=config.frames_per_block,
-        denoising_steps=config.denoising_steps,
-        warp_denoising_steps=config.warp_denoising_steps,
-        timestep_shift=config.timestep_shift,
-        context_noise=config.context_noise,
+        lora=config.lora_sources(),
+        **config.sampling(),
     )
     check_interrupted()
     pipeline.use_attention_backend(run.backend)
@@ -357,6 +356,7 @@ def provenance(
         "prompt": job.prompt,
         "seed": job.seed,
         "settings": made_with,
+        "lora_files": [str(source.path) for source in run.config.lora_sources()],
         **_on_device(run.device, pipeline.symmetric_bytes),
         "versions": versions(MEASURED_PACKAGES),
     }

@@ -18,7 +18,7 @@ from pipelines.provenance import device_name
 from pipelines.training.config import TrainingConfig, init_from
 from pipelines.training.export import EXPORT
 from wan.checkpoints.fields import SIZES
-from wan.checkpoints.formats import stated_config, transformer_config
+from wan.checkpoints.formats import has_config, stated_config, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import read_json
@@ -144,8 +144,9 @@ def check_start(config: TrainingConfig) -> None:
         run.require_stage1()
         run.warn_if_unfinished()
     said = transformer_config(Path(config.model_folder))
-    if config.checkpoint_path is not None and Path(config.checkpoint_path).is_dir():
-        said |= stated_config(Path(config.checkpoint_path))
+    checkpoint = None if config.checkpoint_path is None else Path(config.checkpoint_path)
+    if checkpoint is not None and checkpoint.is_dir() and has_config(checkpoint):
+        said |= stated_config(checkpoint)
     sizes = {name: value for name, value in said.items() if name in SIZES}
     layers = config.hybrid(sizes["num_layers"]).layers
     with torch.device("meta"):

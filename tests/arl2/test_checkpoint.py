@@ -265,7 +265,6 @@ def test_other_families_and_code_are_refused(softmax: StateDict, tmp_path: Path)
         ({"token_embedding.weight": torch.zeros(1)}, "a text encoder"),
         ({"encoder.conv1.weight": torch.zeros(1)}, "a VAE"),
         ({"generator": 3}, "int"),
-        ({"generator_ema": softmax}, "ask for it, --use_ema "),
         ({"a": torch.zeros(1), "step": 5}, "'step' is a int"),
         ([1, 2], "list"),
     ):

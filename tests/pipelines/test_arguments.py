@@ -91,7 +91,7 @@ BAD_FLAGS = [
     ("--conf c.yaml", "unknown flag --conf: did you mean --config?"),
     ("--num 6", "did you mean --num_output_frames?"),
     ("--cuda", "did you mean --cuda_graphs?"),
-    ("--lora 3", "did you mean --lora_rank or --lora_alpha?"),
+    ("--lora_ 3", "did you mean --lora_rank or --lora_alpha?"),
     ("--xyzzy", "unknown flag --xyzzy"),
     ("--output_path x", "unknown flag --output_path: did you mean --output_folder?"),
     ("--model_folder x", "unknown flag --model_folder: it is a setting, give model_folder=value"),

@@ -61,6 +61,8 @@ RELEASED: dict[str, Any] = {
 }
 """Values that all released models share, and leave out of lists of sizes."""
 NATIVE_TEXT_DIM = 4096
+WAN_22_CHANNELS = 48
+"""Latent channels of Wan 2.2 5B, whose VAE compresses 16 times: no other model of this family has as many."""
 # Settings of other programs' classes, which must say that what they stand for is not used.
 NATIVE_NEUTRAL: dict[str, Any] = {
     "window_size": tuple[Literal[-1], Literal[-1]],

@@ -2,15 +2,18 @@
 
 native folder       config.json + diffusion_pytorch_model.safetensors (or its shards)
 diffusers folder    transformer/ of diffusers' WanTransformer3DModel, or of our models
-Causal Forcing .pt  {"generator": …, "generator_ema": …}, names behind the wrappers of a training run
-.safetensors, .pt   names to tensors
+training's .pt      {"generator": …, "generator_ema": …} or {"model": …}, names behind a training run's wrappers
+.safetensors, .pt   names to tensors, also behind the prefixes of other programs
 """
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from wan.checkpoints.configs import check_settings, read_config
 from wan.checkpoints.fields import (
@@ -22,20 +25,37 @@ from wan.checkpoints.fields import (
     OPTIONAL_HYBRID,
     RELEASED,
     SIZES,
+    WAN_22_CHANNELS,
 )
-from wan.checkpoints.identify import HYBRID_ALONE, IMAGE_BRANCH, OPTIMIZER, SHARD, family
+from wan.checkpoints.identify import (
+    A_LORA,
+    HYBRID_ALONE,
+    LORA_FILES,
+    OPTIMIZER,
+    SHARD,
+    family,
+    other_architecture,
+    quantisation,
+)
 from wan.checkpoints.loading import StateDict, as_state_dict, read_folder, read_weights
 from wan.checkpoints.pickles import Opaque
 from wan.checkpoints.record import RECORD, read_record
 from wan.checkpoints.tensors import printable, require_floating, require_one_type_per_role
 from wan.utils.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 OUR_CLASSES = ("CausalWanModel", "HybridWanModel")
-GENERATOR, GENERATOR_EMA = "generator", "generator_ema"
+GENERATOR, GENERATOR_EMA, MODEL = "generator", "generator_ema", "model"
+TEXT_TO_VIDEO = "t2v"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+DIFFUSERS_CLASS, CAUSAL_DIFFUSERS_CLASS = "WanTransformer3DModel", "CausalWanTransformer3DModel"
+"""Classes of diffusers, and of a causal model under diffusers' names."""
+EXPERTS = ("high_noise_model", "low_noise_model", "transformer_2")
+"""Folders in which Wan 2.2 14B has one of its two transformers."""
 # Wrappers of training frameworks, anywhere in a name, and the module that held the network, at its start.
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-_HOLDERS = re.compile(r"^((module|model|diffusion_model|transformer)\.)+")
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_HOLDERS = re.compile(r"^((model|diffusion_model|transformer)\.)+")
 _BLOCK_NUMBER = re.compile(r"^blocks\.(\d+)\.")
 # diffusers' name of a part, and Wan's.
 _DIFFUSERS_PARTS = (
@@ -168,7 +188,15 @@ def stated_config(folder: Path) -> dict[str, Any]:
     path = transformer_folder(folder) / "config.json"
     config = read_config(path)
     kind = config.get("_class_name")
-    if kind == "WanTransformer3DModel":
+    if WAN_22_CHANNELS in (config.get("in_dim"), config.get("in_channels")):
+        raise _wan_22(path)
+    task = config.get("model_type", TEXT_TO_VIDEO)
+    if isinstance(task, str) and task != TEXT_TO_VIDEO:
+        raise CheckpointError(f"{path} describes a model of model_type {printable(task)}: give one of {TEXT_TO_VIDEO}")
+    if kind == CAUSAL_DIFFUSERS_CLASS:
+        check_settings(config, NATIVE_NEUTRAL, path, others=True)
+        config = {name: value for name, value in config.items() if name not in NATIVE_NEUTRAL}
+    if kind in (DIFFUSERS_CLASS, CAUSAL_DIFFUSERS_CLASS):
         return native_config(config, path)
     if kind == "HybridWanModel":
         fields = SIZES | HYBRID | OPTIONAL_HYBRID
@@ -193,12 +221,26 @@ def transformer_folder(folder: Path) -> Path:
     """The folder that holds the transformer: `folder` itself or its `transformer`.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: there is no such folder, or it has two transformers.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no model folder {folder}: run scripts/download_weights.py or check the path")
+    if experts := [name for name in EXPERTS if (folder / name).is_dir() or folder.name == name]:
+        raise CheckpointError(
+            f"{folder} is of Wan 2.2 14B, with two transformers for high and low noise ({experts[0]}): give a model "
+            "that has one"
+        )
     inner = folder / "transformer"
     return inner if inner.is_dir() else folder
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a folder has a transformer's config.json; one of shards alone, for which others say the sizes, has not.
+
+    Raises:
+        CheckpointError: see `transformer_folder`.
+    """
+    return (transformer_folder(folder) / "config.json").is_file()
 
 
 def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeights:
@@ -206,7 +248,8 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
 
     Args:
         path: a folder or a weight file.
-        use_ema: of a file with `generator` and `generator_ema`, take the latter.
+        use_ema: of a file with `generator` and `generator_ema`, take the latter; where only one of both is, it is
+            taken without being asked for.
 
     Raises:
         CheckpointError: not a transformer, damaged, or without the EMA weights asked for.
@@ -217,18 +260,14 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
     weights = read_weights(path)
     record = read_record(path, weights)
     weights.pop(RECORD, None)
-    if GENERATOR in weights or GENERATOR_EMA in weights:
-        key = GENERATOR_EMA if use_ema else GENERATOR
-        if key not in weights:
-            other = GENERATOR if use_ema else GENERATOR_EMA
-            ask = "ask for it, --use_ema (in the config of a training: use_ema: true)"
-            raise CheckpointError(f"{path} has {other!r} but no {key!r}: {'drop use_ema' if use_ema else ask}")
+    if key := _chosen_key(weights, path, use_ema):
         inner = weights[key]
         if not isinstance(inner, Mapping):
             raise CheckpointError(
                 f"{path}: {key!r} is of type {type(inner).__name__}, not a dictionary of tensors: save it as one"
             )
-        return TransformerWeights(_named(inner, path), str(path), causal=True, record=record)
+        causal = None if key == MODEL else True
+        return TransformerWeights(_named(inner, path), str(path), causal=causal, record=record)
     if use_ema:
         raise CheckpointError(f"{path} has no {GENERATOR_EMA!r}: drop use_ema")
     # Arguments of a training script beside the weights; no weight lacks a dot.
@@ -236,14 +275,39 @@ def read_transformer(path: str | Path, use_ema: bool = False) -> TransformerWeig
     return TransformerWeights(_named(kept, path), str(path), record=record)
 
 
+def _chosen_key(weights: Mapping[Any, Any], path: Path, use_ema: bool) -> str | None:
+    """The entry of a training's file that holds the wanted weights; None for a file of names to tensors.
+
+    Raises:
+        CheckpointError: there are no EMA weights, or it does not show which weights are meant.
+    """
+    found = [key for key in (GENERATOR, GENERATOR_EMA, MODEL) if key in weights]
+    if not found:
+        return None
+    if MODEL in found and len(found) > 1:
+        raise CheckpointError(f"{path} has both {found[0]!r} and {MODEL!r}: save the weights that are meant alone")
+    if use_ema and GENERATOR_EMA not in found:
+        raise CheckpointError(f"{path} has {found[0]!r} but no {GENERATOR_EMA!r}: drop use_ema")
+    if found == [GENERATOR_EMA] and not use_ema:
+        log.info("%s has %s alone: it is taken", path, GENERATOR_EMA)
+    return GENERATOR_EMA if use_ema else found[0]
+
+
 def _read_folder(path: Path, use_ema: bool) -> TransformerWeights:
     if use_ema:
         raise CheckpointError(f"{path} is a folder, which holds one set of weights: drop use_ema")
     folder = transformer_folder(path)
-    config = stated_config(path)
+    is_stated = has_config(path)
+    if not is_stated and any((folder / name).is_file() for name in LORA_FILES):
+        raise _not_a_transformer(folder, A_LORA)
+    if not is_stated and not any(SHARD.search(file.name) for file in folder.glob("*.safetensors")):
+        read_config(folder / "config.json")  # says that it is missing
+    config = stated_config(path) if is_stated else {}
     state, file = read_folder(folder, WEIGHT_FILES)
-    ours = read_config(folder / "config.json").get("_class_name") in OUR_CLASSES
-    return TransformerWeights(_named(state, file), str(folder), config, causal=ours, record=read_record(file, state))
+    kind = read_config(folder / "config.json").get("_class_name") if is_stated else None
+    causal = kind in (*OUR_CLASSES, CAUSAL_DIFFUSERS_CLASS) if is_stated else None
+    named = _named(state, folder if SHARD.search(file.name) else file)
+    return TransformerWeights(named, str(folder), config, causal=causal, record=read_record(file, state))
 
 
 def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
@@ -254,7 +318,7 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
     """
     names = [name for name in weights if isinstance(name, str)]
     what = family(names)
-    if what == OPTIMIZER:
+    if what in (OPTIMIZER, A_LORA):
         raise _not_a_transformer(path, what)
     state = as_state_dict(weights, path)
     named = {unwrapped_name(name): value for name, value in state.items()}
@@ -269,11 +333,43 @@ def _named(weights: Mapping[Any, Any], path: Path) -> StateDict:
         raise CheckpointError(
             f"{path} is one shard of {int(shard[2])}: give its folder, or the .safetensors.index.json beside it"
         )
-    if "patch_embedding.weight" not in named or any(IMAGE_BRANCH.search(name) for name in named):
+    if "patch_embedding.weight" not in named:
         raise _not_a_transformer(path, what)
+    _require_wan_21(named, path)
     require_floating(named, path)
     require_one_type_per_role(named, path)
     return named
+
+
+def _require_wan_21(state: Mapping[str, Tensor], path: Path) -> None:
+    """Make sure that weights are of the architecture of Wan 2.1 text to video, as far as names and channels show it.
+
+    Raises:
+        CheckpointError: they are not, or they are quantised; the message says what they are.
+    """
+    if what := other_architecture(state):
+        raise _not_a_transformer(path, what)
+    if what := quantisation(state):
+        raise CheckpointError(f"{path} holds {what}: give the weights as float32, float16 or bfloat16")
+    patches, head = state["patch_embedding.weight"], state.get("head.head.weight")
+    if patches.ndim != 5 or head is None or head.ndim != 2:
+        return  # whatever this is, names and shapes will not fit
+    channels, values = patches.shape[1], patches.shape[2:].numel()
+    if channels == WAN_22_CHANNELS:
+        raise _wan_22(path)
+    if values and channels > head.shape[0] // values:
+        raise _not_a_transformer(
+            path,
+            f"a transformer that reads {channels} channels and predicts {head.shape[0] // values}, the others being "
+            "of an image or a control",
+        )
+
+
+def _wan_22(source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is of Wan 2.2 5B, another backbone with {WAN_22_CHANNELS} latent channels and a VAE of its own: "
+        "give a model of Wan 2.1"
+    )
 
 
 def _not_a_transformer(path: Path, what: str) -> CheckpointError:
@@ -281,6 +377,10 @@ def _not_a_transformer(path: Path, what: str) -> CheckpointError:
         return CheckpointError(
             f"{path} holds {what}, without the softmax model that they belong on: give softmax weights or whole ones, "
             "which scripts/convert_checkpoint.py makes of both (--model_folder)"
+        )
+    if what == A_LORA:
+        return CheckpointError(
+            f"{path} holds {what}: give it as --lora, and the model that it was made for as --checkpoint_path"
         )
     return CheckpointError(f"{path} holds {what}, not a Wan text-to-video transformer: give the weights of one")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wan.checkpoints.configs import read_config
-from wan.checkpoints.identify import impostor
+from wan.checkpoints.identify import SHARD, impostor
 from wan.checkpoints.pickles import SUFFIXES, damaged, read_pickle
 from wan.checkpoints.tensors import printable, require_finite, require_floating
 from wan.checkpoints.tensors import summarize_names as summarize_names
@@ -53,6 +53,7 @@ def read_weights(path: str | Path) -> dict[Any, Any]:
         if path.suffix == ".safetensors" or path.suffix in SUFFIXES:
             require_weight_file(path)
             return read_pickle(path) if path.suffix in SUFFIXES else dict(load_file(path))
+        require_weight_file(path)  # says more of a GGUF file than that its name ends otherwise
     except (SafetensorError, RuntimeError, OSError, OverflowError, KeyError, AttributeError, TypeError) as error:
         raise damaged(path, str(error)) from error
     raise CheckpointError(f"{path} is no weight file: give one that ends in .safetensors, .pt or .pth")
@@ -152,11 +153,46 @@ def read_folder(folder: Path, names: Sequence[str]) -> tuple[StateDict, Path]:
         CheckpointError: there is none, there are several, or it cannot be read.
     """
     files = [folder / name for name in names if (folder / name).is_file()]
+    if not files and (shards := _shards_without_index(folder)):
+        return _read_all(shards), shards[0]
     if not files:
         raise CheckpointError(f"no weights in {folder}: put {names[0]} there, or its shards with their index")
     if len(files) > 1:
         raise CheckpointError(f"{folder} holds both {files[0].name} and {files[1].name}: remove the one that is old")
     return as_state_dict(read_weights(files[0]), files[0]), files[0]
+
+
+def _shards_without_index(folder: Path) -> list[Path]:
+    """All shards of the one model that a folder holds in shards, in order; none if there are no shards.
+
+    Raises:
+        CheckpointError: one is missing, or they are of several models.
+    """
+    shards = sorted(path for path in folder.glob("*.safetensors") if SHARD.search(path.name))
+    models = {(path.name[: match.start()], int(match[2])) for path in shards if (match := SHARD.search(path.name))}
+    if len(models) > 1:
+        names = summarize_names(path.name for path in shards)
+        raise CheckpointError(f"{folder} holds shards of several models without an index, {names}: keep one's")
+    for stem, count in models:
+        wanted = {f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+        if missing := wanted - {path.name for path in shards}:
+            raise CheckpointError(f"{folder} lacks the shard {summarize_names(missing)}: download it again, whole")
+    return shards
+
+
+def _read_all(shards: Sequence[Path]) -> StateDict:
+    """The weights of all shards, each name once.
+
+    Raises:
+        CheckpointError: a shard cannot be read, or repeats a name.
+    """
+    state: StateDict = {}
+    for shard in shards:
+        part = as_state_dict(read_weights(shard), shard)
+        if repeated := state.keys() & part.keys():
+            raise CheckpointError(f"{shard} repeats {summarize_names(repeated)} of another shard: download it again")
+        state |= part
+    return state
 
 
 def as_state_dict(weights: Mapping[Any, Any], source: str | Path) -> StateDict:

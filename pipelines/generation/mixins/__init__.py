@@ -1,0 +1,1 @@
+"""Topics of `pipelines.generation.pipeline.CausalVideoPipeline`, one class each, as diffusers divides its pipelines."""
