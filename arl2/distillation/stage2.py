@@ -73,7 +73,7 @@ class Stage2Settings(ObjectiveSettings):
         teacher_weight: weight of the error with respect to the teacher; with 0 it is not computed.
         data_weight: weight of the error with respect to the velocity noise - x0 of the data. With it, the blocks that
             are denoised are those of the data, also if the context is the self-rollout.
-        context_noise: upper bound of the noise level σ of what is remembered, drawn per block and video; the clean
+        context_sigma: upper bound of the noise level σ of what is remembered, drawn per block and video; the clean
             pass keeps its timestep, so that the model learns to remember frames that are not quite right.
     """
 
@@ -89,7 +89,7 @@ class Stage2Settings(ObjectiveSettings):
     teacher_sink_frames: Annotated[int, Bounds(0)] = 0
     teacher_weight: LossWeight = 1.0
     data_weight: LossWeight = 0.0
-    context_noise: ContextSigma = 0.0
+    context_sigma: ContextSigma = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +97,8 @@ class Stage2Settings(ObjectiveSettings):
         check_window(*self.teacher_window, self.frames_per_block)
         if not self.teacher_weight + self.data_weight:
             raise InputError("teacher_weight and data_weight are both 0: nothing would train; set one of them")
-        if self.context_noise and self.context is Context.SELF_ROLLOUT:
-            raise InputError("context_noise is for context data: the self-rollout has errors of its own; drop one")
+        if self.context_sigma and self.context is Context.SELF_ROLLOUT:
+            raise InputError("context_sigma is for context data: the self-rollout has errors of its own; drop one")
         if self.offload_checkpoints and not self.checkpointing:
             raise InputError(
                 "offload_checkpoints would do nothing without checkpointing: set checkpointing=true, or drop it"
@@ -202,8 +202,8 @@ class Stage2(Objective):
             context = block.clean
             if settings.context is Context.SELF_ROLLOUT:
                 context = self._own_block(block, noise, text, memory)
-            elif settings.context_noise:
-                context = noise.disturbed(block.clean, block.number, settings.context_noise)
+            elif settings.context_sigma:
+                context = noise.disturbed(block.clean, block.number, settings.context_sigma)
             if settings.context is Context.SELF_ROLLOUT and not settings.data_weight:
                 block = block._replace(clean=context)
             errors += self._comparisons(block, noise, text, memory, teacher_memory)
@@ -261,9 +261,9 @@ class Stage2(Objective):
             context = self._own_video(batch, noise)
             if not settings.data_weight:
                 batch = replace(batch, latents_BFCHW=context)
-        elif settings.context_noise:
+        elif settings.context_sigma:
             blocks = video_blocks(batch, size)
-            disturbed = [noise.disturbed(block.clean, block.number, settings.context_noise) for block in blocks]
+            disturbed = [noise.disturbed(block.clean, block.number, settings.context_sigma) for block in blocks]
             context = torch.cat(disturbed, dim=1)
         noisy, times = noisy_video(batch, noise, size)
         true_flow = noise.noise_BNPFCHW[:, : context.shape[1] // size, 0].flatten(1, 2) - batch.latents_BFCHW
