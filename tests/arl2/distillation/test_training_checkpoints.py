@@ -317,7 +317,7 @@ def test_files_to_go_on_from_are_checked_before_models_load(
     save_file({name: value[..., :1].contiguous() for name, value in state.items()}, tmp_path / "small.safetensors")
     for name, message in (
         ("none", "neither a stage-1 run nor its trainables"),
-        ("a.txt", "is no weight file"),
+        ("a.txt", "is a text file"),
         ("other.safetensors", "lacks blocks.0.self_attn"),
         ("other.pt", "lacks blocks.0.self_attn"),
         ("small.safetensors", "does not fit the parameters to train"),
