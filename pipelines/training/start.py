@@ -217,13 +217,17 @@ def starting_parameters(file: Path, model: HybridWanModel) -> dict[str, nn.Param
 
 def _wanted(model: HybridWanModel, names: Collection[str], file: Path) -> dict[str, nn.Parameter]:
     """The parameters of a model that a file with these names sets."""
-    all_parameters = stage2_parameters(model)
-    adapters = [name for name in names if "lora_" in name]
-    if adapters and model.hybrid.lora_rank is None:
-        raise CheckpointError(
-            f"{file} has adapters, which would be dropped: name a stage-1 run, or in stage 2 set lora=true"
-        )
-    wanted = all_parameters if adapters and model.hybrid.lora_rank is not None else stage1_parameters(model)
+    adapters = {name for name in names if "lora_" in name}
+    if not adapters:
+        wanted = stage1_parameters(model)
+    else:
+        wanted = stage2_parameters(model)
+        dropped = adapters - wanted.keys()
+        if dropped:
+            raise CheckpointError(
+                f"{file} has adapters that this model has not, they would be dropped: {summarize_names(dropped)}; "
+                "name a stage-1 run, or in stage 2 set hybrid_layers, lora and ffn_lora as they were"
+            )
     _require_names(wanted, names, file)
     return wanted
 

@@ -1,11 +1,14 @@
 """Training on long videos: segments, targets of the data, windows of the teacher, and contexts with errors."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import HYBRID, tiny_model, tiny_video
 from torch import Tensor
+from training_world import build_world, losses, one_line, run_and_kill, train
 
 from arl2.distillation.batch import BatchNoise, VideoBatch
 from arl2.distillation.objective import ForwardMode
@@ -135,3 +138,66 @@ def test_settings_that_would_train_nothing_or_mean_two_things_are_refused() -> N
         Stage2Settings(3, context=Context.SELF_ROLLOUT, context_sigma=0.1)
     with pytest.raises(InputError, match="window"):
         Stage2Settings(3, teacher_window_frames=2)
+
+
+LONG = ("teacher_weight=0", "data_weight=1", "blocks_per_graph=2", "forward_mode=parallel", "levels.per_block=1")
+LONG_MEMORY = ("memory.kind=window", "memory.window_frames=6", "memory.sink_frames=0", "context_sigma=0.2")
+
+
+@pytest.fixture(scope="module")
+def trained_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny world with a run of stage 1, and one of stage 2 that starts from it."""
+    root = build_world(tmp_path_factory.mktemp("world"))
+    with pytest.MonkeyPatch.context() as patch:
+        assert train(patch, root, 1) == 0
+        assert train(patch, root, 2, f"run_folder={root / 'two'}", f"init_from={root / 'run'}") == 0
+    return root
+
+
+def test_long_training_starts_from_stage_two_with_its_adapters_and_goes_on_after_a_kill(
+    trained_stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trained_stages
+    settings = (f"init_from={root / 'two'}", *LONG, *LONG_MEMORY)
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'whole'}", *settings) == 0
+    run_and_kill(root, root / "broken", 2, *settings)
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'broken'}", *settings) == 0
+    assert losses(root / "broken") == losses(root / "whole")
+    # One step of no size: what is exported is what was started from, adapters included.
+    still = (*settings, "steps=1", "optimizer.lr=1.0e-12", "save_every=1", "ema_decay=null")
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'still'}", *still) == 0
+    before, after = (
+        load_file(root / run / "checkpoints" / step / "trainables.safetensors")
+        for run, step in (("two", "step-00000006"), ("still", "step-00000001"))
+    )
+    assert any("lora_" in name for name in before) and before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-9)
+    assert HybridWanModel.from_pretrained(root / "whole" / "export").hybrid.layers == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("lora_alpha=7.0",), "lora_alpha"),
+        (("lora_rank=2",), "lora_rank"),
+        (("lora=false",), "lora"),
+        (("ffn_lora=none",), "ffn_lora"),
+    ],
+)
+def test_another_form_of_adapters_than_those_to_start_from_is_refused(
+    trained_stages: Path,
+    settings: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = trained_stages
+    capsys.readouterr()
+    given = (f"run_folder={root / 'other'}", f"init_from={root / 'two'}", *LONG, *settings)
+    assert train(monkeypatch, root, 2, *given) == 2
+    assert message in one_line(capsys)
+    file = root / "two" / "export" / "diffusion_pytorch_model.safetensors"
+    given = (f"run_folder={root / 'other'}", f"init_from={file}", *LONG, *settings)
+    assert train(monkeypatch, root, 2, *given) == 2
+    one_line(capsys)
