@@ -39,9 +39,15 @@ class StateView:
 
 @dataclass(frozen=True)
 class BlockwiseView:
-    """View without a memory: all blocks are in the sequence, and the states between them are computed in the pass."""
+    """View when all blocks of a sequence are computed at once, and the states between them in the pass.
+
+    Attributes:
+        layout: layout of the sequence.
+        state_BHKV: state after the blocks before it; None if there are none.
+    """
 
     layout: ParallelLayout
+    state_BHKV: Tensor | None = None
 
 
 class StateMemory:
@@ -180,21 +186,23 @@ class HybridAttention(SelfAttention):
         heads = self.num_heads // spec.head_shards
         return StateMemory(spec, (spec.batch_size, heads, self.head_dim, self.head_dim))
 
-    def parallel_view(self, layout: ParallelLayout) -> Any:
+    def parallel_view(self, layout: ParallelLayout, past: Any = None) -> Any:
         """See `SelfAttention.parallel_view`."""
-        return BlockwiseView(layout) if self.enabled else super().parallel_view(layout)
+        if not self.enabled:
+            return super().parallel_view(layout, past)
+        return BlockwiseView(layout, None if past is None else past.state_BHKV)
 
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool
     ) -> tuple[Tensor | None, Any]:
         """Attend over a `StateView`, or return the new state as update, or both; see `SelfAttention.forward`.
 
-        With a `BlockwiseView`, the tokens are those of all blocks and the memory before them is empty.
+        With a `BlockwiseView`, the tokens are those of all blocks of a sequence.
         """
         if not self.enabled:
             return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
         if isinstance(view, BlockwiseView):
-            return self._forward_blockwise(x_BLD, rotary, view.layout), None
+            return self._forward_blockwise(x_BLD, rotary, view, remember)
         k, v = self.k(x_BLD), self.v(x_BLD)
         update = self.write(view.state_BHKV, x_BLD, k, v, rotary) if remember else None
         if not attend:
@@ -204,15 +212,19 @@ class HybridAttention(SelfAttention):
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
         return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 
-    def _forward_blockwise(self, x_BLD: Tensor, rotary: Rotary, layout: ParallelLayout) -> Tensor:
+    def _forward_blockwise(
+        self, x_BLD: Tensor, rotary: Rotary, view: BlockwiseView, remember: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend in all blocks at once; each reads the state after the blocks of the first half before it."""
+        layout = view.layout
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
-        clean = slice(0, layout.num_blocks * layout.tokens_per_block)
+        clean = slice(0, layout.clean_tokens)
         clean_rotary = (rotary[0][clean], rotary[1][clean])
-        states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, layout)
-        remembered = self.read_blocks(states, self.state_query(x_BLD, q, rotary), layout)
-        return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2))
+        states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, view, remember)
+        remembered = self.read_blocks(states[:, : layout.num_blocks], self.state_query(x_BLD, q, rotary), layout)
+        mixed = combine(local, remembered, self.output_gate(x_BLD))
+        return self.o(mixed.flatten(2)), states[:, -1] if remember else None
 
     def local_attention(
         self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, tokens_per_block: int | None = None
@@ -231,15 +243,24 @@ class HybridAttention(SelfAttention):
         return attention(*per_block, backend=self.backend).reshape(heads[0].shape)
 
     def _states_between(
-        self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, layout: ParallelLayout
+        self,
+        x_BLD: Tensor,
+        k_BLD: Tensor,
+        v_BLD: Tensor,
+        rotary: Rotary,
+        view: BlockwiseView,
+        include_last: bool,
     ) -> Tensor:
-        """States before each block, [B, blocks, H, key dim, value dim]; the first is empty."""
+        """States before each block, [B, blocks, H, key dim, value dim], and with `include_last` after the last."""
         inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
-        shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
-        empty = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
-        blocks = (x[:, :-1] for x in inputs.segments(layout.num_blocks))
+        first = view.state_BHKV
+        if first is None:
+            shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
+            first = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
+        written = view.layout.num_blocks if include_last else view.layout.num_blocks - 1
+        blocks = (x[:, :written] for x in inputs.segments(view.layout.num_blocks))
         with torch.autocast(x_BLD.device.type, enabled=False):
-            return states_between(empty, *blocks)
+            return states_between(first, *blocks)
 
     def read(self, state: Tensor, q: Tensor) -> Tensor:
         """Read D^-½·qᵀS for every token, in the dtype of the queries.

@@ -19,6 +19,7 @@ from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.dispatch import norm_by_kernel
+from wan.ops.modulation import layer_norm, modulate, plus_gated
 from wan.ops.rope import Rotary, rotary_angles, rotate
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
 from wan.utils.errors import CheckpointError, InputError
@@ -41,37 +42,6 @@ class RMSNorm(nn.Module):
             return by_kernel
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-def modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
-    """Modulate tokens to x·(1 + scale) + shift, with one shift and scale per frame."""
-    x = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
-    return torch.addcmul(shift_BFD[:, :, None], x, 1 + scale_BFD[:, :, None]).flatten(1, 2)
-
-
-def plus_gated(x_BLD: Tensor, added_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
-    """Gated sum x + added·gate, with one gate per frame."""
-    x, added = (each.unflatten(1, (gate_BFD.shape[1], -1)) for each in (x_BLD, added_BLD))
-    return torch.addcmul(x, added, gate_BFD[:, :, None]).flatten(1, 2)
-
-
-def layer_norm(norm: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a layer norm in the dtype of the tokens if the weights have it too, as in inference.
-
-    Under autocast the result, and its modulation, would be float32: twice the memory without more precision.
-
-    Args:
-        norm: a layer norm or an identity.
-        x: tokens.
-        dtype: dtype of the weights around it.
-    """
-    kind = x.device.type
-    if x.dtype is not dtype or not torch.is_autocast_enabled(kind):
-        normed: Tensor = norm(x)
-        return normed
-    with torch.autocast(kind, enabled=False):
-        normed = norm(x)
-    return normed
 
 
 class AttentionLayer(nn.Module):
@@ -105,9 +75,14 @@ class SelfAttention(AttentionLayer):
         """Empty memory of this layer's kind."""
         return new_kv_memory(spec, self.num_heads // spec.head_shards, self.head_dim)
 
-    def parallel_view(self, layout: ParallelLayout) -> Any:
-        """View for a forward over all blocks at once, in place of one of a memory."""
-        return layout.view
+    def parallel_view(self, layout: ParallelLayout, past: Any = None) -> Any:
+        """View for a forward over all blocks of a sequence at once.
+
+        Args:
+            layout: of the sequence.
+            past: view of the memory of the blocks before it; None if there are none.
+        """
+        return layout.view(past)
 
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: KVView | MaskedView | BlocksView, *, attend: bool, remember: bool
@@ -126,7 +101,10 @@ class SelfAttention(AttentionLayer):
         """
         k = self.rotated(self.k(x_BLD), self.norm_k, rotary)
         v = self.heads(self.v(x_BLD))
-        update = KVUpdate(k, v) if remember else None
+        update = None
+        if remember:
+            clean = view.layout.clean_tokens if isinstance(view, MaskedView | BlocksView) else None
+            update = KVUpdate(k[:, :clean], v[:, :clean])
         if not attend:
             return None, update
         q = self.rotated(self.q(x_BLD), self.norm_q, rotary)
@@ -410,9 +388,16 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         latents = torch.empty(1, frames, self.config.in_dim, height, width, device="meta")
         return self.memory_for(latents, window_frames, sink_frames, dtype=dtype).num_bytes
 
-    def parallel_views(self, layout: ParallelLayout) -> list[Any]:
-        """Views for a forward over all blocks at once, one per layer; see `wan.teacher_forcing`."""
-        return [block.self_attn.parallel_view(layout) for block in self.layers()]
+    def parallel_views(self, layout: ParallelLayout, past: Sequence[Any] | None = None) -> list[Any]:
+        """Views for a forward over all blocks of a sequence at once, one per layer; see `wan.teacher_forcing`.
+
+        Args:
+            layout: of the sequence.
+            past: views of a memory of the blocks before it.
+        """
+        layers = self.layers()
+        pairs = zip(layers, [None] * len(layers) if past is None else past, strict=True)
+        return [block.self_attn.parallel_view(layout, view) for block, view in pairs]
 
     def layers(self) -> list[Block]:
         """Transformer blocks in order."""
@@ -454,6 +439,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         views: Sequence[Any],
         frames_F: Tensor,
         remember: bool = False,
+        attend: bool | None = None,
     ) -> PassOutput:
         """Run one pass over a block; the memory behind `views` is not changed.
 
@@ -463,24 +449,24 @@ class CausalWanModel(ModelMixin, ConfigMixin):
             text: text encoder output [B, T, text_dim], or the result of `embed_text`.
             views: each layer's view of earlier blocks, from `Memory.read`.
             frames_F: absolute index of every latent frame.
-            remember: return memory updates instead of the flow; parts that they do not need are skipped.
+            remember: return memory updates.
+            attend: return the flow; None for if not `remember`. Parts that updates do not need are skipped without it.
 
         Returns:
-            flow, or updates for `Memory.commit`.
+            flow, or updates for `Memory.commit`, or both.
         """
+        attend = not remember if attend is None else attend
         x, rotary, time_BFD, time_BF6D = self.embed(latents_BFCHW, timesteps_BF, frames_F)
         text_kv = self.embed_text(text) if isinstance(text, Tensor) else text
         layers, updates = self.layers(), []
         for block, view, kv in zip(layers, views, text_kv, strict=True):
-            attend = not (remember and block is layers[-1])
-            run = partial(block, attend=attend, remember=remember)
+            run = partial(block, attend=attend or block is not layers[-1], remember=remember)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 run = partial(self._gradient_checkpointing_func, run)
             x, update = run(x, time_BF6D, rotary, view, kv)
             updates.append(update)
-        if remember:
-            return PassOutput(None, updates)
-        return PassOutput(self.flow(x, time_BFD, *latents_BFCHW.shape[-2:]), None)
+        flow = self.flow(x, time_BFD, *latents_BFCHW.shape[-2:]) if attend else None
+        return PassOutput(flow, updates if remember else None)
 
     def flow(self, x_BLD: Tensor, time_BFD: Tensor, height: int, width: int) -> Tensor:
         """Velocity [B, F, C, height, width] from the tokens after the last layer."""

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan.model import CausalWanModel, TextKV
+from wan.memory import Memory
+from wan.model import CausalWanModel, PassOutput, TextKV
 from wan.parallel import ParallelLayout
 
 
@@ -43,6 +44,50 @@ def teacher_forced_flow(
     flow = model(sequence.latents_BFCHW, sequence.timesteps_BF, text, views, sequence.frames_F).flow
     assert flow is not None
     return flow[:, -noisy_BFCHW.shape[1] :]
+
+
+def teacher_forced_segment(
+    model: CausalWanModel,
+    noisy_BFCHW: Tensor,
+    timesteps_BF: Tensor,
+    text: Tensor | TextKV,
+    frames_per_block: int,
+    clean_BFCHW: Tensor,
+    memory: Memory,
+    start_frame: int,
+    window_frames: int | None = None,
+    sink_frames: int = 0,
+    remember: bool = True,
+) -> PassOutput:
+    """Compute the flow of some blocks in the middle of a video at once, after a memory of those before them.
+
+    Together, the segments of a video have the flow of `teacher_forced_flow`, at a cost in bytes that does not depend on
+    the length of the video if softmax layers have a window.
+
+    Args:
+        model, text, frames_per_block: see `teacher_forced_flow`.
+        noisy_BFCHW, timesteps_BF, clean_BFCHW: of the segment.
+        memory: of the blocks before it, from `memory_for(…, differentiable=True)`; only read.
+        start_frame: index in the video of the segment's first latent frame.
+        window_frames, sink_frames: those of the memory.
+        remember: whether to compute updates of the memory.
+
+    Returns:
+        flow [B, F, C, H, W], and the updates that commit the clean latents of the segment, or None.
+
+    Raises:
+        InputError: the frames do not divide into blocks.
+    """
+    sequence = _sequence(
+        model, noisy_BFCHW, timesteps_BF, frames_per_block, clean_BFCHW, window_frames, sink_frames, start_frame
+    )
+    past = memory.read(sequence.layout.tokens_per_block) if start_frame else None
+    views = model.parallel_views(sequence.layout, past)
+    flow, updates = model(
+        sequence.latents_BFCHW, sequence.timesteps_BF, text, views, sequence.frames_F, remember=remember, attend=True
+    )
+    assert flow is not None
+    return PassOutput(flow[:, -noisy_BFCHW.shape[1] :], updates)
 
 
 def teacher_forced_layers(
@@ -89,9 +134,10 @@ def _sequence(
     clean_BFCHW: Tensor | None,
     window_frames: int | None = None,
     sink_frames: int = 0,
+    start_frame: int = 0,
 ) -> _Sequence:
     num_frames, _, height, width = noisy_BFCHW.shape[1:]
-    frames = torch.arange(num_frames, device=noisy_BFCHW.device)
+    frames = torch.arange(start_frame, start_frame + num_frames, device=noisy_BFCHW.device)
     halves = 1 if clean_BFCHW is None else 2
     latents, timesteps = noisy_BFCHW, timesteps_BF
     if clean_BFCHW is not None:
@@ -99,5 +145,7 @@ def _sequence(
         timesteps = torch.cat([torch.zeros_like(timesteps_BF), timesteps_BF], dim=1)
     tokens = model.tokens_per_frame(height, width)
     device = noisy_BFCHW.device
-    layout = ParallelLayout(num_frames, frames_per_block, tokens, halves, device, window_frames, sink_frames)
+    layout = ParallelLayout(
+        num_frames, frames_per_block, tokens, halves, device, window_frames, sink_frames, start_frame
+    )
     return _Sequence(latents, timesteps, frames.repeat(halves), layout)

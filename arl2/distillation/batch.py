@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from arl2.rollout import num_blocks
+from arl2.rollout import generator_for, num_blocks
 from wan.flow import NUM_TRAIN_TIMESTEPS, add_noise
 
 
@@ -61,6 +61,19 @@ class BatchNoise:
         level_B = self.levels_BNP[:, block, place]
         noisy = add_noise(clean_BFCHW, self.noise_BNPFCHW[:, block, place], level_B)
         return noisy, level_B[:, None] * NUM_TRAIN_TIMESTEPS
+
+    def disturbed(self, clean_BFCHW: Tensor, block: int, most: float) -> Tensor:
+        """Add noise to what is remembered of a block, at a level that is uniform in [0, most].
+
+        Level and noise of a video depend on its seed and the block alone. They are drawn on the CPU.
+        """
+        if len(self.seeds) != len(clean_BFCHW):
+            raise ValueError(f"noise on the context needs a seed per video: {len(self.seeds)} for {len(clean_BFCHW)}")
+        generators = [generator_for(seed, "context", block) for seed in self.seeds]
+        level_B = torch.stack([most * torch.rand((), generator=generator) for generator in generators])
+        shape = clean_BFCHW.shape[1:]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        return add_noise(clean_BFCHW, noise.to(clean_BFCHW), level_B.to(clean_BFCHW.device))
 
 
 class TrainingBlock(NamedTuple):

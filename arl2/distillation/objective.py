@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,13 @@ class ObjectiveSettings:
 
     Attributes:
         frames_per_block: latent frames per block.
-        blocks_per_graph: number of blocks through which gradients flow back; None for the whole video.
+        blocks_per_graph: number of blocks through which gradients flow back; None for the whole video. In parallel
+            mode, also the number of blocks per forward, where the objective `takes_segments`.
         forward_mode: sequential is the specification and takes everything; parallel takes half the time or less, by
             fewer and larger kernels.
     """
+
+    takes_segments: ClassVar[bool] = False
 
     frames_per_block: Count
     blocks_per_graph: Count | None = None
@@ -48,7 +52,8 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.forward_mode is ForwardMode.PARALLEL and self.blocks_per_graph is not None:
+        in_one_graph = self.forward_mode is ForwardMode.PARALLEL and not self.takes_segments
+        if in_one_graph and self.blocks_per_graph is not None:
             raise InputError(
                 "forward_mode parallel has one graph for all blocks: drop blocks_per_graph, or take sequential"
             )
@@ -67,19 +72,28 @@ class Objective(ABC):
 
     Attributes:
         model: holds the parameters; its other parameters are frozen.
-        on_new_memory: called with every memory that `losses` makes, and whether it is differentiable (the student's).
+        on_new_memory: called with every memory that `losses` makes, and whether it is the student's.
     """
 
     model: HybridWanModel
     on_new_memory: Callable[[Memory, bool], None] | None = None
 
     def new_memory(
-        self, batch: VideoBatch, window_frames: int | None = None, sink_frames: int = 0, differentiable: bool = False
+        self,
+        batch: VideoBatch,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        differentiable: bool = False,
+        of_student: bool | None = None,
     ) -> Memory:
-        """Empty memory for the videos of a batch; see `wan.model.CausalWanModel.memory_for`."""
+        """Empty memory for the videos of a batch; see `wan.model.CausalWanModel.memory_for`.
+
+        Args:
+            of_student: for `on_new_memory`; None for if it is differentiable.
+        """
         memory = self.model.memory_for(batch.latents_BFCHW, window_frames, sink_frames, differentiable)
         if self.on_new_memory is not None:
-            self.on_new_memory(memory, differentiable)
+            self.on_new_memory(memory, differentiable if of_student is None else of_student)
         return memory
 
     @abstractmethod

@@ -4,13 +4,17 @@ Student and teacher share one backbone. The teacher is the same model with its s
 has its own memory. Both remember the same latents: those of the data, or those of the self-rollout.
 
 Source: ARL², arXiv 2605.16579; `Stage2Settings` holds what the paper leaves open.
+
+Training on long videos is the same objective with gradients cut after some blocks (`blocks_per_graph`), windows in the
+softmax layers of both, and the velocity of the data as the target (`data_weight`), which needs no teacher that
+remembers. What it takes in memory does not grow with the video.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from arl2.ops.offload import checkpoint_on_host
 from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
 from wan.memory import Memory, check_window
 from wan.model import TextKV
-from wan.teacher_forcing import teacher_forced_flow
+from wan.teacher_forcing import teacher_forced_flow, teacher_forced_segment
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds, Count
 
@@ -47,6 +51,12 @@ class Target(StrEnum):
     X0 = "x0"
 
 
+LossWeight = Annotated[float, Bounds(0, 1000)]
+"""Range of the weight of an error."""
+ContextSigma = Annotated[float, Bounds(0, 1)]
+"""Range of the noise level of remembered latents."""
+
+
 @dataclass(frozen=True)
 class Stage2Settings(ObjectiveSettings):
     """Settings of stage 2 that the paper leaves open.
@@ -57,9 +67,17 @@ class Stage2Settings(ObjectiveSettings):
         checkpointing: recompute every transformer block in the backward pass instead of keeping its activations.
         offload_checkpoints: keep the inputs of the blocks in host memory until they are recomputed. At 14B that is
             27 GB per video of 21 latent frames of 480×832.
-        window_frames, sink_frames: window of the student's softmax layers, as in `wan.memory.MemorySpec`; the teacher
-            has full memory. A hybrid trained without a window forgets nearly everything when run with one.
+        window_frames, sink_frames: window of the student's softmax layers, as in `wan.memory.MemorySpec`. A hybrid
+            trained without a window forgets nearly everything when run with one.
+        teacher_window_frames, teacher_sink_frames: those of the teacher; by default it has full memory.
+        teacher_weight: weight of the error with respect to the teacher; with 0 it is not computed.
+        data_weight: weight of the error with respect to the velocity noise - x0 of the data. With it, the blocks that
+            are denoised are those of the data, also if the context is the self-rollout.
+        context_sigma: upper bound of the noise level σ of what is remembered, drawn per block and video; the clean
+            pass keeps its timestep, so that the model learns to remember frames that are not quite right.
     """
+
+    takes_segments: ClassVar[bool] = True
 
     context: Context = Context.DATA
     target: Target = Target.FLOW
@@ -67,10 +85,20 @@ class Stage2Settings(ObjectiveSettings):
     offload_checkpoints: bool = False
     window_frames: Count | None = None
     sink_frames: Annotated[int, Bounds(0)] = 0
+    teacher_window_frames: Count | None = None
+    teacher_sink_frames: Annotated[int, Bounds(0)] = 0
+    teacher_weight: LossWeight = 1.0
+    data_weight: LossWeight = 0.0
+    context_sigma: ContextSigma = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(*self.window, self.frames_per_block)
+        check_window(*self.teacher_window, self.frames_per_block)
+        if not self.teacher_weight + self.data_weight:
+            raise InputError("teacher_weight and data_weight are both 0: nothing would train; set one of them")
+        if self.context_sigma and self.context is Context.SELF_ROLLOUT:
+            raise InputError("context_sigma is for context data: the self-rollout has errors of its own; drop one")
         if self.offload_checkpoints and not self.checkpointing:
             raise InputError(
                 "offload_checkpoints would do nothing without checkpointing: set checkpointing=true, or drop it"
@@ -80,6 +108,32 @@ class Stage2Settings(ObjectiveSettings):
     def window(self) -> tuple[int | None, int]:
         """Frames of the window (None for full memory) and of the sink."""
         return self.window_frames, self.sink_frames
+
+    @property
+    def teacher_window(self) -> tuple[int | None, int]:
+        """Frames of the teacher's window (None for full memory) and of its sink."""
+        return self.teacher_window_frames, self.teacher_sink_frames
+
+
+class Targets(NamedTuple):
+    """What the student's velocity is compared with.
+
+    Attributes:
+        teacher_BFCHW: the teacher's; None without one.
+        data_BFCHW: that of the data.
+    """
+
+    teacher_BFCHW: Tensor | None
+    data_BFCHW: Tensor
+
+
+class _Latents(NamedTuple):
+    """A video in the parallel path: noisy latents, timesteps, what is remembered, and the velocity of the data."""
+
+    noisy_BFCHW: Tensor
+    times_BF: Tensor
+    context_BFCHW: Tensor
+    true_flow_BFCHW: Tensor
 
 
 def stage2_parameters(model: HybridWanModel) -> dict[str, nn.Parameter]:
@@ -140,23 +194,29 @@ class Stage2(Objective):
         self._error, self._target_mean_square = [], []
         settings, model = self.settings, self.model
         with frozen_teacher(model):
-            text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch)
+            text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch, *settings.teacher_window)
         memory = self.new_memory(batch, *settings.window, differentiable=True)
         errors: list[Tensor] = []
         weight = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
+            context = block.clean
             if settings.context is Context.SELF_ROLLOUT:
-                block = block._replace(clean=self._own_block(block, noise, text, memory))
+                context = self._own_block(block, noise, text, memory)
+            elif settings.context_sigma:
+                context = noise.disturbed(block.clean, block.number, settings.context_sigma)
+            if settings.context is Context.SELF_ROLLOUT and not settings.data_weight:
+                block = block._replace(clean=context)
             errors += self._comparisons(block, noise, text, memory, teacher_memory)
             if block.last:
                 break
-            with frozen_teacher(model):
-                remember_block(model, block.clean, text, teacher_memory, block.start)
+            if settings.teacher_weight:
+                with frozen_teacher(model):
+                    remember_block(model, context, text, teacher_memory, block.start)
             if settings.starts_graph(block.number):
                 yield weight * torch.stack(errors).sum()
                 errors = []
                 memory.detach()
-            remember_block(model, block.clean, text, memory, block.start)
+            remember_block(model, context, text, memory, block.start)
         yield weight * torch.stack(errors).sum()
 
     def _comparisons(
@@ -165,10 +225,13 @@ class Stage2(Objective):
         """Iterate over the errors of a block at its noise levels."""
         for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
-            with frozen_teacher(self.model):
-                target_flow = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
+            teachers = None
+            if self.settings.teacher_weight:
+                with frozen_teacher(self.model):
+                    teachers = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
             flow = predict_flow(self.model, noisy, timestep, text, memory, block.start)
-            yield self._passes_error(flow, target_flow, noise.levels_BNP[:, block.number, place, None])
+            targets = Targets(teachers, noise.noise_BNPFCHW[:, block.number, place] - block.clean)
+            yield self._errors(flow, targets, noise.levels_BNP[:, block.number, place, None])
 
     @torch.no_grad()
     def _own_block(self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory) -> Tensor:
@@ -193,15 +256,81 @@ class Stage2(Objective):
 
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._target_mean_square = [], []
-        if self.settings.context is Context.SELF_ROLLOUT:
-            batch = replace(batch, latents_BFCHW=self._own_video(batch, noise))
-        size, clean = self.settings.frames_per_block, batch.latents_BFCHW
+        settings, size, context = self.settings, self.settings.frames_per_block, batch.latents_BFCHW
+        if settings.context is Context.SELF_ROLLOUT:
+            context = self._own_video(batch, noise)
+            if not settings.data_weight:
+                batch = replace(batch, latents_BFCHW=context)
+        elif settings.context_sigma:
+            blocks = video_blocks(batch, size)
+            disturbed = [noise.disturbed(block.clean, block.number, settings.context_sigma) for block in blocks]
+            context = torch.cat(disturbed, dim=1)
         noisy, times = noisy_video(batch, noise, size)
+        true_flow = noise.noise_BNPFCHW[:, : context.shape[1] // size, 0].flatten(1, 2) - batch.latents_BFCHW
+        video = _Latents(noisy, times, context, true_flow)
+        yield from (
+            self._whole(batch, noise, video)
+            if settings.blocks_per_graph is None
+            else self._segments(batch, noise, video, settings.blocks_per_graph)
+        )
+
+    def _whole(self, batch: VideoBatch, noise: BatchNoise, video: _Latents) -> Iterator[Tensor]:
+        """All blocks in one forward."""
+        settings, size = self.settings, self.settings.frames_per_block
+        noisy, times, context, true_flow = video
         with frozen_teacher(self.model, compiled=True):
-            text = self.model.embed_text(batch.text_BTD)
-            target_flow = teacher_forced_flow(self.model, noisy, times, text, size, clean)
-        flow = teacher_forced_flow(self.model, noisy, times, text, size, clean, *self.settings.window)
-        yield self._passes_error(flow, target_flow, noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+            text, teachers = self.model.embed_text(batch.text_BTD), None
+            if settings.teacher_weight:
+                teachers = teacher_forced_flow(self.model, noisy, times, text, size, context, *settings.teacher_window)
+        flow = teacher_forced_flow(self.model, noisy, times, text, size, context, *settings.window)
+        yield self._errors(flow, Targets(teachers, true_flow), noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
+
+    def _segments(
+        self, batch: VideoBatch, noise: BatchNoise, video: _Latents, blocks_per_segment: int
+    ) -> Iterator[Tensor]:
+        """Some blocks per forward, with memories from one to the next through which no gradient flows.
+
+        The last write of a segment has no gradient: what reads it is in the next one.
+        """
+        settings, size, model = self.settings, self.settings.frames_per_block, self.model
+        blocks = noise.levels_BNP.shape[1]
+        with frozen_teacher(model):
+            text = model.embed_text(batch.text_BTD)
+            # Differentiable ones keep their frames in order.
+            teacher_memory = self.new_memory(batch, *settings.teacher_window, differentiable=True, of_student=False)
+        memory = self.new_memory(batch, *settings.window, differentiable=True)
+        for first in range(0, blocks, blocks_per_segment):
+            end = min(first + blocks_per_segment, blocks)
+            noisy, times, context, true_flow = (x[:, first * size : end * size] for x in video)
+            given = (noisy, times, text, size, context)
+            teachers = None
+            if settings.teacher_weight:
+                with frozen_teacher(model, compiled=True):
+                    teachers, updates = teacher_forced_segment(
+                        model, *given, teacher_memory, first * size, *settings.teacher_window, remember=end < blocks
+                    )
+                    if updates is not None:
+                        teacher_memory.commit(updates)
+            flow, updates = teacher_forced_segment(
+                model, *given, memory, first * size, *settings.window, remember=end < blocks
+            )
+            assert flow is not None
+            yield self._errors(flow, Targets(teachers, true_flow), noise.levels_BNP[:, first:end, 0]) / blocks
+            if updates is not None:
+                memory.commit(updates)
+                memory.detach()
+
+    def _errors(self, flow_BFCHW: Tensor, targets: Targets, levels_BP: Tensor) -> Tensor:
+        """Weighted sum of the errors with respect to teacher and data; metrics are of the teacher if there is one."""
+        settings, errors = self.settings, []
+        if settings.data_weight:
+            errors.append(settings.data_weight * self._passes_error(flow_BFCHW, targets.data_BFCHW, levels_BP))
+        if targets.teacher_BFCHW is not None:
+            for metric in (self._error, self._target_mean_square):
+                del metric[len(metric) - len(errors) :]
+            error = self._passes_error(flow_BFCHW, targets.teacher_BFCHW, levels_BP)
+            errors.append(settings.teacher_weight * error)
+        return sum(errors[1:], errors[0])
 
     def _passes_error(self, flow_BFCHW: Tensor, target_BFCHW: Tensor, levels_BP: Tensor) -> Tensor:
         """Sum over the P blocks of a sequence of their squared errors, averaged over videos; also kept for metrics."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention, combine
 from arl2.inference.linear import RowScaledFP8, quantized
-from wan.model import Block, modulate, plus_gated
+from wan.model import Block
+from wan.ops.modulation import modulate, plus_gated
 from wan.ops.rope import Rotary, rotate
 from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import InputError

@@ -71,11 +71,12 @@ class MixedAttention(HybridAttention):
             return super().new_memory(spec)
         return MixedMemory([super().new_memory(spec), SelfAttention.new_memory(self, spec)])
 
-    def parallel_view(self, layout: ParallelLayout) -> Any:
+    def parallel_view(self, layout: ParallelLayout, past: Any = None) -> Any:
         """See `SelfAttention.parallel_view`."""
         if not self.enabled:
-            return super().parallel_view(layout)
-        return MixedView(super().parallel_view(layout), SelfAttention.parallel_view(self, layout))
+            return super().parallel_view(layout, past)
+        state, kv = (None, None) if past is None else past
+        return MixedView(super().parallel_view(layout, state), SelfAttention.parallel_view(self, layout, kv))
 
     def forward(
         self, x_BLD: Tensor, rotary: Rotary, view: Any, *, attend: bool, remember: bool

@@ -12,7 +12,7 @@ from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
 from arl2.distillation.objective import ForwardMode, ObjectiveSettings
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
-from arl2.distillation.stage2 import Context, Stage2Settings, Target
+from arl2.distillation.stage2 import Context, ContextSigma, LossWeight, Stage2Settings, Target
 from arl2.distillation.trainer import CHECKPOINTS, TrainerSettings
 from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
@@ -148,9 +148,11 @@ class Stage2Config(TrainingConfig):
         layers_file, share: a file of scripts/select_layers.py, and which of its sets; null for 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
-        context, target, checkpointing, offload_checkpoints: see `arl2.distillation.stage2.Stage2Settings`.
-        memory: what the student's softmax layers see, as it will be at inference; the teacher's see everything. A
-            teacher says nothing of it, so kind trained is full.
+        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma: see
+            `arl2.distillation.stage2.Stage2Settings`.
+        memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
+            trained is full.
+        teacher_memory: what the teacher sees; with kind full its memory grows with the video.
     """
 
     run_folder: PathText = "runs/stage2"
@@ -168,6 +170,10 @@ class Stage2Config(TrainingConfig):
     checkpointing: bool = False
     offload_checkpoints: bool = False
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
+    teacher_memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(MemoryKind.full))
+    teacher_weight: LossWeight = 1.0
+    data_weight: LossWeight = 0.0
+    context_sigma: ContextSigma = 0.0
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -192,6 +198,7 @@ class Stage2Config(TrainingConfig):
     def objective_settings(self) -> Stage2Settings:
         """As `Stage2` takes them."""
         window_frames, sink_frames = self.student_memory().window
+        teacher_window_frames, teacher_sink_frames = self.teacher_memory.resolved(None).window
         return Stage2Settings(
             self.frames_per_block,
             self.blocks_per_graph,
@@ -202,6 +209,11 @@ class Stage2Config(TrainingConfig):
             offload_checkpoints=self.offload_checkpoints,
             window_frames=window_frames,
             sink_frames=sink_frames,
+            teacher_window_frames=teacher_window_frames,
+            teacher_sink_frames=teacher_sink_frames,
+            teacher_weight=self.teacher_weight,
+            data_weight=self.data_weight,
+            context_sigma=self.context_sigma,
         )
 
 
@@ -347,6 +359,15 @@ def init_from(config: TrainingConfig) -> Path | None:
     return file
 
 
+def resume_defaults() -> dict[str, Any]:
+    """Defaults of the settings that a stage-2 run notes only if they differ."""
+    default = Stage2Config()
+    names = ("teacher_weight", "data_weight", "context_sigma")
+    return {name: vars(default)[name] for name in names} | {
+        "teacher_memory": default.teacher_memory.resolved(None).identity()
+    }
+
+
 def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, Any]:
     """Flat settings that must not change between sessions, with the batch of all ranks in the place of a rank's."""
     kept = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
@@ -354,6 +375,10 @@ def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, A
         del kept["steps"]  # nothing but the end depends on it
     if isinstance(config, Stage2Config):
         kept["memory"] = config.student_memory().identity()
+        kept["teacher_memory"] = config.teacher_memory.resolved(None).identity()
+        # Runs of earlier versions did not note what does nothing by default.
+        idle = resume_defaults()
+        kept = {name: value for name, value in kept.items() if name not in idle or value != idle[name]}
     flat = {"global_batch": global_batch}
     for name, value in json.loads(json.dumps(kept)).items():
         flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}

@@ -19,7 +19,7 @@ from arl2.distillation.data import LatentDataset, Samples
 from arl2.distillation.objective import Objective
 from arl2.distillation.sampling import Batches
 from arl2.distillation.sharding import ShardedLoading, sharded_fingerprint
-from arl2.distillation.stage1 import Stage1, Stage1Settings, stage1_parameters
+from arl2.distillation.stage1 import Stage1, Stage1Settings
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings
 from arl2.distillation.trainer import CHECKPOINTS, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
@@ -44,7 +44,14 @@ from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
 from pipelines.training.resume import check_resume
 from pipelines.training.room import check_room
-from pipelines.training.start import RUN_PAGE, backbone, check_start, stage1_values, teacher_of_start
+from pipelines.training.start import (
+    RUN_PAGE,
+    backbone,
+    check_start,
+    starting_parameters,
+    starting_run,
+    starting_values,
+)
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of, fingerprint_of_file
 from wan.utils.errors import InputError
@@ -237,17 +244,18 @@ def require_teacher_of_start(
     Raises:
         InputError: it is another.
     """
-    before: str | None = None
+    run, before = None, None
     with ending_together(accelerator):
-        before = teacher_of_start(config, weights_dtype(config, accelerator.device), accelerator.device)
-    if before is None:
+        run = starting_run(config)
+        before = run and run.teacher(weights_dtype(config, accelerator.device), accelerator.device)
+    if run is None or before is None:
         return
-    weights = backbone(model)
+    weights = backbone(model, run.stage)
     now = fingerprint_of(weights) if loading is None else sharded_fingerprint(weights, accelerator.device)
     if now != before:
         raise InputError(
             f"init_from {init_from(config)} was trained on another teacher ({before}, this one is {now}): give the "
-            "checkpoint_path that it had, or run train_stage1.py with this one"
+            "checkpoint_path that it had, or train it anew with this one"
         )
 
 
@@ -268,7 +276,7 @@ def run_fingerprint(
     details["architecture"] = architecture_of(model)
     before = stored_fingerprint(Path(config.run_folder) / CHECKPOINTS)
     if isinstance(config, Stage2Config):
-        start = None if config.init_from is None else fingerprint_of(stage1_parameters(model))
+        start = None if config.init_from is None else fingerprint_of(taken_over(config, model))
         if before is not None and before.get("start", start) != start:
             log.warning("init_from is not what this run started from: it goes on from its own checkpoint")
             start = before["start"]
@@ -327,8 +335,7 @@ def warn_of_another_teacher(data: Samples, weights: TransformerWeights) -> None:
 
 def log_new_parameters(config: TrainingConfig, model: HybridWanModel, report: LoadReport) -> None:
     """Log how many parameters start from their initial values."""
-    taken_over = stage1_parameters(model) if init_from(config) else {}
-    number = len(set(report.untrained) - taken_over.keys())
+    number = len(set(report.untrained) - taken_over(config, model).keys())
     if number:
         log.info("%d parameters of %d hybrid layers are new", number, len(report.settings.layers))
 
@@ -352,16 +359,20 @@ def enable_grad(trainables: Mapping[str, nn.Parameter], device: torch.device) ->
 
 
 def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
-    """Take over what stage 1 trained; layers that are not hybrid here are dropped.
+    """Take over what stage 1 or 2 trained; layers that are not hybrid here are dropped.
 
     Raises:
         CheckpointError: a layer was not trained, or the sizes differ.
     """
     file = init_from(config)
-    if file is None:
-        return
-    wanted = stage1_parameters(model)
-    copy_tensors_(wanted, stage1_values(file, wanted), file)
+    if file is not None:
+        copy_tensors_(taken_over(config, model), starting_values(file, model), file)
+
+
+def taken_over(config: TrainingConfig, model: HybridWanModel) -> dict[str, nn.Parameter]:
+    """Parameters that training does not start from initial values."""
+    file = init_from(config)
+    return {} if file is None else starting_parameters(file, model)
 
 
 def describe_run(

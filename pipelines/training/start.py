@@ -1,4 +1,4 @@
-"""What stage 2 and layer gates start from: values of stage 1, and the run that left them."""
+"""What stage 2 and layer gates start from: values of stage 1 or 2, and the run that left them."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -7,27 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from arl2.distillation.checkpointing import STATE, Progress, check_fit, newest_checkpoint, read_page
 from arl2.distillation.stage1 import stage1_parameters
+from arl2.distillation.stage2 import stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS
 from arl2.model import HybridWanModel
 from pipelines.dtypes import DTYPES, choose_dtype
 from pipelines.provenance import device_name
-from pipelines.training.config import TrainingConfig, init_from
+from pipelines.training.config import Stage2Config, TrainingConfig, init_from, resume_fingerprint
 from pipelines.training.export import EXPORT
 from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import has_config, stated_config, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights, summarize_names
+from wan.checkpoints.record import ALPHA, read_record
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import read_json
 
 log = logging.getLogger(__name__)
 
 RUN_PAGE = "run.json"
-OTHER_STAGES = {"lora": "stage 2", "budget": "layer gates"}
+STAGE1, STAGE2, GATES = "stage 1", "stage 2", "layer gates"
+OTHER_STAGES = {"lora": STAGE2, "budget": GATES}
 """Settings that runs of stage 1 do not have, and whose they are."""
+KEPT_SETTINGS = ("lora", "lora_rank", "lora_alpha", "ffn_lora")
+"""Settings of stage 2 that must not change from a run to one that starts from it."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,30 @@ class StartingRun:
             page = {}
         return cls(folder, *read_page(checkpoint), page)
 
-    def require_stage1(self) -> None:
-        """Make sure that this is a run of stage 1; settings that an old run did not note say nothing.
+    @property
+    def stage(self) -> str:
+        """The stage that it is a run of; settings that an old run did not note say nothing."""
+        return next((stage for name, stage in OTHER_STAGES.items() if name in self.fingerprint), STAGE1)
+
+    def require_fit(self, config: TrainingConfig) -> None:
+        """Make sure that a run may start from this one: from stage 1, or stage 2 from stage 2 with the same adapters.
 
         Raises:
-            InputError: it is not.
+            InputError: it may not.
         """
-        stage = next((stage for name, stage in OTHER_STAGES.items() if name in self.fingerprint), None)
-        if stage is not None:
+        if self.stage is STAGE1:
+            return
+        if self.stage is not STAGE2 or not isinstance(config, Stage2Config):
             raise InputError(
-                f"init_from {self.folder} is a run of {stage}, not of stage 1: name one of train_stage1.py"
+                f"init_from {self.folder} is a run of {self.stage}, not of stage 1: name one of train_stage1.py"
             )
+        now = resume_fingerprint(config, 1)
+        for name in KEPT_SETTINGS:
+            if name in self.fingerprint and self.fingerprint[name] != now[name]:
+                raise InputError(
+                    f"init_from {self.folder} was trained with {name} {self.fingerprint[name]}, not {now[name]}: set "
+                    f"{name}={self.fingerprint[name]}"
+                )
 
     def warn_if_unfinished(self) -> None:
         """Warn of a run that was stopped on its way."""
@@ -110,21 +128,24 @@ def has_begun(config: TrainingConfig) -> bool:
     return newest_checkpoint(Path(config.run_folder) / CHECKPOINTS) is not None
 
 
-def teacher_of_start(config: TrainingConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The fingerprint of the teacher of what a new run starts from; None where there is nothing to compare with.
+def starting_run(config: TrainingConfig) -> StartingRun | None:
+    """The run that a new run starts from; None if there is none, or none that is known.
 
     Raises:
         InputError: see `check_start`.
     """
     file = None if has_begun(config) else init_from(config)
-    run = None if file is None else StartingRun.of(file)
-    return None if run is None else run.teacher(dtype, device)
+    return None if file is None else StartingRun.of(file)
 
 
-def backbone(model: HybridWanModel) -> StateDict:
-    """The teacher's weights in a model, under the names that they have without adapters: as stage 1 hashes them."""
+def backbone(model: HybridWanModel, stage: str) -> StateDict:
+    """The teacher's weights in a model, under the names by which a run of some stage hashes them.
+
+    Stage 1 knows no adapters on feed-forwards, which put `linear` into names.
+    """
     new = set(model.hybrid_parameter_names())
-    return {name.replace(".linear.", "."): value for name, value in model.state_dict().items() if name not in new}
+    frozen = {name: value for name, value in model.state_dict().items() if name not in new}
+    return frozen if stage is STAGE2 else {name.replace(".linear.", "."): value for name, value in frozen.items()}
 
 
 def check_start(config: TrainingConfig) -> None:
@@ -141,39 +162,86 @@ def check_start(config: TrainingConfig) -> None:
         return
     run = None if has_begun(config) else StartingRun.of(file)
     if run is not None:
-        run.require_stage1()
+        run.require_fit(config)
         run.warn_if_unfinished()
     said = transformer_config(Path(config.model_folder))
     checkpoint = None if config.checkpoint_path is None else Path(config.checkpoint_path)
     if checkpoint is not None and checkpoint.is_dir() and has_config(checkpoint):
         said |= stated_config(checkpoint)
     sizes = {name: value for name, value in said.items() if name in SIZES}
-    layers = config.hybrid(sizes["num_layers"]).layers
+    hybrid = config.hybrid(sizes["num_layers"])
     with torch.device("meta"):
-        model = HybridWanModel(**sizes, hybrid_layers=list(layers))
-    stage1_values(file, stage1_parameters(model))
+        model = HybridWanModel(
+            **sizes,
+            hybrid_layers=list(hybrid.layers),
+            lora_rank=hybrid.lora_rank,
+            lora_alpha=hybrid.lora_alpha,
+            ffn_lora=hybrid.ffn_lora.value,
+        )
+    starting_values(file, model)
 
 
-def stage1_values(file: Path, wanted: Mapping[str, Tensor]) -> StateDict:
-    """The values that stage 1 left for some parameters; further ones of the file are left out.
+def starting_values(file: Path, model: HybridWanModel) -> StateDict:
+    """The values that a file has for the parameters that the teacher does not have, by name.
+
+    Those of adapters are taken if the file has any; layers that are not hybrid in the model are left out.
 
     Args:
-        wanted: the parameters, whose values do not matter.
+        model: its values do not matter.
 
     Raises:
-        CheckpointError: it is no weight file, lacks a parameter, or does not fit; or a value is not finite.
+        CheckpointError: it is no weight file, lacks a parameter, or does not fit; a value is not finite; or it has
+            adapters of another scale, or such that the model has no place for.
     """
     # The names first: a wrong file may be large.
     if file.suffix == ".safetensors":
-        _require_names(wanted, read_header(file)[0], file)
-    state = as_state_dict(read_weights(file), file)
-    _require_names(wanted, state, file)
+        _wanted(model, read_header(file)[0], file)
+    read = read_weights(file)
+    state = as_state_dict(read, file)
+    wanted = _wanted(model, state, file)
+    _require_scale(model, read_record(file, read), file)
     values = {name: state[name] for name in wanted}
     check_fit(wanted, values, file)
     return values
 
 
-def _require_names(wanted: Mapping[str, Tensor], names: Collection[str], file: Path) -> None:
-    missing = wanted.keys() - set(names)
+def starting_parameters(file: Path, model: HybridWanModel) -> dict[str, nn.Parameter]:
+    """The parameters of a model that a file sets; see `starting_values`.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    names = read_header(file)[0] if file.suffix == ".safetensors" else as_state_dict(read_weights(file), file)
+    return _wanted(model, names, file)
+
+
+def _wanted(model: HybridWanModel, names: Collection[str], file: Path) -> dict[str, nn.Parameter]:
+    """The parameters of a model that a file with these names sets."""
+    adapters = {name for name in names if "lora_" in name}
+    if not adapters:
+        wanted = stage1_parameters(model)
+    else:
+        wanted = stage2_parameters(model)
+        dropped = adapters - wanted.keys()
+        if dropped:
+            raise CheckpointError(
+                f"{file} has adapters that this model has not, they would be dropped: {summarize_names(dropped)}; "
+                "name a stage-1 run, or in stage 2 set hybrid_layers, lora and ffn_lora as they were"
+            )
+    _require_names(wanted, names, file)
+    return wanted
+
+
+def _require_scale(model: HybridWanModel, record: Mapping[str, Any], file: Path) -> None:
+    """Make sure that adapters count as they did where they were trained, where the file says how."""
+    alpha = record.get(ALPHA) if record.get("lora_rank") else None
+    if alpha is not None and model.hybrid.lora_rank is not None and alpha != model.hybrid.lora_alpha:
+        raise CheckpointError(
+            f"{file} has adapters of lora_alpha {alpha:g}, not {model.hybrid.lora_alpha:g}: set lora_alpha={alpha:g}"
+        )
+
+
+def _require_names(wanted: Collection[str], names: Collection[str], file: Path) -> None:
+    missing = set(wanted) - set(names)
     if missing:
-        raise CheckpointError(f"{file} lacks {summarize_names(missing)}: name layers that stage 1 trained")
+        raise CheckpointError(f"{file} lacks {summarize_names(missing)}: name layers that were trained")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_models import HYBRID, TINY, new_memory, tiny_model, tiny_video
+from tiny_models import HYBRID, TINY, TOKENS_PER_FRAME, Video, new_memory, tiny_model, tiny_video
 from torch import Tensor
 
+import wan.parallel
 from arl2.checkpoint import build_hybrid
 from arl2.hybrid_attention import HybridAttention
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
@@ -15,7 +16,7 @@ from wan.checkpoints.formats import TransformerWeights
 from wan.flow import FlowSchedule
 from wan.model import CausalWanModel
 from wan.ops.rope import rotary_angles, rotate
-from wan.teacher_forcing import teacher_forced_flow
+from wan.teacher_forcing import teacher_forced_flow, teacher_forced_segment
 from wan.utils.errors import CheckpointError, InputError
 
 
@@ -50,6 +51,65 @@ def test_teacher_forcing_equals_the_loop_values_and_gradients(hybrid: HybridSett
     torch.testing.assert_close(flow_a, flow_b, rtol=1e-10, atol=1e-11)
     for name in grad_a:
         torch.testing.assert_close(grad_a[name], grad_b[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def in_segments(
+    model: HybridWanModel, video: Video, weight: Tensor, window: tuple[int | None, int], blocks_per_segment: int
+) -> Tensor:
+    """Flow of a video in segments, whose weighted sum is back-propagated segment by segment."""
+    memory, flows = model.memory_for(video.clean, *window, differentiable=True), []
+    for start in range(0, video.clean.shape[1], 3 * blocks_per_segment):
+        frames = slice(start, start + 3 * blocks_per_segment)
+        noisy, times, clean = (x[:, frames] for x in (video.noisy, video.timesteps, video.clean))
+        flow, updates = teacher_forced_segment(model, noisy, times, video.text, 3, clean, memory, start, *window)
+        assert flow is not None and updates is not None
+        (flow * weight[:, frames]).sum().backward()
+        memory.commit(updates)
+        memory.detach()
+        flows.append(flow.detach())
+    return torch.cat(flows, dim=1)
+
+
+def in_a_loop(
+    model: HybridWanModel, video: Video, weight: Tensor, window: tuple[int | None, int], blocks_per_segment: int
+) -> Tensor:
+    """As `in_segments`, block by block: the memory is detached after the last write of every segment."""
+    memory, flows, total = model.memory_for(video.clean, *window, differentiable=True), [], torch.zeros(())
+    blocks = video.clean.shape[1] // 3
+    for block in range(blocks):
+        frames, positions = slice(3 * block, 3 * block + 3), torch.arange(3 * block, 3 * block + 3)
+        views, times = memory.read(3 * TOKENS_PER_FRAME), video.timesteps[:, frames]
+        flow = model(video.noisy[:, frames], times, video.text, views, positions).flow
+        flows.append(flow.detach())
+        total = total + (flow * weight[:, frames]).sum()
+        clean = video.clean[:, frames]
+        memory.commit(model(clean, torch.zeros_like(times), video.text, views, positions, remember=True).updates)
+        if block % blocks_per_segment == blocks_per_segment - 1 or block + 1 == blocks:
+            total.backward()
+            total = torch.zeros(())
+            memory.detach()
+    return torch.cat(flows, dim=1)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("window", [(None, 0), (6, 0), (7, 2), (3, 0)])
+@pytest.mark.parametrize("hybrid", [HybridSettings(), HYBRID], ids=["softmax", "hybrid"])
+def test_segments_equal_the_loop_that_is_cut_between_them(
+    hybrid: HybridSettings, window: tuple[int | None, int], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wan.parallel, "MAX_MASKED_TOKENS", 10**6 if masked else 1)
+    model, video = tiny_model(hybrid), tiny_video(frames=15)
+    model.requires_grad_(True)
+    weight, both = torch.randn_like(video.noisy), []
+    for computed in (in_segments, in_a_loop):
+        model.zero_grad()
+        flow = computed(model, video, weight, window, 2)  # the last segment is of one block
+        both.append([flow, *(p.grad.clone() for p in model.parameters())])
+    for found, expected in zip(*both, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        whole = teacher_forced_flow(model, video.noisy, video.timesteps, video.text, 3, video.clean, *window)
+    torch.testing.assert_close(both[0][0], whole, rtol=1e-10, atol=1e-10)
 
 
 def test_diffusion_forcing_in_a_window_with_a_sink_equals_the_loop() -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 import wan.ops.dispatch
 from arl2.hybrid_attention import l2_norm
 from arl2.lora import with_adapter
-from wan.model import RMSNorm, layer_norm, modulate, plus_gated
+from wan.model import RMSNorm
+from wan.ops.modulation import layer_norm, modulate, plus_gated
 from wan.ops.rope import rotary_angles, rotate
 from wan.utils.device import HALF
 

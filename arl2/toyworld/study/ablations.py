@@ -60,6 +60,8 @@ class StudyAttention(HybridAttention):
             return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         blockwise = isinstance(view, BlockwiseView)
+        if blockwise and (remember or view.state_BHKV is not None):
+            raise NotImplementedError("variants of the study are trained on whole videos, not on segments")
         tokens = x_BLD.shape[1]
         if not self.writes_to_read:  # write inputs are needed only for tokens that are remembered: the clean half
             tokens = tokens // view.layout.halves if blockwise else tokens * remember

@@ -61,12 +61,21 @@ def another_teacher(world: Path, tmp_path: Path) -> str:
 
 
 def test_a_run_of_another_stage_is_refused_before_the_model_loads(
-    two: Callable[..., int], world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two: Callable[..., int], start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training_run, "build_model", lambda *_, **__: pytest.fail("a model was built"))
-    for path in (world / "run2", world / "run2" / NEWEST / "trainables.safetensors"):
+    change(start / NEWEST / "state.json", lambda page: page["fingerprint"].update(budget=0.5))
+    for path in (start, start / NEWEST / "trainables.safetensors"):
         assert two(path) == 2
-        assert "run2 is a run of stage 2, not of stage 1" in one_line(capsys)
+        assert "start is a run of layer gates, not of stage 1" in one_line(capsys)
+
+
+def test_stage_two_starts_from_stage_two_of_the_same_teacher(
+    two: Callable[..., int], world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert two(world / "run2", another_teacher(world, tmp_path)) == 2
+    assert "was trained on another teacher" in one_line(capsys)
+    assert two(world / "run2") == 0
 
 
 @pytest.mark.parametrize("file", ["", f"{NEWEST}/trainables.safetensors"])
