@@ -193,8 +193,11 @@ class Stage2(Objective):
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._target_mean_square = [], []
         settings, model = self.settings, self.model
+        teacher_memory = None
         with frozen_teacher(model):
-            text, teacher_memory = model.embed_text(batch.text_BTD), self.new_memory(batch, *settings.teacher_window)
+            text = model.embed_text(batch.text_BTD)
+            if settings.teacher_weight:
+                teacher_memory = self.new_memory(batch, *settings.teacher_window)
         memory = self.new_memory(batch, *settings.window, differentiable=True)
         errors: list[Tensor] = []
         weight = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
@@ -209,7 +212,7 @@ class Stage2(Objective):
             errors += self._comparisons(block, noise, text, memory, teacher_memory)
             if block.last:
                 break
-            if settings.teacher_weight:
+            if teacher_memory is not None:
                 with frozen_teacher(model):
                     remember_block(model, context, text, teacher_memory, block.start)
             if settings.starts_graph(block.number):
@@ -220,13 +223,13 @@ class Stage2(Objective):
         yield weight * torch.stack(errors).sum()
 
     def _comparisons(
-        self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory
+        self, block: TrainingBlock, noise: BatchNoise, text: TextKV, memory: Memory, teacher_memory: Memory | None
     ) -> Iterator[Tensor]:
         """Iterate over the errors of a block at its noise levels."""
         for place in range(noise.num_noise_levels):
             noisy, timestep = noise.applied(block.clean, block.number, place)
             teachers = None
-            if self.settings.teacher_weight:
+            if teacher_memory is not None:
                 with frozen_teacher(self.model):
                     teachers = predict_flow(self.model, noisy, timestep, text, teacher_memory, block.start)
             flow = predict_flow(self.model, noisy, timestep, text, memory, block.start)
@@ -295,16 +298,17 @@ class Stage2(Objective):
         settings, size, model = self.settings, self.settings.frames_per_block, self.model
         blocks = noise.levels_BNP.shape[1]
         with frozen_teacher(model):
-            text = model.embed_text(batch.text_BTD)
-            # Differentiable ones keep their frames in order.
-            teacher_memory = self.new_memory(batch, *settings.teacher_window, differentiable=True, of_student=False)
+            text, teacher_memory = model.embed_text(batch.text_BTD), None
+            if settings.teacher_weight:
+                # Differentiable ones keep their frames in order.
+                teacher_memory = self.new_memory(batch, *settings.teacher_window, differentiable=True, of_student=False)
         memory = self.new_memory(batch, *settings.window, differentiable=True)
         for first in range(0, blocks, blocks_per_segment):
             end = min(first + blocks_per_segment, blocks)
             noisy, times, context, true_flow = (x[:, first * size : end * size] for x in video)
             given = (noisy, times, text, size, context)
             teachers = None
-            if settings.teacher_weight:
+            if teacher_memory is not None:
                 with frozen_teacher(model, compiled=True):
                     teachers, updates = teacher_forced_segment(
                         model, *given, teacher_memory, first * size, *settings.teacher_window, remember=end < blocks

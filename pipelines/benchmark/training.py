@@ -69,6 +69,8 @@ class TrainingRow:
         name: of the row.
         stage: 1 or 2.
         checkpointing, offload_checkpoints, blocks_per_graph, forward_mode, compile: as in the stage's config.
+        window_frames: of the student's softmax layers; None for full memory.
+        without_teacher: whether the target is the data's velocity alone, as in training on long videos.
     """
 
     name: str
@@ -78,8 +80,12 @@ class TrainingRow:
     blocks_per_graph: int | None = None
     forward_mode: ForwardMode = ForwardMode.PARALLEL
     compile: bool = False
+    window_frames: int | None = None
+    without_teacher: bool = False
 
 
+LONG = TrainingRow("stage2-long", 2, checkpointing=True, blocks_per_graph=7, window_frames=21, without_teacher=True)
+"""Training on long videos, as configs/long.yaml has it; measure it at several --frames."""
 ROWS = (
     TrainingRow("stage1", 1),
     TrainingRow("stage2-checkpointed", 2, checkpointing=True),
@@ -97,6 +103,7 @@ ROWS = (
     ),
     TrainingRow("stage1-loop-cut", 1, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
     TrainingRow("stage2-loop-cut", 2, blocks_per_graph=1, forward_mode=ForwardMode.SEQUENTIAL),
+    LONG,
     TrainingRow("stage2", 2),
 )
 """The most important first, and last the one for which memory may not be enough."""
@@ -195,7 +202,8 @@ def run_training_benchmark(
         for row in rows:
             there = records.find(row.name)
             if there is not None:
-                require_same_settings(there["row"], asdict(row), f"{folder / JSON_FILE} has {row.name} measured", cure)
+                measured = asdict(TrainingRow(**there["row"]))  # older ones do not say all
+                require_same_settings(measured, asdict(row), f"{folder / JSON_FILE} has {row.name} measured", cure)
         todo = broadcast_object_list([[row for row in rows if records.find(row.name) is None]])[0]
         if todo:
             student = _empty_model(config, config.hybrid(2))
@@ -309,6 +317,9 @@ def _objective(row: TrainingRow, config: TrainingBenchmark, model: HybridWanMode
         row.forward_mode,
         checkpointing=row.checkpointing,
         offload_checkpoints=row.offload_checkpoints,
+        window_frames=row.window_frames,
+        teacher_weight=float(not row.without_teacher),
+        data_weight=float(row.without_teacher),
     )
     return Stage2(model, settings)
 
@@ -346,7 +357,10 @@ def row_flops(row: TrainingRow, config: TrainingBenchmark) -> StepFlops:
     student, teacher = (_empty_model(config, hybrid) for hybrid in (config.hybrid(row.stage), HybridSettings()))
     tokens = config.frames_per_block * student.tokens_per_frame(*config.latent_size)
     shape = (student, teacher, config.frames_per_block, tokens, num_blocks(config.frames, config.frames_per_block))
-    return stage1_flops(*shape) if row.stage == 1 else stage2_flops(*shape, row.checkpointing)
+    if row.stage == 1:
+        return stage1_flops(*shape)
+    window = None if row.window_frames is None else row.window_frames * tokens // config.frames_per_block
+    return stage2_flops(*shape, row.checkpointing, window, not row.without_teacher)
 
 
 def cost(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -354,6 +368,7 @@ def cost(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     page: dict[str, Any] = {"published_hours": PUBLISHED_HOURS, "steps": STEPS}
     for stage, steps in STEPS.items():
         done = [row for row in rows.values() if row["row"]["stage"] == stage and row["status"] == "ok"]
+        done = [row for row in done if not row["row"].get("without_teacher")]
         if done:
             quickest = max(done, key=lambda row: row["steps_per_second"])
             hours = steps / quickest["steps_per_second"] / 3600

@@ -68,16 +68,28 @@ def stage1_flops(student: HybridWanModel, teacher: HybridWanModel, frames: int, 
 
 
 def stage2_flops(
-    student: HybridWanModel, teacher: HybridWanModel, frames: int, tokens: int, blocks: int, checkpointing: bool
+    student: HybridWanModel,
+    teacher: HybridWanModel,
+    frames: int,
+    tokens: int,
+    blocks: int,
+    checkpointing: bool,
+    window_tokens: int | None = None,
+    with_teacher: bool = True,
 ) -> StepFlops:
-    """A step of stage 2 with one level a block and context from data, on the loop path; see `stage1_flops`."""
+    """A step of stage 2 with one level a block and context from data, on the loop path; see `stage1_flops`.
+
+    Args:
+        window_tokens: of both models' softmax layers; None for full memory.
+        with_teacher: whether the teacher runs.
+    """
     step = StepFlops()
     for block in range(blocks):
-        keys = (block + 1) * tokens
+        keys = (block + 1) * tokens if window_tokens is None else min((block + 1) * tokens, window_tokens)
         for remember in (False, True)[: 1 + (block + 1 < blocks)]:
             blocks_forward = _blocks_forward(student, frames, tokens, keys, remember)
             step = StepFlops(
-                step.teacher + pass_flops(teacher, frames, tokens, keys, remember),
+                step.teacher + pass_flops(teacher, frames, tokens, keys, remember) * with_teacher,
                 step.student + blocks_forward + ends_flops(student, frames, tokens, remember),
                 step.backward + _student_backward(student, tokens, keys, remember, block > 0),
                 step.recomputation + blocks_forward * checkpointing,

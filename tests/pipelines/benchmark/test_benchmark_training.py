@@ -143,6 +143,21 @@ def test_the_parallel_path_is_measured_too(tmp_path: Path, monkeypatch: pytest.M
     assert rows["stage1"]["losses"] == pytest.approx(rows["stage1-loop"]["losses"], rel=1e-3)
 
 
+def test_long_training_is_measured_at_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {}
+    for frames in (24, 48):
+        folder = tmp_path / str(frames)
+        assert run(monkeypatch, folder, "--rows", "stage2-long", "stage2-checkpointed", "--frames", str(frames)) == 0
+        page = json.loads((folder / "training.json").read_text())
+        rows[frames] = page["rows"]["stage2-long"]
+        assert page["cost"]["stage2"]["row"] == "stage2-checkpointed", "another target is no faster way to this one"
+    assert all(row["status"] == "ok" and row["flops"]["teacher"]["linear"] == 0 for row in rows.values())
+    # Beyond the window, a block costs the same wherever it is.
+    per_block = [row["flops"]["model"] / (frames // 3) for frames, row in rows.items()]
+    assert per_block[1] / per_block[0] < 1.1
+    assert rows[48]["memory"]["student_memory"] == rows[24]["memory"]["student_memory"]
+
+
 def test_a_row_that_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "compile_blocks", partial(compile_blocks, backend="eager"))
     assert run(monkeypatch, tmp_path, "--rows", "stage1", "stage1-compiled") == 0
