@@ -39,6 +39,8 @@ CONFIGS = {
 }
 
 
+LONG = ("teacher_weight=0", "data_weight=1", "memory.kind=window", "memory.window_frames=6", "memory.sink_frames=3")
+"""Training on long videos, in segments."""
 GATES = """
 from pipelines.training.config import GatesConfig
 from pipelines.training.run import parse_config, train
@@ -49,13 +51,13 @@ train(parse_config(GatesConfig, None))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight random videos of seven blocks in the toy world's sizes."""
+    """Eight random videos of four blocks in the toy world's sizes."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     text = json.loads((ROOT / "models/toyworld/transformer/config.json").read_text())
     with LatentWriter(folder, {"made": "for tests"}) as writer:
         for seed in range(8):
-            latents = torch.randn(21, text["in_dim"], 8, 12, generator=generator)
+            latents = torch.randn(12, text["in_dim"], 8, 12, generator=generator)
             embedding = torch.randn(text["text_len"], text["text_dim"], generator=generator)
             writer.add(str(seed), latents, f"prompt {seed}", seed, embedding)
     return folder
@@ -123,6 +125,7 @@ def stage1(data: Path) -> Path:
         ("stage2", ("forward_mode=sequential", "checkpointing=false")),
         ("stage2", ("forward_mode=sequential", "checkpointing=true", "blocks_per_graph=2")),
         ("stage2", ("forward_mode=sequential", "checkpointing=true", "context=self_rollout")),
+        ("stage2", ("forward_mode=parallel", "checkpointing=true", "blocks_per_graph=2", *LONG)),
         ("gates", ("forward_mode=parallel",)),
         ("gates", ("forward_mode=sequential",)),
     ],
