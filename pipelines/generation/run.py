@@ -66,6 +66,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         vae_device=config.speed.vae_on(run.device),
         seed=run.seed,
         lora=config.lora_sources(),
+        optimize=False,
         **config.sampling(),
     )
     check_interrupted()

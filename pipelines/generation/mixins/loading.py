@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from arl2.adapters import read_loras
+from arl2.adapters import Weighted, read_loras
 from arl2.checkpoint import build_hybrid, read_generator
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from pipelines.config import PipelineSettings, SpeedConfig, stored_sampling
@@ -97,27 +97,27 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             CheckpointError, InputError: something is missing, damaged or does not fit, or the hub cannot be reached.
             TypeError: an unknown argument; nothing was read then.
         """
-        begin, place = time.perf_counter(), _device(device, device_map)
-        dtype = _dtype(torch_dtype)
+        begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(torch_dtype)
         _check_settings(cls, sampling)
-        made_here = (checkpoint_path, use_ema, hybrid, lora) != (None, False, HybridSettings(), ())
-        if made_here and (transformer is not None or quantization_config is not None):
+        is_plain = (checkpoint_path, use_ema, hybrid, tuple(lora)) == (None, False, HybridSettings(), ())
+        if not is_plain and (transformer is not None or quantization_config is not None):
             given = "transformer" if transformer is not None else "quantization_config"
             raise InputError(f"{given} goes with none of checkpoint_path, use_ema, hybrid and lora: leave those out")
+        without = {
+            "transformer": transformer is not None or checkpoint_path is not None,
+            "vae": vae is not None,
+            "text_encoder": text_encoder != LOAD,
+            "tokenizer": text_encoder is None or tokenizer != LOAD,
+        }
         folder = model_folder(
             pretrained_model_name_or_path,
-            without={
-                "transformer": transformer is not None or checkpoint_path is not None,
-                "vae": vae is not None,
-                "text_encoder": text_encoder != LOAD,
-                "tokenizer": text_encoder is None or tokenizer != LOAD,
-            },
+            without=without,
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
         )
-        loras = []
+        loras: list[Weighted] = []
         if quantization_config is not None:
             transformer = load_quantised(folder, quantization_config, dtype, place)
         elif transformer is None:
@@ -129,16 +129,8 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         dtype = transformer.dtype if dtype is None else dtype
         if vae is None:
             vae = load_vae(folder, dtype=dtype, device=vae_device or place).model
-        if text_encoder == LOAD and _has_no_text_encoder(folder):
-            text_encoder = None
-        if text_encoder is None:
-            tokenizer = None
-        elif LOAD in (text_encoder, tokenizer):
-            text_len = transformer.config.text_len
-            text = load_text_encoder(folder, text_len=text_len, dtype=dtype, device=place)
-            text_encoder = text.model if text_encoder == LOAD else text_encoder
-            tokenizer = text.tokenizer if tokenizer == LOAD else tokenizer
-        pipeline = cls(transformer, vae, text_encoder, tokenizer, **(stored_sampling(folder) | sampling))
+        text = _read_text(folder, text_encoder, tokenizer, transformer.config.text_len, dtype, place)
+        pipeline = cls(transformer, vae, *text, **(stored_sampling(folder) | sampling))
         pipeline.merge_loras(loras)
         pipeline.optimizes_by_default = optimize is True
         if isinstance(optimize, SpeedConfig):
@@ -220,6 +212,24 @@ def _check_settings(cls: type, sampling: dict[str, Any]) -> None:
             f"{', '.join([*names, *known])}"
         )
     typed(PipelineSettings, sampling, "")
+
+
+def _read_text(
+    folder: Path,
+    text_encoder: UMT5EncoderModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    text_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[UMT5EncoderModel | None, PreTrainedTokenizerBase | None]:
+    """Text encoder and tokenizer: those given, those of a folder in the place of `LOAD`, or neither."""
+    if text_encoder is None or (text_encoder == LOAD and _has_no_text_encoder(folder)):
+        return None, None
+    if isinstance(text_encoder, str) or isinstance(tokenizer, str):
+        text = load_text_encoder(folder, text_len=text_len, dtype=dtype, device=device)
+        text_encoder = text.model if isinstance(text_encoder, str) else text_encoder
+        tokenizer = text.tokenizer if isinstance(tokenizer, str) else tokenizer
+    return text_encoder, tokenizer
 
 
 def _has_no_text_encoder(folder: Path) -> bool:
