@@ -398,9 +398,19 @@ def spatial_stride(folder: Path) -> int:
     Raises:
         CheckpointError: its config.json cannot be read, or says something that is no VAE's.
     """
+    return 2 ** len(_downsampling(folder))
+
+
+def temporal_stride(folder: Path) -> int:
+    """Frames per latent frame, after the first, likewise."""
+    return 2 ** sum(_downsampling(folder))
+
+
+def _downsampling(folder: Path) -> list[bool]:
+    """Whether each halving of the size halves the rate too."""
     inner = folder / "vae"
     stages = vae_config(inner) if (inner / "config.json").exists() else WAN21_VAE
-    return 2 ** len(stages["temperal_downsample"])
+    return list(stages["temperal_downsample"])
 
 
 def save_native_vae(vae: WanVAE, path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -96,6 +97,7 @@ class GivenVideo:
             pixels = first_frames(picture, 1, self.height, self.width)[0, 0]
             yield ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
+    @cached_property
     def num_frames(self) -> int:
         """Frames that there are.
 
@@ -135,18 +137,19 @@ class GivenVideo:
         return latents[None].expand(batch, -1, -1, -1, -1)
 
 
-def frames_to_continue(total: int, stride: int) -> tuple[int, int]:
+def frames_to_continue(total: int, stride: int, *, quiet: bool = False) -> tuple[int, int]:
     """The stretch of a video that is continued: all of it, but for first frames that would not fill a latent.
 
     Args:
         total: frames of the video.
         stride: frames per latent frame.
+        quiet: do not warn of frames that are left out.
 
     Returns:
         the first frame, and the latent frames.
     """
     dropped = (total - 1) % stride
-    if dropped:
+    if dropped and not quiet:
         log.warning(
             "of the given video the first %d of %d frames are left out: latents hold 1 plus a multiple of %d",
             dropped,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from arl2.rollout import FewStepSampler, SeededNoise
-from pipelines.config import GeneratorSampling, MemoryConfig, MemoryKind
+from pipelines.config import GeneratorSampling, MemoryConfig, MemoryKind, Strength
 from pipelines.prompts.files import check_prompt
 from wan.flow import NUM_TRAIN_TIMESTEPS
 from wan.utils.errors import InputError
+from wan.utils.ranges import typed
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Prompts = str | Sequence[str]
@@ -145,6 +146,21 @@ def choose_sampler(
         timesteps = [round(NUM_TRAIN_TIMESTEPS * (count - index) / count) for index in range(count)]
     steps = [int(step) for step in timesteps]
     return FewStepSampler.from_steps(steps, settings.timestep_shift, settings.warp_denoising_steps)
+
+
+def check_strength(strength: float, sampler: FewStepSampler) -> None:
+    """Make sure that some steps are taken.
+
+    Args:
+        strength: fraction of the steps that a video goes through again.
+
+    Raises:
+        InputError: it is out of range, or none of so few steps.
+    """
+    typed(Strength, strength, "strength")
+    steps = min(len(each.timesteps) for each in (sampler, sampler.for_block(0)))
+    if not int(steps * strength):
+        raise InputError(f"strength {strength:g} of {steps} steps is no step: give at least {1 / steps:g}")
 
 
 def choose_seeds(seeds: Sequence[int] | None, generator: Generators | None, batch: int) -> list[int]:

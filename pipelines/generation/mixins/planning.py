@@ -8,7 +8,7 @@ from torch import Tensor
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
-from pipelines.config import GeneratorSampling, MemoryConfig, Strength, check_size
+from pipelines.config import GeneratorSampling, MemoryConfig, check_size
 from pipelines.generation.inputs.given import GivenVideo, Video, frames_to_continue
 from pipelines.generation.inputs.request import (
     CALLBACK_TENSORS,
@@ -20,6 +20,7 @@ from pipelines.generation.inputs.request import (
     as_memory,
     check_callback,
     check_latents,
+    check_strength,
     choose_sampler,
     choose_seeds,
     read_texts,
@@ -27,7 +28,6 @@ from pipelines.generation.inputs.request import (
 from pipelines.generation.mixins.prompts import PromptMixin
 from pipelines.media.images import Picture, first_frames
 from wan.utils.errors import InputError
-from wan.utils.ranges import typed
 
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81}
 """Sizes of videos where neither a call nor the model's folder says them: those that Wan 2.1 T2V 1.3B was trained on."""
@@ -219,18 +219,15 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             return Given()
         known = video if isinstance(video, GivenVideo) else GivenVideo(video, height, width)
         if strength is None:
-            first, count = frames_to_continue(known.num_frames(), stride)
+            first, count = frames_to_continue(known.num_frames, stride)
             return Given(video=known, first_frame=first, latent_frames=count)
-        typed(Strength, strength, "strength")
-        steps = min(len(each.timesteps) for each in (sampler, sampler.for_block(0)))
-        if not int(steps * strength):
-            raise InputError(f"strength {strength:g} of {steps} steps is no step: give at least {1 / steps:g}")
+        check_strength(strength, sampler)
         return Given(video=known, strength=strength)
 
     def _latent_frames_of(self, num_frames: int | Stored | None, given: Given) -> int | None:
         if given.strength is not None and num_frames == "stored":
             assert given.video is not None
-            whole = (given.video.num_frames() - 1) // self.wan_vae.temporal_compression + 1
+            whole = (given.video.num_frames - 1) // self.wan_vae.temporal_compression + 1
             per_block: int = self.config.frames_per_block
             return max(whole // per_block, 1) * per_block
         if num_frames is None:
@@ -242,7 +239,7 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
     def _require_long_enough(self, given: Given, latent_frames: int) -> None:
         assert given.video is not None
         needed = (latent_frames - 1) * self.wan_vae.temporal_compression + 1
-        if (count := given.video.num_frames()) < needed:
+        if (count := given.video.num_frames) < needed:
             raise InputError(f"the given video has {count} frames, {needed} are needed: give a longer one, or fewer")
 
 

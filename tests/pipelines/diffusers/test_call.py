@@ -30,7 +30,12 @@ def test_sizes_are_those_that_the_model_stores(shared_pipeline: CausalVideoPipel
 
 
 def test_a_call_and_a_stream_are_one(shared_pipeline: CausalVideoPipeline) -> None:
-    options: dict[str, Any] = {"num_inference_steps": 3, "num_videos_per_prompt": 2, "seeds": [1, 2], "memory": "window"}
+    options: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "num_videos_per_prompt": 2,
+        "seeds": [1, 2],
+        "memory": "window",
+    }
     streamed = [block.latents_BFCHW for block in shared_pipeline.stream(PROMPT, **options)]
     assert torch.equal(torch.cat(streamed, dim=1), latents(shared_pipeline, **options))
 
@@ -168,9 +173,7 @@ def test_a_wrong_call_is_refused_before_anything_is_computed(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_arguments_fail_at_once(
-    shared_pipeline: CausalVideoPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_arguments_fail_at_once(shared_pipeline: CausalVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CausalVideoPipeline, "encode_prompt", lambda *_: pytest.fail("a prompt was encoded"))
     for call in (shared_pipeline, shared_pipeline.stream):
         with pytest.raises(TypeError, match="guidance_rescale"):

@@ -105,14 +105,14 @@ def test_a_repository_comes_through_the_cache(model: Path, monkeypatch: pytest.M
     assert not asked, "a folder never asks the hub"
 
 
-class Unknown(RepositoryNotFoundError):
+class UnknownError(RepositoryNotFoundError):
     """As the hub raises it, without a response of its library for HTTP."""
 
     def __init__(self) -> None:
         Exception.__init__(self, "long\ntext")
 
 
-class Broken(HfHubHTTPError):
+class BrokenError(HfHubHTTPError):
     """Likewise."""
 
     def __init__(self) -> None:
@@ -121,8 +121,8 @@ class Broken(HfHubHTTPError):
 
 ANSWERS: dict[str, tuple[Callable[[], Exception], str]] = {
     "offline": (lambda: LocalEntryNotFoundError("long\ntext"), "the hub was not reached"),
-    "unknown": (Unknown, "shows no repository"),
-    "broken": (Broken, r"\(bad\): try again"),
+    "unknown": (UnknownError, "shows no repository"),
+    "broken": (BrokenError, r"\(bad\): try again"),
     "full": (lambda: OSError(28, "No space left on device"), "No space left"),
 }
 
