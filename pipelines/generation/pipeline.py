@@ -31,6 +31,7 @@ from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.mixins.calling import CallMixin
 from pipelines.generation.mixins.loading import LoadingMixin
 from pipelines.generation.mixins.planning import VideoPlan
+from pipelines.generation.mixins.vae import DecodingMixin
 from pipelines.generation.streaming import finished
 from pipelines.media.images import Picture
 from wan.memory import Memory, MemorySpec
@@ -47,7 +48,7 @@ def no_phase(name: str) -> nullcontext[None]:
     return nullcontext()
 
 
-class CausalVideoPipeline(CallMixin, LoadingMixin):
+class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
     """Text to video with a causal Wan transformer, hybrid or softmax.
 
     Args:

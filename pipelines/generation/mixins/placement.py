@@ -85,7 +85,7 @@ class PlacementMixin(DiffusionPipeline):
         """Keep layers of text encoder and transformer on the CPU, and copy them to the GPU in groups, as in diffusers.
 
         Args:
-            onload_device, offload_device, options: as in diffusers.
+            onload_device, offload_device, options: as in diffusers. Nothing but the transformer goes to the disk.
             offload_type: "leaf_level". With "block_level", groups are copied when a block is called as a whole; the
                 keys and values of the text are computed once per video, outside of that.
             exclude_modules: parts that stay on `onload_device`, beside the VAE.
@@ -98,6 +98,11 @@ class PlacementMixin(DiffusionPipeline):
             raise InputError(
                 f"offload_type {offload_type!r} does not go with this transformer, whose keys and values of the text "
                 "are computed outside of its blocks: give offload_type='leaf_level', or exclude_modules='transformer'"
+            )
+        if options.get("offload_to_disk_path") is not None and "text_encoder" not in named:
+            raise InputError(
+                "offload_to_disk_path does not go with this text encoder, whose embedding has two names: diffusers "
+                "reads it back wrong; leave it out, or give exclude_modules='text_encoder'"
             )
         self._require_can_offload("enable_group_offload")
         super().enable_group_offload(

@@ -43,9 +43,7 @@ def by_hand(pipeline: CausalVideoPipeline, given: GivenFrames, blocks: int, stre
         remember_block(model, given.context_BFCHW[:, start : start + 3], text, memory, start)
     noise = SeededNoise([1], (3, 16, 2, 4), torch.device("cpu"))
     conditions = Conditions(given.kept_BFCHW, given.source_BFCHW, strength)
-    found = rollout(
-        model, pipeline.sampler, noise, text, memory, blocks, given.context_frames, conditions=conditions
-    )
+    found = rollout(model, pipeline.sampler, noise, text, memory, blocks, given.context_frames, conditions=conditions)
     return torch.cat([block.latents_BFCHW for block in found], dim=1)
 
 
@@ -62,9 +60,7 @@ def test_a_picture_completes_the_first_block(shared_pipeline: CausalVideoPipelin
 
 
 @torch.no_grad()
-def test_a_video_is_continued_by_whole_blocks_and_a_rest(
-    shared_pipeline: CausalVideoPipeline, pixels: Tensor
-) -> None:
+def test_a_video_is_continued_by_whole_blocks_and_a_rest(shared_pipeline: CausalVideoPipeline, pixels: Tensor) -> None:
     encoded = shared_pipeline.wan_vae.encode(pixels[None])
     given = GivenFrames.to_continue(encoded, 3)
     assert given.context_frames == 6 and given.kept_BFCHW is not None and given.kept_BFCHW.shape[1] == 2
