@@ -7,6 +7,9 @@ import torch
 
 from arl2.model import HybridWanModel
 from wan.checkpoints.configs import read_config
+from wan.checkpoints.formats import WEIGHT_FILES
+from wan.checkpoints.loading import read_folder
+from wan.checkpoints.tensors import require_finite
 from wan.utils.errors import InputError
 
 TRANSFORMER = "transformer"
@@ -26,7 +29,7 @@ def load_quantised(
         device: of the transformer.
 
     Raises:
-        InputError: the package of the quantiser is missing, or the weights are in another layout.
+        InputError: the package of the quantiser is missing, the device cannot, or the weights are in another layout.
     """
     config = _of_transformer(quantization_config)
     inner = folder / TRANSFORMER
@@ -36,11 +39,14 @@ def load_quantised(
             f"quantization_config needs a transformer that save_pretrained wrote, {folder} holds another layout: make "
             "such a folder with scripts/convert_checkpoint.py"
         )
+    require_finite(*read_folder(home, WEIGHT_FILES))  # a quantiser makes numbers of NaN
     try:
         model = HybridWanModel.from_pretrained(
             home, quantization_config=config, torch_dtype=torch.float32 if dtype is None else dtype
         )
-    except ImportError as error:
+    except InputError:
+        raise
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         raise InputError(f"this quantization_config cannot be used here: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
     if next(model.parameters()).device != device:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.config import SpeedConfig
 from pipelines.generation.pipeline import CausalVideoPipeline
-from wan.utils.errors import InputError
+from wan.utils.errors import CheckpointError, InputError
 from wan.vae.divided import DividedStream
 
 CPU = torch.device("cpu")
@@ -170,3 +170,40 @@ def test_quantisation_of_what_cannot_be(model: Path, tmp_path: Path) -> None:
         CausalVideoPipeline.from_pretrained(tmp_path, quantization_config=config)
     with pytest.raises(InputError, match="goes with none of"):
         CausalVideoPipeline.from_pretrained(model, quantization_config=config, use_ema=True)
+
+
+def test_weights_that_are_not_finite_are_not_quantised(pipeline: CausalVideoPipeline, tmp_path: Path) -> None:
+    from diffusers import QuantoConfig
+
+    with torch.no_grad():
+        pipeline.transformer.blocks[0].ffn[0].linear.weight[0, 0] = torch.nan
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="NaN"):
+        CausalVideoPipeline.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights_dtype="int8"))
+
+
+def test_eight_bits_by_torchao(model: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    from diffusers import TorchAoConfig
+
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    small = CausalVideoPipeline.from_pretrained(model, quantization_config=config)
+    assert "Int8" in type(small.transformer.blocks[1].self_attn.q.weight).__name__
+    options = {"num_frames": 9, "output_type": "latent"}
+    expected = video(CausalVideoPipeline.from_pretrained(model), **options)
+    assert 0 < (video(small, **options) - expected).norm() / expected.norm() < 0.1
+    with pytest.raises(InputError, match="they are quantised"):
+        small.optimize_for_inference(SpeedConfig(compile=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bits_by_bitsandbytes(bits: int, model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from diffusers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    options = {"num_frames": 9, "output_type": "latent"}
+    small = CausalVideoPipeline.from_pretrained(model, quantization_config=config, torch_dtype="bfloat16", device="cuda")
+    expected = video(CausalVideoPipeline.from_pretrained(model), **options)
+    assert 0 < (video(small, **options).float().cpu() - expected).norm() / expected.norm() < 0.5
