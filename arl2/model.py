@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # diffusers looks for it beside a pipeline's part
 from torch import Tensor, nn
 
 from arl2.hybrid_attention import HybridAttention

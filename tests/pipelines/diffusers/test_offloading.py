@@ -204,6 +204,8 @@ def test_bits_by_bitsandbytes(bits: int, model: Path) -> None:
 
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     options = {"num_frames": 9, "output_type": "latent"}
-    small = CausalVideoPipeline.from_pretrained(model, quantization_config=config, torch_dtype="bfloat16", device="cuda")
+    small = CausalVideoPipeline.from_pretrained(
+        model, quantization_config=config, torch_dtype="bfloat16", device="cuda"
+    )
     expected = video(CausalVideoPipeline.from_pretrained(model), **options)
     assert 0 < (video(small, **options).float().cpu() - expected).norm() / expected.norm() < 0.5
