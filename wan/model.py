@@ -19,6 +19,7 @@ from wan.flow import timestep_embedding
 from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.dispatch import norm_by_kernel
+from wan.ops.patches import PatchEmbedding
 from wan.ops.rope import Rotary, rotary_angles, rotate
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
 from wan.utils.errors import CheckpointError, InputError
@@ -203,14 +204,6 @@ class Head(nn.Module):
     def forward(self, x_BLD: Tensor, time_BFD: Tensor) -> Tensor:
         shift, scale = (self.modulation[:, None] + time_BFD[:, :, None]).unbind(dim=2)
         return self.head(modulate(layer_norm(self.norm, x_BLD, self.modulation.dtype), shift, scale))
-
-
-class PatchEmbedding(nn.Conv3d):
-    """Projection of patches to tokens, stored as the convolution that it is on latents."""
-
-    def forward(self, patches_BLP: Tensor) -> Tensor:
-        """Tokens [B, L, dim] of patches [B, L, channels of a patch], channels slowest."""
-        return F.linear(patches_BLP, self.weight.flatten(1), self.bias)
 
 
 class PassOutput(NamedTuple):

@@ -86,23 +86,28 @@ def inference_parser() -> Parser:
     setting("--lora_alpha", "hybrid.lora_alpha", alpha, group=model, shows_default=False)
     everywhere = "adapters on the feed-forward of every block"
     setting("--ffn_lora_all_layers", "hybrid.ffn_lora", everywhere, group=model, const=FFNLoRA.ALL)
-    memory = group("memory of the softmax layers")
-    setting(
+    add_memory_flags(parser)
+    add_speed_flags(parser)
+    about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
+    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
+    parser.add_device()
+    return parser
+
+
+def add_memory_flags(parser: Parser) -> None:
+    """Add the flags that set the fields of a config's `memory`."""
+    memory = parser.add_argument_group("memory of the softmax layers")
+    parser.add_setting(
         "--memory",
         "memory.kind",
         "what the checkpoint was trained with; everything; or a sink and a sliding window",
         group=memory,
     )
     seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
-    setting("--window_frames", "memory.window_frames", seen, group=memory)
-    setting(
+    parser.add_setting("--window_frames", "memory.window_frames", seen, group=memory)
+    parser.add_setting(
         "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
     )
-    add_speed_flags(parser)
-    about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
-    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
-    parser.add_device()
-    return parser
 
 
 def add_speed_flags(parser: Parser) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from arl2.guidance import GuidedModel
 from arl2.model import HybridWanModel
 from arl2.rollout import Conditions, GeneratedBlock, Noise, SeededNoise, StepHook, remember_block, rollout
-from pipelines.config import MemoryConfig, PipelineSettings
+from pipelines.config import GeneratorSampling, MemoryConfig, PipelineSettings
 from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock
 from pipelines.generation.decoding import BlockDecoder, Phase
 from pipelines.generation.inputs.given import GivenFrames, GivenVideo, Video
@@ -55,7 +55,8 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
         transformer, vae, text_encoder, tokenizer: the parts. VAE and text encoder are cast out of float16, whose range
             their activations exceed, as `wan.utils.device.wide_range_dtype` says.
         frames_per_block: latent frames generated at a time.
-        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`; 1000, 750, 500 and 250
+            by default.
         context_noise: timestep of the clean pass.
         first_block_denoising_steps: steps of a video's first block, if it has its own.
         guidance_distilled: whether the model takes no guidance, see `pipelines.config.GeneratorSampling`.
@@ -69,7 +70,7 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
         text_encoder: UMT5EncoderModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
         frames_per_block: int = 3,
-        denoising_steps: Sequence[int] = (1000, 750, 500, 250),
+        denoising_steps: Sequence[int] | None = None,
         warp_denoising_steps: bool = True,
         timestep_shift: float = 5.0,
         context_noise: float = 0.0,
@@ -82,7 +83,9 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
         super().__init__()
         sampling = {
             "frames_per_block": frames_per_block,
-            "denoising_steps": list(denoising_steps),
+            "denoising_steps": GeneratorSampling().denoising_steps
+            if denoising_steps is None
+            else list(denoising_steps),
             "warp_denoising_steps": warp_denoising_steps,
             "timestep_shift": timestep_shift,
             "context_noise": context_noise,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -29,21 +30,21 @@ PARTS = {
 """Files of every part, in Wan's layout and in diffusers'."""
 
 
-def model_folder(
-    name: str | Path,
-    *,
-    without: Mapping[str, bool],
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
+class HubOptions(NamedTuple):
+    """Arguments of `huggingface_hub.snapshot_download`, under their names there."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+def model_folder(name: str | Path, options: HubOptions, without: Mapping[str, bool]) -> Path:
     """The folder of a model, fetched from the hub if the name is a repository's and no folder is there.
 
     Args:
         name: a folder, or "owner/name".
         without: parts that are not fetched, by name.
-        revision, cache_dir, token, local_files_only: as in `huggingface_hub.snapshot_download`.
 
     Raises:
         InputError: neither a folder nor a repository that can be had.
@@ -53,18 +54,9 @@ def model_folder(
         return folder
     patterns = [*SETTINGS, *(file for part, files in PARTS.items() if not without.get(part) for file in files)]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns, **options._asdict()))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, GatedRepoError) as error:
-        at = "" if revision is None else f" at revision {revision}"
+        at = "" if options.revision is None else f" at revision {options.revision}"
         raise InputError(
             f"no folder {name} here, and the hub shows no repository {name}{at}: check the name, or log in "
             "(hf auth login) for a private or gated one"

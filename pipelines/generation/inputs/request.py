@@ -208,18 +208,21 @@ class StartingNoise:
         return drawn if step else self._latents[:, start : start + frames].to(drawn)
 
 
-def check_latents(latents: Tensor | None, shape: Sequence[int | None]) -> None:
+def check_latents(latents: Tensor | None, strength: float | None, shape: Sequence[int | None]) -> None:
     """Make sure that noise for a whole video is just that.
 
     Args:
         latents: None for none.
+        strength: of a video that blocks start from, in their place.
         shape: that they must have, [B, F, C, h, w]; F is None where the video has no end.
 
     Raises:
-        InputError: another shape, or values that are not finite.
+        InputError: another shape, values that are not finite, or both are given.
     """
     if latents is None:
         return
+    if strength is not None:
+        raise InputError("latents and strength both say what blocks start from: leave one of them out")
     if shape[1] is None:
         raise InputError("latents need a number of frames: give num_frames")
     if tuple(latents.shape) != tuple(shape):
@@ -247,11 +250,11 @@ def as_memory(memory: MemoryConfig | str | None) -> MemoryConfig:
     return MemoryConfig(MemoryKind(memory))
 
 
-def check_callback(callback: StepCallback | None, names: Sequence[str]) -> None:
-    """Make sure that a callback can have the tensors that it asks for.
+def with_tensors(callback: StepCallback | None, names: Sequence[str]) -> StepCallback | None:
+    """A callback that is given the tensors that it asks for.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot have them, or is no function.
     """
     unknown = [name for name in names if name not in CALLBACK_TENSORS]
     if unknown:
@@ -259,8 +262,11 @@ def check_callback(callback: StepCallback | None, names: Sequence[str]) -> None:
             f"callback_on_step_end_tensor_inputs names {unknown[0]!r}: a callback can have "
             f"{', '.join(CALLBACK_TENSORS)}"
         )
-    if callback is not None and not callable(callback):
+    if callback is None or (names and callable(callback)):
+        return callback
+    if not callable(callback):
         raise InputError(f"callback_on_step_end is a {type(callback).__name__}: give a function")
+    return lambda pipeline, step, timestep, _: callback(pipeline, step, timestep, {})
 
 
 def changed_latents(returned: Mapping[str, Tensor] | None, latents_BFCHW: Tensor) -> Tensor:

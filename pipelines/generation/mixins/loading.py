@@ -16,7 +16,7 @@ from arl2.checkpoint import build_hybrid, read_generator
 from arl2.model import HybridSettings, HybridWanModel, keep_gates_in_float32
 from pipelines.config import PipelineSettings, SpeedConfig, stored_sampling
 from pipelines.dtypes import DTYPES
-from pipelines.generation.inputs.hub import model_folder
+from pipelines.generation.inputs.hub import HubOptions, model_folder
 from pipelines.generation.inputs.quantised import load_quantised
 from pipelines.generation.mixins.lora import LoRAPipelineMixin
 from pipelines.generation.mixins.speed import SpeedMixin
@@ -100,23 +100,15 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(torch_dtype)
         _check_settings(cls, sampling)
         is_plain = (checkpoint_path, use_ema, hybrid, tuple(lora)) == (None, False, HybridSettings(), ())
-        if not is_plain and (transformer is not None or quantization_config is not None):
-            given = "transformer" if transformer is not None else "quantization_config"
-            raise InputError(f"{given} goes with none of checkpoint_path, use_ema, hybrid and lora: leave those out")
+        _check_transformer(transformer, quantization_config, is_plain)
         without = {
             "transformer": transformer is not None or checkpoint_path is not None,
             "vae": vae is not None,
             "text_encoder": text_encoder != LOAD,
             "tokenizer": text_encoder is None or tokenizer != LOAD,
         }
-        folder = model_folder(
-            pretrained_model_name_or_path,
-            without=without,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        folder = model_folder(pretrained_model_name_or_path, hub, without)
         loras: list[Weighted] = []
         if quantization_config is not None:
             transformer = load_quantised(folder, quantization_config, dtype, place)
@@ -132,12 +124,14 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         text = _read_text(folder, text_encoder, tokenizer, transformer.config.text_len, dtype, place)
         pipeline = cls(transformer, vae, *text, **(stored_sampling(folder) | sampling))
         pipeline.merge_loras(loras)
-        pipeline.optimizes_by_default = optimize is True
-        if isinstance(optimize, SpeedConfig):
-            pipeline.optimize_for_inference(optimize)
-        pipeline.load_seconds = time.perf_counter() - begin
-        log.info("model loaded in %.1f s", pipeline.load_seconds)
+        pipeline._is_loaded(optimize, time.perf_counter() - begin)
         return pipeline
+
+    def _is_loaded(self, optimize: bool | SpeedConfig, seconds: float) -> None:
+        self.optimizes_by_default, self.load_seconds = optimize is True, seconds
+        log.info("model loaded in %.1f s", seconds)
+        if isinstance(optimize, SpeedConfig):
+            self.optimize_for_inference(optimize)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the parts, arguments as for diffusers' pipelines; only the transformer is cast to float16.
@@ -212,6 +206,15 @@ def _check_settings(cls: type, sampling: dict[str, Any]) -> None:
             f"{', '.join([*names, *known])}"
         )
     typed(PipelineSettings, sampling, "")
+
+
+def _check_transformer(transformer: HybridWanModel | None, quantization_config: Any, is_plain: bool) -> None:
+    given = {"transformer": transformer, "quantization_config": quantization_config}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise InputError("quantization_config is of a transformer that is loaded here: give it or transformer")
+    if names and not is_plain:
+        raise InputError(f"{names[0]} goes with none of checkpoint_path, use_ema, hybrid and lora: leave those out")
 
 
 def _read_text(

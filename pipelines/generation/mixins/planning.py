@@ -18,12 +18,12 @@ from pipelines.generation.inputs.request import (
     Stored,
     Texts,
     as_memory,
-    check_callback,
     check_latents,
     check_strength,
     choose_sampler,
     choose_seeds,
     read_texts,
+    with_tensors,
 )
 from pipelines.generation.mixins.prompts import PromptMixin
 from pipelines.media.images import Picture, first_frames
@@ -166,34 +166,24 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             settings.guidance_distilled,
         )
         self.check_text(texts, max_sequence_length)
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if latents is not None and strength is not None:
-            raise InputError("latents and strength both say what blocks start from: leave one of them out")
-        remembered, per_block = as_memory(memory), settings.frames_per_block
-        remembered.fitting(self.transformer.trained_memory, per_block, "this model")
+        remembered = as_memory(memory)
+        remembered.fitting(self.transformer.trained_memory, settings.frames_per_block, "this model")
         sampler = choose_sampler(settings, num_inference_steps, timesteps)
         given = self._read_given(image, video, strength, texts.batch, height, width, sampler)
-        frames = self._latent_frames_of(num_frames, given)
-        if frames is not None and given.strength is not None:
-            self._require_long_enough(given, frames)
-        whole = given.latent_frames // per_block * per_block
-        if frames is not None and given.latent_frames >= frames:
-            raise InputError(
-                f"{given.latent_frames} latent frames are given for a video of {frames}: give more frames to generate"
-            )
-        check_latents(latents, (texts.batch, frames, self.transformer.config.in_dim, *size))
+        frames, blocks = self._length(num_frames, given)
+        check_latents(latents, strength, (texts.batch, frames, self.transformer.config.in_dim, *size))
         return VideoPlan(
             texts=texts,
             height=height,
             width=width,
             latent_frames=frames,
-            blocks=None if frames is None else num_blocks(frames - whole, per_block),
+            blocks=blocks,
             sampler=sampler,
             seeds=choose_seeds(seeds, generator, texts.batch),
             memory=remembered,
             given=given,
             latents=latents,
-            callback=callback_on_step_end if callback_on_step_end_tensor_inputs else _without(callback_on_step_end),
+            callback=with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs),
             max_sequence_length=max_sequence_length,
         )
 
@@ -224,6 +214,19 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         check_strength(strength, sampler)
         return Given(video=known, strength=strength)
 
+    def _length(self, num_frames: int | Stored | None, given: Given) -> tuple[int | None, int | None]:
+        """Latent frames of a video, and blocks to be generated; None for no end."""
+        frames, per_block = self._latent_frames_of(num_frames, given), self.config.frames_per_block
+        if frames is None:
+            return None, None
+        if given.strength is not None:
+            self._require_long_enough(given, frames)
+        if given.latent_frames >= frames:
+            raise InputError(
+                f"{given.latent_frames} latent frames are given for a video of {frames}: give more frames to generate"
+            )
+        return frames, num_blocks(frames - given.latent_frames // per_block * per_block, per_block)
+
     def _latent_frames_of(self, num_frames: int | Stored | None, given: Given) -> int | None:
         if given.strength is not None and num_frames == "stored":
             assert given.video is not None
@@ -241,8 +244,3 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         needed = (latent_frames - 1) * self.wan_vae.temporal_compression + 1
         if (count := given.video.num_frames) < needed:
             raise InputError(f"the given video has {count} frames, {needed} are needed: give a longer one, or fewer")
-
-
-def _without(callback: StepCallback | None) -> StepCallback | None:
-    """A callback that is given no tensors."""
-    return None if callback is None else lambda pipeline, step, time, _: callback(pipeline, step, time, {})
