@@ -231,6 +231,38 @@ def test_another_transformer_is_seen(model: Path) -> None:
     torch.testing.assert_close(video(pipeline), video(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("gpu_like")
+@pytest.mark.parametrize("what", ["picture", "guidance", "again"])
+def test_the_fast_form_takes_what_the_plain_one_takes(what: str, model: Path) -> None:
+    frames = torch.rand(9, 3, 16, 32) * 2 - 1
+    options: dict[str, Any] = {
+        "picture": {"image": frames[0]},
+        "guidance": {"guidance_scale": 3.0, "negative_prompt": "blue"},
+        "again": {"video": frames, "strength": 0.5},
+    }[what]
+    found = []
+    for optimize in (False, True):
+        pipeline = load(model, optimize=optimize, guidance_distilled=False)
+        pipeline.set_progress_bar_config(disable=True)
+        options |= {"num_frames": 9, "seeds": [1], "output_type": "latent"}
+        found.append(pipeline("a red shape", **options).frames)  # type: ignore[union-attr]
+        assert is_fast(pipeline) is optimize
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"guidance_scale": 3.0}, {"image": torch.zeros(3, 16, 32)}])
+def test_recorded_passes_take_guidance_and_kept_frames(options: dict[str, Any], model: Path) -> None:
+    found = []
+    for optimize in (False, True):
+        pipeline = load(model, device="cuda", optimize=optimize, guidance_distilled=False)
+        pipeline.set_progress_bar_config(disable=True)
+        for _ in range(2):  # the second video replays
+            video = pipeline("a red shape", 45, seeds=[1], output_type="latent", **options).frames  # type: ignore[union-attr]
+        found.append(video)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.gpu
 def test_a_gpu_optimizes_by_default(model: Path) -> None:
     plain = video(load(model, device="cuda", optimize=False))
