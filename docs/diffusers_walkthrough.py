@@ -26,7 +26,7 @@ from wan.utils.errors import InputError
 MODEL = Path(__file__).resolve().parents[1] / "models" / "toyworld"
 PROMPT = "a red ring rolls behind the wall and comes out again"
 SHORT = 9  # frames: 3 latent frames, one block
-QUICK = {"num_frames": SHORT, "num_inference_steps": 1, "output_type": "latent"}  # to show a call, not a video
+QUICK: dict[str, Any] = {"num_frames": SHORT, "num_inference_steps": 1}  # to show a call, not a video
 answers: dict[str, str] = {}
 
 
@@ -64,13 +64,13 @@ refused("no such model", lambda: CausalVideoPipeline.from_pretrained("nobody/not
 # otherwise. `stream` takes the same arguments and hands out every block as soon as it exists.
 
 # %%
-frames = pipe(PROMPT, num_frames=SHORT, output_type="pil", generator=torch.Generator().manual_seed(0)).frames[0]
+frames = pipe(PROMPT, output_type="pil", generator=torch.Generator().manual_seed(0), **QUICK).frames[0]
 print(len(frames), frames[0].size)
-array = pipe(PROMPT, num_frames=SHORT, seeds=[0]).frames
-(tensor,) = pipe(PROMPT, num_frames=SHORT, seeds=[0], output_type="pt", return_dict=False)
-latents = pipe(PROMPT, num_frames=SHORT, seeds=[0], output_type="latent").frames
+array = pipe(PROMPT, seeds=[0], **QUICK).frames
+(tensor,) = pipe(PROMPT, seeds=[0], output_type="pt", return_dict=False, **QUICK)
+latents = pipe(PROMPT, seeds=[0], output_type="latent", **QUICK).frames
 print(array.shape, tuple(tensor.shape), tuple(latents.shape))
-for block in pipe.stream(PROMPT, num_frames=21, seeds=[0]):
+for block in pipe.stream(PROMPT, num_frames=21, num_inference_steps=1, seeds=[0]):
     print("block", block.index, tuple(block.frames_BTHWC.wait().shape))
 
 refused("frames that cannot be", lambda: pipe(PROMPT, num_frames=10))
@@ -89,9 +89,9 @@ refused("an unknown argument of the call", lambda: pipe(PROMPT, guidance_rescale
 
 # %%
 generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-two = pipe(PROMPT, num_frames=SHORT, num_videos_per_prompt=2, generator=generators, output_type="latent").frames
+two = pipe(PROMPT, num_videos_per_prompt=2, generator=generators, output_type="latent", **QUICK).frames
 noise = torch.randn(1, 3, pipe.transformer.config.in_dim, *pipe.latent_size(64, 96))
-given = pipe(PROMPT, num_frames=SHORT, latents=noise, seeds=[0], output_type="latent").frames
+given = pipe(PROMPT, latents=noise, seeds=[0], output_type="latent", **QUICK).frames
 print(tuple(two.shape), tuple(given.shape))
 
 refused("generators of others", lambda: pipe(PROMPT, generator=generators))
@@ -106,9 +106,9 @@ refused("noise in another order", lambda: pipe(PROMPT, num_frames=SHORT, latents
 embeds = pipe.encode_prompt([PROMPT])
 bare = CausalVideoPipeline.from_pretrained(MODEL, text_encoder=None)
 bare.set_progress_bar_config(disable=True)
-from_embeds = bare(prompt_embeds=embeds, num_frames=SHORT, seeds=[0], output_type="latent").frames
+from_embeds = bare(prompt_embeds=embeds, seeds=[0], output_type="latent", **QUICK).frames
 assert torch.equal(from_embeds, latents)
-pipe(PROMPT, max_sequence_length=4, **QUICK)
+pipe(PROMPT, max_sequence_length=4, output_type="latent", **QUICK)
 
 refused("words without a text encoder", lambda: bare(PROMPT))
 refused("words and embeddings", lambda: pipe(PROMPT, prompt_embeds=embeds))
@@ -126,7 +126,7 @@ pipe(PROMPT, num_frames=SHORT, num_inference_steps=2, output_type="latent")
 pipe(PROMPT, num_frames=SHORT, timesteps=[1000, 600, 300], output_type="latent")
 guided = CausalVideoPipeline.from_pretrained(MODEL, guidance_distilled=False)
 guided.set_progress_bar_config(disable=True)
-guided(PROMPT, negative_prompt="a blue cross", guidance_scale=2.0, **QUICK)
+guided(PROMPT, negative_prompt="a blue cross", guidance_scale=2.0, output_type="latent", **QUICK)
 
 refused("guidance of a distilled model", lambda: pipe(PROMPT, guidance_scale=5.0))
 refused("a negative prompt for one", lambda: pipe(PROMPT, negative_prompt="blurry"))
@@ -156,7 +156,7 @@ refused("tensors that there are not", lambda: pipe(PROMPT, callback_on_step_end_
 # By name, or with its sizes. "trained" is the default: what the checkpoint was trained with.
 
 # %%
-pipe(PROMPT, memory="window", **QUICK)
+pipe(PROMPT, memory="window", output_type="latent", **QUICK)
 pipe(
     PROMPT, num_frames=21, memory=MemoryConfig(MemoryKind.window, window_frames=6, sink_frames=0), output_type="latent"
 )
@@ -173,7 +173,7 @@ refused("a window without room for a block", lambda: pipe(PROMPT, memory=MemoryC
 
 # %%
 picture = Image.new("RGB", (96, 64), (240, 240, 240))
-pipe(PROMPT, image=picture, **QUICK)
+pipe(PROMPT, image=picture, output_type="latent", **QUICK)
 with tempfile.TemporaryDirectory() as folder:
     clip = Path(folder) / "clip.mp4"
     with VideoWriter(clip, 64, 96) as writer:
@@ -216,7 +216,7 @@ refused("graphs on a CPU", lambda: pipe.optimize_for_inference(SpeedConfig(cuda_
 # %%
 pipe.enable_vae_tiling(tile_sample_min_height=32)
 pipe.enable_vae_slicing()
-tiled = pipe(PROMPT, num_frames=SHORT, seeds=[0]).frames
+tiled = pipe(PROMPT, seeds=[0], **QUICK).frames
 print("largest difference", float(np.abs(tiled - array).max()))
 pipe.disable_vae_tiling()
 pipe.disable_vae_slicing()
@@ -227,7 +227,7 @@ offloaded = CausalVideoPipeline.from_pretrained(MODEL)
 offloaded.set_progress_bar_config(disable=True)
 refused("whole blocks", lambda: offloaded.enable_group_offload(torch.device("cpu"), offload_type="block_level"))
 offloaded.enable_model_cpu_offload(device="cpu")  # to see that it computes the same; of use with "cuda"
-assert torch.equal(offloaded(PROMPT, num_frames=SHORT, seeds=[0], output_type="latent").frames, latents)
+assert torch.equal(offloaded(PROMPT, seeds=[0], output_type="latent", **QUICK).frames, latents)
 refused("the fast form of what is offloaded", lambda: offloaded.optimize_for_inference(SpeedConfig(compile=True)))
 
 # %% [markdown]
@@ -253,5 +253,5 @@ with tempfile.TemporaryDirectory() as folder:
     write_pipeline_file(Path(folder))
     plain = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     plain.set_progress_bar_config(disable=True)
-    assert torch.equal(plain(PROMPT, num_frames=SHORT, seeds=[0], output_type="latent").frames, latents)
+    assert torch.equal(plain(PROMPT, seeds=[0], output_type="latent", **QUICK).frames, latents)
     print(type(plain).__name__)
