@@ -26,7 +26,7 @@ from wan.utils.errors import InputError
 MODEL = Path(__file__).resolve().parents[1] / "models" / "toyworld"
 PROMPT = "a red ring rolls behind the wall and comes out again"
 SHORT = 9  # frames: 3 latent frames, one block
-QUICK: dict[str, Any] = {"num_frames": SHORT, "num_inference_steps": 1}  # to show a call, not a video
+QUICK: dict[str, Any] = {"num_frames": SHORT, "height": 32, "width": 48, "num_inference_steps": 1}  # no good video
 answers: dict[str, str] = {}
 
 
@@ -49,6 +49,7 @@ def refused(what: str, call: Callable[[], Any]) -> None:
 
 # %%
 pipe = CausalVideoPipeline.from_pretrained(str(MODEL), torch_dtype="float32", device_map="cpu")
+pipe.optimize_for_inference()  # on a CPU, the fast decoder; on a GPU the first call does so by itself
 pipe.set_progress_bar_config(disable=True)
 print(type(pipe.transformer).__name__, pipe.transformer.dtype, f"loaded in {pipe.load_seconds:.1f} s")
 
@@ -70,7 +71,7 @@ array = pipe(PROMPT, seeds=[0], **QUICK).frames
 (tensor,) = pipe(PROMPT, seeds=[0], output_type="pt", return_dict=False, **QUICK)
 latents = pipe(PROMPT, seeds=[0], output_type="latent", **QUICK).frames
 print(array.shape, tuple(tensor.shape), tuple(latents.shape))
-for block in pipe.stream(PROMPT, num_frames=21, num_inference_steps=1, seeds=[0]):
+for block in pipe.stream(PROMPT, **(QUICK | {"num_frames": 21})):
     print("block", block.index, tuple(block.frames_BTHWC.wait().shape))
 
 refused("frames that cannot be", lambda: pipe(PROMPT, num_frames=10))
@@ -90,12 +91,14 @@ refused("an unknown argument of the call", lambda: pipe(PROMPT, guidance_rescale
 # %%
 generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 two = pipe(PROMPT, num_videos_per_prompt=2, generator=generators, output_type="latent", **QUICK).frames
-noise = torch.randn(1, 3, pipe.transformer.config.in_dim, *pipe.latent_size(64, 96))
+noise = torch.randn(1, 3, pipe.transformer.config.in_dim, *pipe.latent_size(32, 48))
 given = pipe(PROMPT, latents=noise, seeds=[0], output_type="latent", **QUICK).frames
 print(tuple(two.shape), tuple(given.shape))
 
 refused("generators of others", lambda: pipe(PROMPT, generator=generators))
-refused("noise in another order", lambda: pipe(PROMPT, num_frames=SHORT, latents=noise.transpose(1, 2)))
+refused(
+    "noise in another order", lambda: pipe(PROMPT, num_frames=SHORT, latents=noise.transpose(1, 2), height=32, width=48)
+)
 
 # %% [markdown]
 # ## Text
@@ -104,7 +107,7 @@ refused("noise in another order", lambda: pipe(PROMPT, num_frames=SHORT, latents
 
 # %%
 embeds = pipe.encode_prompt([PROMPT])
-bare = CausalVideoPipeline.from_pretrained(MODEL, text_encoder=None)
+bare = CausalVideoPipeline.from_pretrained(MODEL, text_encoder=None, optimize=SpeedConfig())
 bare.set_progress_bar_config(disable=True)
 from_embeds = bare(prompt_embeds=embeds, seeds=[0], output_type="latent", **QUICK).frames
 assert torch.equal(from_embeds, latents)
@@ -122,9 +125,9 @@ refused("too many tokens", lambda: pipe(PROMPT, max_sequence_length=100_000))
 # The toy model was not, so what it makes here is only to show the call.
 
 # %%
-pipe(PROMPT, num_frames=SHORT, num_inference_steps=2, output_type="latent")
-pipe(PROMPT, num_frames=SHORT, timesteps=[1000, 600, 300], output_type="latent")
-guided = CausalVideoPipeline.from_pretrained(MODEL, guidance_distilled=False)
+pipe(PROMPT, output_type="latent", **(QUICK | {"num_inference_steps": 2}))
+pipe(PROMPT, num_frames=SHORT, height=32, width=48, timesteps=[1000, 600, 300], output_type="latent")
+guided = CausalVideoPipeline.from_pretrained(MODEL, guidance_distilled=False, optimize=SpeedConfig())
 guided.set_progress_bar_config(disable=True)
 guided(PROMPT, negative_prompt="a blue cross", guidance_scale=2.0, output_type="latent", **QUICK)
 
@@ -146,7 +149,7 @@ def watch(pipeline: Any, step: int, timestep: float, tensors: dict[str, Any]) ->
     return tensors
 
 
-pipe(PROMPT, num_frames=SHORT, callback_on_step_end=watch, output_type="latent")
+pipe(PROMPT, num_frames=SHORT, height=32, width=48, callback_on_step_end=watch, output_type="latent")
 
 refused("tensors that there are not", lambda: pipe(PROMPT, callback_on_step_end_tensor_inputs=["noise_pred"]))
 
@@ -176,10 +179,10 @@ picture = Image.new("RGB", (96, 64), (240, 240, 240))
 pipe(PROMPT, image=picture, output_type="latent", **QUICK)
 with tempfile.TemporaryDirectory() as folder:
     clip = Path(folder) / "clip.mp4"
-    with VideoWriter(clip, 64, 96) as writer:
+    with VideoWriter(clip, 32, 48) as writer:
         writer.write((array[0] * 255).round().astype(np.uint8))
-    longer = pipe(PROMPT, num_frames=21, num_inference_steps=1, video=clip).frames
-    again = pipe(PROMPT, video=clip, strength=0.5).frames
+    longer = pipe(PROMPT, video=clip, **(QUICK | {"num_frames": 21})).frames
+    again = pipe(PROMPT, height=32, width=48, video=clip, strength=0.5).frames
     print(longer.shape, again.shape)
     refused("a video without room", lambda: pipe(PROMPT, num_frames=SHORT, video=clip))
     refused("strength of no step", lambda: pipe(PROMPT, video=clip, strength=0.1))
@@ -214,7 +217,7 @@ refused("graphs on a CPU", lambda: pipe.optimize_for_inference(SpeedConfig(cuda_
 # VAE stays there, since every block is decoded at once.
 
 # %%
-pipe.enable_vae_tiling(tile_sample_min_height=32)
+pipe.enable_vae_tiling(tile_sample_min_height=16)
 pipe.enable_vae_slicing()
 tiled = pipe(PROMPT, seeds=[0], **QUICK).frames
 print("largest difference", float(np.abs(tiled - array).max()))
