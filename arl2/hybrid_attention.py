@@ -116,6 +116,18 @@ def combine(local_BLHV: Tensor, remembered_BLHV: Tensor, gate_BLH: Tensor) -> Te
     return local_BLHV + gated(remembered_BLHV, gate_BLH)
 
 
+class HeadMap(nn.Conv1d):
+    """A D×D map of every head, stored as a grouped 1×1 convolution, [dim, D, 1]."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+
+    def forward(self, x_BLHI: Tensor) -> Tensor:
+        """Apply it to the channels of each head, [B, L, H, D]."""
+        _, _, heads, channels = x_BLHI.shape
+        return torch.einsum("blhi,hoi->blho", x_BLHI, self.weight.view(heads, channels, channels))
+
+
 class HybridAttention(SelfAttention):
     """Drop-in for `wan.model.SelfAttention`, which it extends: q, k, v, o and their norms are the teacher's.
 
@@ -142,9 +154,9 @@ class HybridAttention(SelfAttention):
         self.gate_proj = nn.Linear(dim, num_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        self.phi_q = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
-        self.phi_k = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
-        self.phi_v = nn.Conv1d(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+        self.phi_q = HeadMap(dim, num_heads)
+        self.phi_k = HeadMap(dim, num_heads)
+        self.phi_v = HeadMap(dim, num_heads)
         self.lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
         self.lora_q_A, self.lora_q_B = new_lora_pair(self.q, lora_rank)
         self.lora_k_A, self.lora_k_B = new_lora_pair(self.k, lora_rank)
@@ -339,10 +351,7 @@ class HybridAttention(SelfAttention):
             return projected_BLD
         return with_adapter(projected_BLD, x_BLD, a, b, self.lora_scale)
 
-    def mapped(self, x_BLD: Tensor, phi: nn.Conv1d) -> Tensor:
-        """D×D map of each head applied to its channels, [B, L, H, D].
-
-        The map is stored as a grouped 1×1 convolution, [dim, D, 1].
-        """
-        weight_HOI = phi.weight.view(self.num_heads, self.head_dim, self.head_dim)
-        return torch.einsum("blhi,hoi->blho", self.heads(x_BLD), weight_HOI)
+    def mapped(self, x_BLD: Tensor, phi: HeadMap) -> Tensor:
+        """Map of each head applied to its channels, [B, L, H, D]."""
+        mapped: Tensor = phi(self.heads(x_BLD))
+        return mapped

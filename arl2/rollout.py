@@ -23,6 +23,34 @@ from wan.utils.ranges import Bounds, typed
 
 Noise = Callable[[int, int], Tensor]
 """(block, step) to the noise of that block before that step, [B, F, C, H, W]."""
+StepHook = Callable[[int, int, float, Tensor], Tensor]
+"""(block, step, timestep, latents after the step) to the latents to go on with, both [B, F, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Latents that a video is generated from, beside its text and what its memory holds.
+
+    Attributes:
+        kept_BFCHW: of the first frames of the first generated block. They stay as they are, at timestep 0, while the
+            rest of the block is denoised beside them. None for no such frames.
+        source_BFCHW: of all frames of a video. Every block starts from its frames of it, noised to the level of the
+            first step that it takes, in place of noise alone. None for none.
+        strength: fraction of the steps that a block with a source takes, the last ones, in (0, 1].
+        on_step: called after every step; what it returns takes the place of the latents, but for the kept ones.
+    """
+
+    kept_BFCHW: Tensor | None = None
+    source_BFCHW: Tensor | None = None
+    strength: float = 1.0
+    on_step: StepHook | None = None
+
+    def first_step(self, steps: int) -> int:
+        """Index of the first of some steps that is taken; rounds as diffusers' video to video does."""
+        return 0 if self.source_BFCHW is None else max(steps - min(int(steps * self.strength), steps), 0)
+
+
+NO_CONDITIONS = Conditions()
 
 
 @dataclass(frozen=True)
@@ -131,7 +159,7 @@ def predict_flow(
     Args:
         model, text, memory, start_frame: as in `denoise_block`.
         latents_BFCHW: noisy latents of the block.
-        timestep: a scalar, or one per video, [B, 1].
+        timestep: a scalar, one per video, [B, 1], or one per frame, [1, F].
     """
     positions, frames = _positions(start_frame, latents_BFCHW)
     views = memory.read(_block_tokens(model, latents_BFCHW))
@@ -149,30 +177,64 @@ def denoise_block(
     memory: Memory,
     start_frame: int,
     on_x0: Callable[[Tensor], None] = lambda x0: None,
+    *,
+    kept_BFCHW: Tensor | None = None,
+    source_BFCHW: Tensor | None = None,
+    first_step: int = 0,
+    on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Turn noise into one block of clean latents. The memory is only read.
 
     Args:
         model: predicts the velocity.
         sampler: denoising steps.
-        noise: noise of the block before each step, [B, F, C, H, W]; `noise(0)` is the starting point.
+        noise: noise of the block before each step, [B, F, C, H, W]; that of the first step is the starting point.
         text: from `CausalWanModel.embed_text`.
         memory: memory of all earlier blocks.
         start_frame: absolute index of the block's first latent frame.
         on_x0: called with the x0 of every step.
+        kept_BFCHW: clean latents of the block's first frames, [B, 0 < K < F, C, H, W], which stay as they are.
+        source_BFCHW: latents whose first F frames, noised to the level of the first step, are the starting point.
+        first_step: index of the first step that is taken.
+        on_step: called with (step, timestep, latents) after every step; returns the latents to go on with.
 
     Returns:
         the last step's x0, [B, F, C, H, W].
     """
-    x_t = noise(0)
-    for step, (time, level) in enumerate(zip(sampler.timesteps, sampler.sigmas, strict=True)):
-        timestep = torch.full((), time, device=x_t.device)
+    x_t = noise(first_step)
+    if source_BFCHW is not None:
+        source = source_BFCHW[:, : x_t.shape[1]].to(x_t.dtype)
+        x_t = add_noise(source, x_t, torch.full((), sampler.sigmas[first_step], device=x_t.device))
+    x_t = with_kept(x_t, kept_BFCHW)
+    for step in range(first_step, len(sampler.timesteps)):
+        time, level = sampler.timesteps[step], sampler.sigmas[step]
+        timestep = _timestep(time, x_t, kept_BFCHW)
         flow = predict_flow(model, x_t, timestep, text, memory, start_frame)
-        x0 = flow_to_x0(flow, x_t, torch.full((), level, device=x_t.device))
+        x0 = with_kept(flow_to_x0(flow, x_t, torch.full((), level, device=x_t.device)), kept_BFCHW)
         on_x0(x0)
+        x_t = x0
         if step + 1 < len(sampler.timesteps):
             x_t = add_noise(x0, noise(step + 1), torch.full((), sampler.sigmas[step + 1], device=x_t.device))
-    return x0
+            x_t = with_kept(x_t, kept_BFCHW)
+        if on_step is not None:
+            x_t = with_kept(on_step(step, time, x_t), kept_BFCHW)
+    return x_t
+
+
+def with_kept(latents_BFCHW: Tensor, kept_BFCHW: Tensor | None) -> Tensor:
+    """Latents of a block whose first frames are the kept ones, if there are any."""
+    if kept_BFCHW is None:
+        return latents_BFCHW
+    return torch.cat([kept_BFCHW.to(latents_BFCHW.dtype), latents_BFCHW[:, kept_BFCHW.shape[1] :]], dim=1)
+
+
+def _timestep(time: float, latents_BFCHW: Tensor, kept_BFCHW: Tensor | None) -> Tensor:
+    """The timestep of a step: a scalar, or [1, F] with 0 for frames that are kept clean."""
+    if kept_BFCHW is None:
+        return torch.full((), time, device=latents_BFCHW.device)
+    timesteps = torch.full((1, latents_BFCHW.shape[1]), time, device=latents_BFCHW.device)
+    timesteps[:, : kept_BFCHW.shape[1]] = 0
+    return timesteps
 
 
 def remember_block(
@@ -228,6 +290,7 @@ def rollout(
     start_frame: int = 0,
     context_noise: float = 0.0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    conditions: Conditions = NO_CONDITIONS,
 ) -> Iterator[GeneratedBlock]:
     """Generate a video block by block; each block is yielded before it is remembered.
 
@@ -241,15 +304,29 @@ def rollout(
         start_frame: absolute index of the first latent frame, after the context.
         context_noise: timestep of the clean pass.
         phase: context manager entered around "denoise" and "remember", to time them.
+        conditions: latents that blocks are made from, and a hook after every step.
 
     Yields:
         every block. The last one is not remembered, since nothing reads it. To extend a video, call `remember_block`.
     """
     indices: Iterable[int] = count() if blocks is None else range(blocks)
+    source = conditions.source_BFCHW
     for index in indices:
         with phase("denoise"):
             steps = sampler.for_block(start_frame)
-            latents = denoise_block(model, steps, partial(noise, index), text, memory, start_frame)
+            first = conditions.first_step(len(steps.timesteps))
+            latents = denoise_block(
+                model,
+                steps,
+                partial(noise, index),
+                text,
+                memory,
+                start_frame,
+                kept_BFCHW=conditions.kept_BFCHW if index == 0 else None,
+                source_BFCHW=source if source is None else source[:, start_frame:],
+                first_step=first,
+                on_step=None if conditions.on_step is None else partial(conditions.on_step, index),
+            )
         yield GeneratedBlock(index, start_frame, latents)
         if blocks is None or index + 1 < blocks:
             with phase("remember"):

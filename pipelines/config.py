@@ -34,7 +34,9 @@ Steps = Annotated[list[Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]], Length(1
 """Timesteps of a few-step generator."""
 ContextNoise = Annotated[float, Bounds(0, NUM_TRAIN_TIMESTEPS)]
 """Timestep of the clean pass."""
-NOT_OF_VIDEOS = ("model_folder", "checkpoint_path", "lora", "caveat")
+Strength = Annotated[float, Bounds(0, 1, above=True)]
+"""Fraction of the steps that a video is taken through again, for video to video."""
+NOT_OF_VIDEOS = ("model_folder", "checkpoint_path", "lora", "caveat", "guidance_distilled")
 """Settings of `InferenceConfig` that videos do not depend on; weights count by their content."""
 NOT_OF_LATENTS = ("hybrid", "speed", "fps")
 """With `NOT_OF_VIDEOS`, settings that a softmax model's latents do not depend on."""
@@ -272,10 +274,13 @@ class GeneratorSampling(SamplingConfig):
         context_noise: timestep of the clean pass.
         first_block_denoising_steps: steps of a video's first block, for models that are trained to take more of them
             there; null for those of the other blocks.
+        guidance_distilled: whether the model predicts what guidance would make of it, as few-step models do; false for
+            one that was trained with dropped prompts, for classifier-free guidance.
     """
 
     context_noise: ContextNoise = 0.0
     first_block_denoising_steps: Steps | None = None
+    guidance_distilled: bool = True
 
     def sampler(self) -> FewStepSampler:
         """The steps."""
@@ -288,8 +293,22 @@ class GeneratorSampling(SamplingConfig):
         return {each.name: getattr(self, each.name) for each in fields(GeneratorSampling)}
 
 
+@dataclass
+class PipelineSettings(GeneratorSampling):
+    """What a pipeline stores beside its parts.
+
+    Attributes, beside those of `GeneratorSampling`:
+        height, width: pixels of a video where a call names none; null for 480 and 832.
+        num_frames: frames of a video, likewise; null for 81.
+    """
+
+    height: Pixels | None = None
+    width: Pixels | None = None
+    num_frames: Frames | None = None
+
+
 def stored_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling settings that `save_pretrained` left in a folder; none in a folder of other origin.
+    """Settings that `save_pretrained` left in a folder; none in a folder of other origin.
 
     Raises:
         CheckpointError: they are malformed or out of range.
@@ -297,9 +316,9 @@ def stored_sampling(folder: Path) -> dict[str, Any]:
     index = folder / "model_index.json"
     if not index.exists():
         return {}
-    found = {key: value for key, value in read_config(index).items() if key in declarations(GeneratorSampling)}
+    found = {key: value for key, value in read_config(index).items() if key in declarations(PipelineSettings)}
     try:
-        typed(GeneratorSampling, found, "")
+        typed(PipelineSettings, found, "")
     except InputError as error:
         raise CheckpointError(f"{index}: {error}") from error
     return found
@@ -317,6 +336,7 @@ class InferenceConfig(GeneratorSampling):
         fps: of the video file.
         attention_backend: see `wan.ops.attention.AttentionBackend`.
         speed: of the transformer.
+        strength: with a given video, the fraction of the steps that it is taken through again; null to continue it.
         lora: LoRAs that are added to the weights, each FILE or FILE:SCALE; see `wan.checkpoints.lora`.
         caveat: what a preset needs that this code lacks, and its effect; warned of when the model is loaded.
     """
@@ -331,6 +351,7 @@ class InferenceConfig(GeneratorSampling):
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    strength: Strength | None = None
     lora: list[PathText] = field(default_factory=list)
     caveat: str | None = None
 
@@ -359,7 +380,7 @@ class InferenceConfig(GeneratorSampling):
 
         What records of earlier versions lack is left out where it does nothing.
         """
-        idle = {name for name in ("first_block_denoising_steps",) if getattr(self, name) is None}
+        idle = {name for name in ("first_block_denoising_steps", "strength") if getattr(self, name) is None}
         return {name: value for name, value in asdict(self).items() if name not in (*NOT_OF_VIDEOS, *idle)}
 
 

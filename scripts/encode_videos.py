@@ -71,7 +71,7 @@ def read_config(arguments: argparse.Namespace) -> InferenceConfig:
     """
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
     config.checkpoint_path, config.hybrid, config.lora = None, HybridConfig(), []
-    check_config(config, i2v=False)
+    check_config(config)
     return config
 
 

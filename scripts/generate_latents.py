@@ -182,7 +182,7 @@ def main() -> int:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     config.refuse_lora()
-    check_config(config, i2v=False)
+    check_config(config)
     softmax = replace(config, hybrid=HybridConfig(), speed=SpeedConfig(cuda_graphs=False))
     check_device(softmax, device, dtype, decodes=False)
     jobs = read_jobs(arguments)

@@ -244,7 +244,7 @@ def main() -> int:
     check_target(arguments.yaml)
     if arguments.method == "replacement":
         config.refuse_lora()
-        check_config(config, i2v=False)
+        check_config(config)
         scores = score_by_replacement(arguments, config)
     else:
         scores = score_by_file(arguments, config)

@@ -20,6 +20,7 @@ from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.dispatch import norm_by_kernel
 from wan.ops.modulation import layer_norm, modulate, plus_gated
+from wan.ops.patches import PatchEmbedding
 from wan.ops.rope import Rotary, rotary_angles, rotate
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
 from wan.utils.errors import CheckpointError, InputError
@@ -282,7 +283,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         self.head_dim = dim // num_heads
         self.freq_dim = freq_dim
         patch_channels = out_dim * patch_size[0] * patch_size[1] * patch_size[2]
-        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.patch_embedding = PatchEmbedding(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -425,7 +426,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         """Embed latents and timesteps; see `forward` for the arguments."""
         dtype, (_, rows, columns) = self.patch_embedding.weight.dtype, self.patch_size
         patches = rearrange(latents_BFCHW.to(dtype), "b f c (h r) (w s) -> b (f h w) (c r s)", r=rows, s=columns)
-        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        tokens = self.patch_embedding(patches)
         height, width = latents_BFCHW.shape[-2:]
         rotary = rotary_angles(frames_F, height // rows, width // columns, self.head_dim)
         time_BFD = self.time_embedding(timestep_embedding(timesteps_BF, self.freq_dim).to(dtype))

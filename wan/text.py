@@ -137,6 +137,7 @@ class TextEncoder:
         text_len: tokens of every embedding, the end mark included; longer prompts are cut with a warning, shorter ones
             padded with zero rows.
         known_cuts: prompts whose cut was reported, which grows; encoders that share it warn once per prompt.
+        device: where it computes, if its weights are elsewhere between uses; None for where they are.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class TextEncoder:
         tokenizer: PreTrainedTokenizerBase | None,
         text_len: int,
         known_cuts: set[str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if holds_float16(model):
             model.to(dtype=wide_range_dtype(torch.float16, model.device))
@@ -152,6 +154,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.text_len = text_len
         self._known_cuts = set[str]() if known_cuts is None else known_cuts
+        self._device = device
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of some prompts, [B, text_len, dim] in the encoder's dtype.
@@ -210,7 +213,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode_ids(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """Embeddings of token ids; rows where the mask is 0 are zero."""
-        ids, mask = (x.to(self.model.device) for x in (ids_BT, mask_BT))
+        ids, mask = (x.to(self._device or self.model.device) for x in (ids_BT, mask_BT))
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return hidden * mask[..., None].to(hidden.dtype)
 

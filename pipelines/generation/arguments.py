@@ -20,6 +20,8 @@ from pipelines.feasibility import (
     tokens_per_frame,
 )
 from pipelines.flags import Parser, as_path
+from pipelines.generation.inputs.given import GivenVideo, frames_to_continue
+from pipelines.generation.inputs.request import check_strength
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
 from pipelines.settings import given_names, load_config
@@ -29,7 +31,7 @@ from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
 from wan.utils.ranges import check_ranges
-from wan.vae.wan_vae import spatial_stride
+from wan.vae.wan_vae import spatial_stride, temporal_stride
 
 WHERE_IT_PAYS = {
     "--compile": "by default on a GPU with Triton",
@@ -62,7 +64,10 @@ def inference_parser() -> Parser:
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
     add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
-    add("--i2v", action="store_true", help="start from an image (frame-wise models)")
+    add("--i2v", action="store_true", help="start from an image")
+    add("--video", type=as_path, metavar="PATH", help="a video that every output continues, or goes through again")
+    again = "take --video through this fraction of the steps, in place of continuing it"
+    setting("--strength", "strength", again)
     parser.add_seed()
     video = group("video")
     frames = "latent frames, the given one included; F make 4F - 3 frames"
@@ -81,23 +86,28 @@ def inference_parser() -> Parser:
     setting("--lora_alpha", "hybrid.lora_alpha", alpha, group=model, shows_default=False)
     everywhere = "adapters on the feed-forward of every block"
     setting("--ffn_lora_all_layers", "hybrid.ffn_lora", everywhere, group=model, const=FFNLoRA.ALL)
-    memory = group("memory of the softmax layers")
-    setting(
+    add_memory_flags(parser)
+    add_speed_flags(parser)
+    about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
+    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
+    parser.add_device()
+    return parser
+
+
+def add_memory_flags(parser: Parser) -> None:
+    """Add the flags that set the fields of a config's `memory`."""
+    memory = parser.add_argument_group("memory of the softmax layers")
+    parser.add_setting(
         "--memory",
         "memory.kind",
         "what the checkpoint was trained with; everything; or a sink and a sliding window",
         group=memory,
     )
     seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
-    setting("--window_frames", "memory.window_frames", seen, group=memory)
-    setting(
+    parser.add_setting("--window_frames", "memory.window_frames", seen, group=memory)
+    parser.add_setting(
         "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
     )
-    add_speed_flags(parser)
-    about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
-    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
-    parser.add_device()
-    return parser
 
 
 def add_speed_flags(parser: Parser) -> None:
@@ -128,12 +138,16 @@ class InferenceRun:
         config: with the flags applied.
         jobs: all prompts of the run; ranks share them.
         images: the first frame of every job, for --i2v.
+        video: that every job continues or, with a strength, goes through again.
+        given_frames: latent frames that every video starts with.
         over_video: all processes compute every video together, instead of dividing the prompts.
     """
 
     config: InferenceConfig
     jobs: list[PromptJob]
     images: dict[str, Path]
+    video: Path | None
+    given_frames: int
     output_folder: Path
     metrics_folder: Path
     device: torch.device
@@ -156,7 +170,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     dtype = choose_dtype(arguments.dtype, device)
     config = replace(config, speed=config.speed.on(device, dtype))
     over_video = arguments.parallel == "video" and rank_and_world_size()[1] > 1
-    check_config(config, arguments.i2v)
+    given_frames = check_config(config, arguments.i2v, arguments.video)
     check_vae_device(config, device, over_video)
     if over_video:
         check_parallel(config, rank_and_world_size()[1])
@@ -169,6 +183,8 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
         config=config,
         jobs=jobs,
         images={job.name: job.image for job in jobs if job.image is not None},
+        video=arguments.video,
+        given_frames=given_frames,
         output_folder=arguments.output_folder,
         metrics_folder=metrics_folder,
         device=device,
@@ -180,19 +196,32 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     )
 
 
-def check_config(config: InferenceConfig, i2v: bool) -> None:
+def check_config(config: InferenceConfig, i2v: bool = False, video: Path | None = None) -> int:
     """Check settings against each other and against the model's sizes.
+
+    Args:
+        i2v: whether videos start with a picture.
+        video: that they continue or go through again.
+
+    Returns:
+        latent frames that videos start with.
 
     Raises:
         InputError: a value that cannot work.
     """
-    if i2v and config.frames_per_block != 1:
-        raise InputError(
-            f"--i2v needs a frame-wise model, this config is chunk-wise ({config.frames_per_block} frames a block): "
-            "use configs/causal_forcing_dmd_framewise.yaml with a frame-wise checkpoint"
-        )
     check_ranges(config)
-    num_blocks(config.num_output_frames - (1 if i2v else 0), config.frames_per_block)
+    if i2v and video is not None:
+        raise InputError("--video does not go with --i2v: give a picture or a video to start with")
+    if config.strength is not None and video is None:
+        raise InputError("strength is of a video that goes through the steps again: give --video too, or drop it")
+    given = given_latent_frames(config, i2v, video)
+    if given >= config.num_output_frames:
+        raise InputError(
+            f"{given} latent frames are given for a video of {config.num_output_frames}: raise --num_output_frames"
+        )
+    num_blocks(
+        config.num_output_frames - given // config.frames_per_block * config.frames_per_block, config.frames_per_block
+    )
     config.memory.check(config.frames_per_block)
     config.sampler()
     checkpoint = config.checkpoint_path
@@ -210,6 +239,29 @@ def check_config(config: InferenceConfig, i2v: bool) -> None:
     check_layers(config.hybrid.layers, sizes.num_layers)
     check_size(config.height, config.width, spatial_stride(folder), sizes.patch_size)
     config.hybrid.settings()
+    return given
+
+
+def given_latent_frames(config: InferenceConfig, i2v: bool, video: Path | None) -> int:
+    """Latent frames that videos start with; 0 for a video that goes through the steps again.
+
+    Raises:
+        InputError: the video cannot be read, or is too short to go through again.
+    """
+    if video is None:
+        return 1 if i2v else 0
+    stride = temporal_stride(Path(config.model_folder))
+    count = GivenVideo(video, config.height, config.width, config.fps).num_frames
+    if config.strength is None:
+        return frames_to_continue(count, stride, quiet=True)[1]
+    check_strength(config.strength, config.sampler())
+    needed = (config.num_output_frames - 1) * stride + 1
+    if count < needed:
+        raise InputError(
+            f"{video} has {count} frames at {config.fps} per second, {needed} are needed: give a longer one, or lower "
+            f"--num_output_frames to at most {(count - 1) // stride + 1}"
+        )
+    return 0
 
 
 def check_parallel(config: InferenceConfig, processes: int) -> None:

@@ -30,7 +30,7 @@ def random_pipeline(
     dtype: torch.dtype = torch.float32,
     **sampling: Any,
 ) -> CausalVideoPipeline:
-    """A whole pipeline with random weights.
+    """A whole pipeline with random weights, which computes plainly until `optimize_for_inference` is called.
 
     Args:
         size: of the transformer, see `wan.config.WAN_SIZES`; its text_dim becomes that of the text encoder.
@@ -47,7 +47,9 @@ def random_pipeline(
         vae = new_vae(vae_config)
     for part in (transformer, text_encoder, vae):
         part.eval().requires_grad_(False)
-    return CausalVideoPipeline(transformer, vae, text_encoder, word_tokenizer(words), **sampling)
+    pipeline = CausalVideoPipeline(transformer, vae, text_encoder, word_tokenizer(words), **sampling)
+    pipeline.optimizes_by_default = False
+    return pipeline
 
 
 def random_transformer(
@@ -109,4 +111,5 @@ def save_native_folder(pipeline: CausalVideoPipeline, folder: Path) -> None:
     write_safetensors(folder / WEIGHT_FILES[0], pipeline.transformer.state_dict())
     save_native_umt5(pipeline.text_encoder, folder / NATIVE_TEXT_FILE)
     save_native_vae(WanVAE(pipeline.vae), folder / NATIVE_VAE_FILE)
+    assert pipeline.tokenizer is not None
     pipeline.tokenizer.save_pretrained(folder / NATIVE_TOKENIZER_FOLDER)

@@ -71,12 +71,14 @@ def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
     return found
 
 
-def image_of(run: InferenceRun, job: PromptJob) -> dict[str, str]:
-    """The hash of a job's image, if it has one.
+def given_of(run: InferenceRun, job: PromptJob) -> dict[str, str]:
+    """The hash of a job's image or of the run's video, if it has one.
 
     Raises:
         InputError: it cannot be read.
     """
+    if run.video is not None:
+        return {"video": content_hash(run.video)}
     return {"image": content_hash(run.images[job.name])} if run.images else {}
 
 

@@ -19,11 +19,12 @@ from pipelines.generation.announcements import announced
 from pipelines.generation.arguments import InferenceRun
 from pipelines.generation.blocks import NonFiniteBlockError, VideoBlock
 from pipelines.generation.decoding import Phase
+from pipelines.generation.inputs.given import GivenVideo
 from pipelines.generation.lockstep import Lockstep, join_processes
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
+    given_of,
     identity_of,
-    image_of,
     is_finished,
     lock_path,
     num_pixel_frames,
@@ -66,6 +67,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         vae_device=config.speed.vae_on(run.device),
         seed=run.seed,
         lora=config.lora_sources(),
+        optimize=False,
         **config.sampling(),
     )
     check_interrupted()
@@ -103,7 +105,7 @@ def generate(
         return 0
     maker = _Maker(run, pipeline, identity_of(run, pipeline), anew, lockstep)
     mine = run.jobs if run.over_video else shard_jobs(run.jobs, rank, world_size)
-    with announced(run.output_folder, maker.identity, {job.name: image_of(run, job) for job in mine}):
+    with announced(run.output_folder, maker.identity, {job.name: given_of(run, job) for job in mine}):
         maker.make_all(mine, quiet=rank != 0)
     if lockstep is not None:
         lockstep.tell(None)
@@ -140,7 +142,7 @@ class _Maker:
 
     def made_with(self, job: PromptJob) -> dict[str, Any]:
         """Settings, weights and image of a job's video, the image as it is now."""
-        return self.identity | image_of(self.run, job)
+        return self.identity | given_of(self.run, job)
 
     def is_finished(self, job: PromptJob, *, quiet: bool = False) -> bool:
         """Whether a job's video needs no making.
@@ -228,8 +230,9 @@ class _Maker:
 
 def generated_blocks(run: InferenceRun) -> int:
     """Blocks to generate for one video of the run."""
-    given = 1 if run.images else 0
-    return num_blocks(run.config.num_output_frames - given, run.config.frames_per_block)
+    config = run.config
+    whole = run.given_frames // config.frames_per_block * config.frames_per_block
+    return num_blocks(config.num_output_frames - whole, config.frames_per_block)
 
 
 @dataclass
@@ -341,6 +344,8 @@ def new_stream(
         config.height,
         config.width,
         image=image,
+        video=None if run.video is None else GivenVideo(run.video, config.height, config.width, config.fps),
+        strength=config.strength,
         seeds=[job.seed],
         memory=config.memory,
         phase=phase,

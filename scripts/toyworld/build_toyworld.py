@@ -59,6 +59,7 @@ from arl2.toyworld.world.latents import (
     toy_text_encoder,
     world_tokenizer,
 )
+from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
@@ -278,6 +279,9 @@ def build_bundle(build: Build) -> Result:
         encoder.tokenizer,
         denoising_steps=FEW_STEPS,
         timestep_shift=TIMESTEP_SHIFT,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=NUM_FRAMES,
     )
     save_model(pipeline, work / "bundle")
     size = sum(file.stat().st_size for file in (work / "bundle").rglob("*") if file.is_file())

@@ -119,6 +119,7 @@ def test_every_field_takes_a_value_or_refuses_it_in_one_line(kind: type, file: P
 OUT_OF_RANGE = {
     InferenceConfig: {
         "fps": (0, -16, 10**9),
+        "strength": (0, -0.5, 1.5, ".nan"),
         "context_noise": (-1, 1001),
         "memory.sink_frames": (-1,),
         "memory.window_frames": (0, -6, 10**9),

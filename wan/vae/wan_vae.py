@@ -27,6 +27,7 @@ from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import Bounds, Length, shown
 from wan.vae.bands import Band
+from wan.vae.divided import DividedStream
 from wan.vae.fast import FastDecoder
 from wan.vae.stream import LatentStream, shape_error
 from wan.vae.tiny import TinyDecoder
@@ -160,15 +161,33 @@ class WanVAE:
     def decode_stream(self, band: Band | None = None) -> LatentStream:
         """Begin to decode a video, with the weights as they are now.
 
+        The module's own switches count: with `use_slicing` the videos of a batch are decoded one after the other; with
+        `use_tiling` the rows of a frame, in bands of at most `tile_sample_min_height` pixels, by the fast decoder.
+
         Args:
             band: of the rows, the only one to decode: those of the whole frames, up to rounding.
 
         Raises:
-            InputError: a band, and a decoder that has none: see `decodes_bands`.
+            InputError: a band, and a decoder that has none: see `decodes_bands`; or tiling with the tiny decoder.
         """
         self.leave_float16()
         if band is not None and not self.decodes_bands:
             raise InputError("only the fast decoder decodes bands: set fast, without a tiny decoder")
+        tiling, slicing = bool(self.model.use_tiling), bool(self.model.use_slicing)
+        if tiling and self.tiny is not None:
+            raise InputError("the tiny decoder decodes whole frames: leave tiling or tiny_vae out")
+        if not (tiling or slicing):
+            return self._whole_stream(band)
+        fast = FastDecoder(self.model) if tiling or (self.fast and self.tiny is None) else None
+        return DividedStream(
+            self.latent_channels,
+            (lambda part: self._whole_stream(None)) if fast is None else fast.stream,
+            by_video=slicing,
+            max_rows=self.model.tile_sample_min_height // self.spatial_compression if tiling else None,
+            band=band,
+        )
+
+    def _whole_stream(self, band: Band | None) -> LatentStream:
         if self.tiny is not None:
             return self.tiny.stream()
         return FastDecoder(self.model).stream(band) if self.fast else DecodeStream(self)
@@ -398,9 +417,19 @@ def spatial_stride(folder: Path) -> int:
     Raises:
         CheckpointError: its config.json cannot be read, or says something that is no VAE's.
     """
+    return 2 ** len(_downsampling(folder))
+
+
+def temporal_stride(folder: Path) -> int:
+    """Frames per latent frame, after the first, likewise."""
+    return 2 ** sum(_downsampling(folder))
+
+
+def _downsampling(folder: Path) -> list[bool]:
+    """Whether each halving of the size halves the rate too."""
     inner = folder / "vae"
     stages = vae_config(inner) if (inner / "config.json").exists() else WAN21_VAE
-    return 2 ** len(stages["temperal_downsample"])
+    return list(stages["temperal_downsample"])
 
 
 def save_native_vae(vae: WanVAE, path: Path) -> None:

@@ -32,12 +32,12 @@ class LoRAPipelineMixin:
     _before_fusing: dict[str, float] | None = None
     _speed: SpeedConfig | None = None
 
-    def optimize_for_inference(self, speed: SpeedConfig) -> None:
-        """See `CausalVideoPipeline`."""
+    def optimize_for_inference(self, speed: SpeedConfig | None = None) -> None:
+        """See `SpeedMixin`."""
         raise NotImplementedError
 
-    def leave_fast_form(self) -> None:
-        """See `CausalVideoPipeline`."""
+    def undo_fast_form(self) -> None:
+        """See `SpeedMixin`."""
         raise NotImplementedError
 
     def merge_loras(self, loras: Sequence[Weighted]) -> None:
@@ -159,7 +159,7 @@ class LoRAPipelineMixin:
         """Weights may be changed inside the context: the fast form, which read them, is made anew at its end."""
         speed = self._speed
         if speed is not None:
-            self.leave_fast_form()
+            self.undo_fast_form()
         try:
             yield
         finally:

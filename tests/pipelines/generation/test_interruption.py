@@ -80,7 +80,9 @@ def test_a_signal_while_modules_are_imported(config: Path) -> None:
 def test_a_signal_while_weights_are_read(
     monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipelines.generation.pipeline.load_vae", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        "pipelines.generation.mixins.loading.load_vae", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
     assert run_inference(monkeypatch, config, "--prompt", "red") == 143
     assert capsys.readouterr().err == NOTHING_YET + "\n" and not list((config.parent / "out").iterdir())
 

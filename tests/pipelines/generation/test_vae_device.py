@@ -15,8 +15,8 @@ from torch import Tensor
 import inference
 from pipelines.config import SpeedConfig
 from pipelines.feasibility import Estimate
-from pipelines.generation import pipeline as module
 from pipelines.generation.decoding import BlockDecoder
+from pipelines.generation.mixins import loading as module
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.generation.streaming import FiniteCheck

@@ -1,0 +1,1 @@
+"""Folders that diffusers loads with one call, for the hub."""
