@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from arl2.distillation.data import LatentDataset
 from arl2.toyworld.world.captions import names_answer
 from arl2.toyworld.world.latents import encode_pixels, encode_scenes
 from arl2.toyworld.world.long_scenes import sample_long_scenes
 from arl2.toyworld.world.render import as_pixels, frames_of, render
+from arl2.toyworld.world.scenes import SceneBatch
 from pipelines.generation.random_model import random_pipeline
 from wan.vae.wan_vae import TOY_VAE, WanVAE, load_vae, new_vae
 
@@ -44,11 +46,12 @@ def test_what_is_there_is_not_drawn_again(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(
-        draw_latents,
-        "encode_scenes",
-        lambda vae, scenes, frames: (drawn.extend(scenes.seed.tolist()), encode_scenes(vae, scenes, frames))[1],
-    )
+
+    def noted(vae: WanVAE, scenes: SceneBatch, latents: int) -> Tensor:
+        drawn.extend(scenes.seed.tolist())
+        return encode_scenes(vae, scenes, latents)
+
+    monkeypatch.setattr(draw_latents, "encode_scenes", noted)
     both = ("--world", "standard", "long", "--latent_frames", 6, "--seed", 7, "--batch", 2)
     assert run(*both, "--videos", 5) == 0 and sorted(drawn) == [7, 8, 9, 10, 11]
     data = LatentDataset([tmp_path / "data"])

@@ -17,11 +17,13 @@ from arl2.toyworld.probe.long_report import report
 from arl2.toyworld.probe.passes import Answer, PassVotes, answers_of, find_passes, passes_of
 from arl2.toyworld.world.latents import encode_pixels, toy_text_encoder
 from arl2.toyworld.world.long_scenes import sample_long_scenes
-from arl2.toyworld.world.reader import detect, judge, read_video
+from arl2.toyworld.world.reader import Detections, detect, judge, read_video
 from arl2.toyworld.world.render import as_pixels, frames_of, render, render_blocks
 from arl2.toyworld.world.scenes import SceneBatch, sample_scenes
 from arl2.toyworld.world.worlds import World
 from pipelines.generation.random_model import random_pipeline
+from wan.memory import Memory
+from wan.model import FlowModel, TextKV
 from wan.vae.wan_vae import TOY_VAE, WanVAE
 
 
@@ -124,10 +126,13 @@ def test_given_blocks_are_true_and_others_the_models_own(
     probe = make_long_probe(toy_text_encoder(), World.STANDARD, 0, [0, 3], 12)
     real = encode_pixels(vae, as_pixels(render(probe.scenes, frames_of(0, 12))))
     remembered: list[Tensor] = []
-    forget = probe_module.remember_block
-    monkeypatch.setattr(
-        probe_module, "remember_block", lambda model, x, *rest: (remembered.append(x), forget(model, x, *rest))
-    )
+    real_remember = probe_module.remember_block
+
+    def noted(model: FlowModel, latents: Tensor, text: TextKV, memory: Memory, start: int) -> None:
+        remembered.append(latents)
+        real_remember(model, latents, text, memory, start)
+
+    monkeypatch.setattr(probe_module, "remember_block", noted)
     probe_videos(model, vae, probe)
     own, remembered[:] = torch.cat(remembered, 1), []
     assert own.shape[1] == 9, "nothing reads the last block"
@@ -163,7 +168,12 @@ def test_a_branch_leaves_what_is_remembered_alone(
     monkeypatch.setattr(probe_module, "_Model", Perfect)
     monkeypatch.setattr(probe_module, "WARM_BLOCKS", 7)  # all: an untrained decoder never gets warm
     seen: list[Tensor] = []
-    monkeypatch.setattr(probe_module, "detect", lambda pixels, half: (seen.append(pixels), detect(pixels, half))[1])
+
+    def watched(pixels: Tensor, halves: Tensor) -> Detections:
+        seen.append(pixels)
+        return detect(pixels, halves)
+
+    monkeypatch.setattr(probe_module, "detect", watched)
     answers = probe_videos(model, vae, probe, Context.TRUE)
     main = states[0][1]
     assert [start for start, memory in states if memory is main] == list(range(0, 21, 3))
