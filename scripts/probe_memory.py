@@ -10,6 +10,17 @@ others by --also, such as exports of a hybrid.
 Each is judged on videos that go on from two given blocks, on videos made from a caption that names nothing, and on
 whether videos made from a caption that names colour and shape obey it.
 Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
+
+    python scripts/probe_memory.py --config … --times 16 --videos 24 --seed 1 [--world long] --json probe_long.json
+
+With --times, videos that go on from given blocks are T times as long as those that the shipped models were trained on,
+and read as they are made, so that memory does not grow with T. Every object that comes out again is a question; the
+figures are those after the last time, by age of the memory, by number of objects to remember, and by pass. Rows are
+the true frames through the VAE (vae); the softmax model with full memory (teacher), and with the hybrids' windows,
+without and with a sink; the hybrids that lie in the model folder, with the memory stored in them; and those of --also.
+--world long takes scenes whose objects first appear after the first block, up to four of them. --context true lets a
+model remember true frames alone, which tells forgetting from the drift of its own frames. A run that is started again
+makes the rows and videos that the file lacks.
 """
 
 from wan.utils.signals import end_on_signals
@@ -20,29 +31,37 @@ if __name__ == "__main__":
 import argparse
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from arl2.checkpoint import build_hybrid, read_generator
 from arl2.evaluation.eval_setup import EvalSetup
-from arl2.model import HybridSettings, HybridWanModel
+from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.probe.leakage import leakage_by_block
+from arl2.toyworld.probe.long_probe import Context
 from arl2.toyworld.probe.memory_probe import ceilings, make_probe_set, probe_model
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
+from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig
 from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
-from pipelines.records import reserved, without_infinities
+from pipelines.records import open_records, reserved, without_infinities
 from pipelines.settings import load_config
-from wan.checkpoints.formats import transformer_config
+from pipelines.toyworld.long_memory import (
+    LongProbeSettings,
+    bundled_hybrids,
+    read_model,
+    rows_of,
+    run_rows,
+    tables_of,
+)
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
 from wan.utils.files import write_json
@@ -52,6 +71,9 @@ from wan.vae.wan_vae import WanVAE
 log = logging.getLogger(__name__)
 
 MULTI_STEPS = tuple(range(1000, 0, -1000 // 16))
+LONG_FLAGS = ("world", "context", "batch")
+"""Flags that mean something with --times alone."""
+Row = TypeVar("Row")
 
 
 def eval_setups(
@@ -71,21 +93,34 @@ def eval_setups(
         ),
     }
     if multi_step_folder is not None:
-        multi_step = HybridWanModel.from_pretrained(multi_step_folder).to(model.device)
-        rows["teacher_multi_step"] = EvalSetup(
-            multi_step, FewStepSampler.from_steps(MULTI_STEPS, config.timestep_shift)
-        )
+        rows["teacher_multi_step"] = multi_step_setup(multi_step_folder, pipeline, config)
+    models = also_models(Path(config.model_folder), also, rows, pipeline.device)
+    return rows | {name: EvalSetup(model, sampler) for name, model in models.items()}
+
+
+def multi_step_setup(folder: Path, pipeline: CausalVideoPipeline, config: InferenceConfig) -> EvalSetup:
+    """The model before few-step training."""
+    model = HybridWanModel.from_pretrained(folder).to(pipeline.device)
+    return EvalSetup(model, FewStepSampler.from_steps(MULTI_STEPS, config.timestep_shift))
+
+
+def also_models(
+    folder: Path, also: Sequence[str], taken: Collection[str], device: torch.device
+) -> dict[str, HybridWanModel]:
+    """The models of --also by name.
+
+    Raises:
+        InputError: `also` is not made of NAME=WEIGHTS with new names.
+    """
+    models: dict[str, HybridWanModel] = {}
     for name, _, path in (one.partition("=") for one in also):
-        if not name or not path or name in rows:
+        if not name or not path or name in taken or name in models:
             raise InputError(f"--also {name}={path}: give NAME=WEIGHTS, with a name that no other row has")
-        folder = Path(config.model_folder)
-        weights, sizes = read_generator(folder, path), transformer_config(folder)
-        built = build_hybrid(weights, sizes, HybridSettings(), dtype=torch.float32, device=pipeline.device)
-        rows[name] = EvalSetup(built[0], sampler)
-    return rows
+        models[name] = read_model(folder, path, device)
+    return models
 
 
-def chosen(rows: dict[str, EvalSetup], only: Sequence[str] | None) -> dict[str, EvalSetup]:
+def chosen(rows: dict[str, Row], only: Sequence[str] | None) -> dict[str, Row]:
     """The rows called `only`, or all.
 
     Raises:
@@ -121,13 +156,13 @@ def print_table(models: Mapping[str, Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.device) -> dict[str, Any]:
-    """All figures.
+def load_pipeline(config: InferenceConfig, device: torch.device) -> CausalVideoPipeline:
+    """The models of a config, in float32.
 
     Raises:
-        InputError: a model that is missing or damaged, or a row that cannot be.
+        InputError: one is missing or damaged.
     """
-    pipeline = CausalVideoPipeline.from_pretrained(
+    return CausalVideoPipeline.from_pretrained(
         config.model_folder,
         checkpoint_path=config.checkpoint_path,
         hybrid=config.hybrid.settings(),
@@ -135,6 +170,65 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
         device=device,
         **config.sampling(),
     )
+
+
+def long_settings(arguments: argparse.Namespace) -> LongProbeSettings | None:
+    """What --times asks for; None without it.
+
+    Raises:
+        InputError: a flag that would do nothing.
+    """
+    if arguments.times is None:
+        idle = [name for name in LONG_FLAGS if vars(arguments)[name] is not None]
+        if idle:
+            raise InputError(f"--{idle[0]} needs --times: give the length of the videos too")
+        return None
+    given = {name: vars(arguments)[name] for name in LONG_FLAGS if vars(arguments)[name] is not None}
+    world = World(given.pop("world", World.STANDARD))
+    if world is World.LONG and arguments.hidden_frames != STANDARD_HIDDEN_FRAMES:
+        raise InputError("--hidden_frames is of --world standard: the long world's walls say how long objects wait")
+    context = Context(given.pop("context", Context.OWN))
+    return LongProbeSettings(
+        arguments.times,
+        arguments.num_videos,
+        arguments.seed,
+        world,
+        context,
+        arguments.hidden_frames,
+        **given,
+    )
+
+
+def probe_long(
+    arguments: argparse.Namespace, config: InferenceConfig, device: torch.device, settings: LongProbeSettings
+) -> None:
+    """Answer what the file of results lacks, and print all rows.
+
+    Raises:
+        InputError: a model that is missing or damaged, a row that cannot be, or a file of other settings.
+    """
+    with open_records(arguments.json, "models") as records:
+        pipeline = load_pipeline(config, device)
+        folder, sampler = Path(config.model_folder), pipeline.sampler
+        bundled = bundled_hybrids(folder, device)
+        also = also_models(folder, arguments.also, rows_of(pipeline.transformer, sampler, bundled), device)
+        rows = rows_of(pipeline.transformer, sampler, bundled | also)
+        if arguments.multi_step is not None:
+            rows["teacher_multi_step"] = multi_step_setup(arguments.multi_step, pipeline, config)
+        vae = WanVAE(pipeline.vae, fast=True)
+        encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
+        results = run_rows(chosen(rows, arguments.only), vae, encoder, settings, records)
+    for table in tables_of(results):
+        Console().print(table)
+
+
+def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.device) -> dict[str, Any]:
+    """All figures.
+
+    Raises:
+        InputError: a model that is missing or damaged, or a row that cannot be.
+    """
+    pipeline = load_pipeline(config, device)
     rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
     vae = WanVAE(pipeline.vae)
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
@@ -167,6 +261,12 @@ def parse() -> argparse.Namespace:
     parser.add_value("--seed", SceneSeed, "of the scenes and the noise", default=0)
     hidden = "frames behind the wall, at the least"
     parser.add_value("--hidden_frames", Annotated[int, Bounds(1, 1000)], hidden, default=STANDARD_HIDDEN_FRAMES)
+    times = "length of the videos, as a multiple of the trained length; by default the probe of that length"
+    parser.add_value("--times", Annotated[int, Bounds(1, 10**4)], times)
+    parser.add_argument("--world", choices=list(World), help="kind of scenes with --times; standard by default")
+    context = "what models remember with --times, their own frames or true ones; own by default"
+    parser.add_argument("--context", choices=list(Context), help=context)
+    parser.add_value("--batch", Annotated[int, Bounds(1, 10**4)], "videos at once with --times, for speed alone")
     parser.add_argument("--multi_step", type=as_path, metavar="PATH", help="folder of the multi-step model")
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
@@ -180,7 +280,11 @@ def main() -> int:
     """Parse, probe, report."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    settings = long_settings(arguments)
     device = choose_device(arguments.device)
+    if settings is not None:
+        probe_long(arguments, config, device, settings)
+        return 0
     with reserved(arguments.json):
         result = probe(arguments, config, device)
         write_json(arguments.json, without_infinities(result))

@@ -37,7 +37,6 @@ from arl2.layer_selection.gates import LayerGates
 from arl2.layer_selection.scores import Selection, read_stage1_errors, replacement_scores
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.statement import GATES
-from arl2.toyworld.probe.leakage import STRIDE
 from arl2.toyworld.probe.memory_benchmark import (
     MemoryBenchmark,
     MemoryBenchmarkSettings,
@@ -47,6 +46,7 @@ from arl2.toyworld.study.ablations import Variant, install
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from arl2.toyworld.study.rows import PARTS, Kind, Row, Window
 from arl2.toyworld.world.latents import encode_world, models_of, require_same_models, save_latent_videos
+from arl2.toyworld.world.render import STRIDE
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import MemoryConfig, MemoryKind

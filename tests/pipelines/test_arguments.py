@@ -215,7 +215,12 @@ NUMBERS = {
     "generate_latents": ["--data_path x --folder y --videos_per_prompt 0", "--data_path x --folder y fps=0"],
     "encode_videos": ["--videos x --folder y fps=0", "--data_path x --output_folder y --fps 3"],
     "select_layers": ["--method random --yaml y --videos 0", "--method random --yaml y --batch -1"],
-    "probe_memory": ["--json x --videos 1", "--json x --hidden_frames 0", "--json x --num_videos 1e3"],
+    "probe_memory": [
+        "--json x --videos 1",
+        "--json x --hidden_frames 0",
+        "--json x --num_videos 1e3",
+        "--json x --times 0",
+    ],
 }
 
 
@@ -243,6 +248,8 @@ def test_numbers_of_scripts_have_ranges(
         ("toyworld_study", "--work w --part table --budget_seconds -1"),
         ("build_toyworld", "--work w --steps 0"),
         ("toyworld_samples", "--fps 0"),
+        ("draw_latents", "--folder f --latent_frames 0"),
+        ("draw_latents", "--folder f --informative 2"),
         ("make_random_model", "--size toy --folder f --seed 9223372036854775808"),
         ("convert_checkpoint", "a b --lora_rank 0"),
         ("download_weights", "--wha wan"),

@@ -63,6 +63,13 @@ LOCKED = [
         "pipelines.benchmark.training.measure_ceilings",
         "target/.training.json.lock",
     ),
+    Script(
+        "probe_memory",
+        f"--config {TOY} --times 4 --json {{target}}",
+        "load_pipeline",
+        ".target.lock",
+    ),
+    Script("draw_latents", "--device cpu --folder {target}", "load_vae", "target/.lock"),
     Script("build_toyworld", "--device cpu --work {target}", "run_steps", "target/.lock"),
     Script(
         "generate_latents",

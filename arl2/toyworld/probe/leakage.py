@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arl2.toyworld.world.render import visible_fraction
+from arl2.toyworld.world.render import STRIDE, visible_fraction
 from arl2.toyworld.world.scenes import COLOURS, FRAMES_PER_BLOCK, SHAPES, Scenes
-
-STRIDE = 4
-"""Frames per latent frame after the first."""
 
 
 def hidden_blocks(scenes: Scenes) -> Tensor:

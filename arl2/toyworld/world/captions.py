@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from arl2.toyworld.world.scenes import COLOURS, KINDS, SHAPES, WALLS, Scenes, draw_integer
+from arl2.toyworld.world.long_scenes import NUM_SIDES, LongScenes
+from arl2.toyworld.world.scenes import COLOURS, KINDS, SHAPES, WALLS, SceneBatch, Scenes, draw_integer
 
 INFORMATIVE_FRACTION = 0.5
 
@@ -35,6 +36,12 @@ _TEMPLATES = {
         "{who} {verb} out of the frame and {comes|come} back",
     ),
 }
+# Of the words above alone, since the text encoder knows no others.
+_LONG_TEMPLATES = (
+    "{who} {comes|come} out from behind the wall and {goes|go} back",
+    "{who} {verb} out from behind the wall and back again",
+    "{who} {is|are} hidden behind the wall and {comes|come} out again and again",
+)
 _ARTICLES = ("a", "an", "the", "two")
 _PLACES = "above and below"
 
@@ -64,10 +71,7 @@ def caption_scenes(scenes: Scenes, informative: bool | Tensor | None = None) -> 
             scenes, by seed. An informative caption of two objects also says which is above.
     """
     seeds = scenes.seed
-    if informative is None:
-        informative = draw_integer(seeds, "informative", 1000) < 1000 * INFORMATIVE_FRACTION
-    elif isinstance(informative, bool):
-        informative = torch.full_like(seeds, informative, dtype=torch.bool)
+    informative = _informative(scenes, informative)
     choices = {name: draw_integer(seeds, f"caption {name}", 2**20).tolist() for name in ("who", "verb", "wall", "text")}
     objects = zip(scenes.colour.tolist(), scenes.shape.tolist(), scenes.exists.sum(1).tolist(), strict=True)
     captions = []
@@ -82,6 +86,54 @@ def caption_scenes(scenes: Scenes, informative: bool | Tensor | None = None) -> 
         the_wall = _pick(("the wall", f"the {tuple(WALLS)[wall]} wall"), choice["wall"])
         captions.append(template.format(who=who, verb=_pick(_VERBS, choice["verb"])[number - 1], wall=the_wall))
     return captions
+
+
+def caption_long_scenes(scenes: LongScenes, informative: bool | Tensor | None = None) -> list[str]:
+    """Make captions of scenes of the long world in the same vocabulary.
+
+    Args:
+        scenes: a batch of B scenes.
+        informative: see `caption_scenes`. An informative caption names the objects of the upper half from left to
+            right, then those of the lower one; others say at most whether there are one, two or more.
+    """
+    choices = {name: draw_integer(scenes.seed, f"caption {name}", 2**20).tolist() for name in ("who", "verb", "text")}
+    exists, colours, shapes = (values.tolist() for values in (scenes.exists, scenes.colour, scenes.shape))
+    captions = []
+    for row, named in enumerate(_informative(scenes, informative).tolist()):
+        choice = {name: values[row] for name, values in choices.items()}
+        number = min(sum(exists[row]), 2)
+        if named:
+            who = _name_by_half(exists[row], colours[row], shapes[row])
+        else:
+            who = _pick(_NOUNS, choice["who"])[number - 1]
+            who = f"{_article(who)} {who}" if number == 1 else f"two {who}" if sum(exists[row]) == 2 else who
+        template = _agree(_pick(_LONG_TEMPLATES, choice["text"]), number)
+        captions.append(template.format(who=who, verb=_pick(_VERBS, choice["verb"])[number - 1]))
+    return captions
+
+
+def _informative(scenes: SceneBatch, informative: bool | Tensor | None) -> Tensor:
+    """Whether each caption names colours and shapes, [B], bool."""
+    if informative is None:
+        return draw_informative(scenes.seed, INFORMATIVE_FRACTION)
+    if isinstance(informative, bool):
+        return torch.full_like(scenes.seed, informative, dtype=torch.bool)
+    return informative
+
+
+def draw_informative(seeds: Tensor, fraction: float) -> Tensor:
+    """Draw whether the caption of each seed names colours and shapes, [B], bool: a fraction does, in thousandths."""
+    return draw_integer(seeds, "informative", 1000) < 1000 * fraction
+
+
+def _name_by_half(exists: Sequence[bool], colours: Sequence[int], shapes: Sequence[int]) -> str:
+    """Names of the objects of a scene of the long world; halves are named where both have some."""
+    halves = []
+    for first, place in ((0, "above"), (NUM_SIDES, "below")):
+        slots = [slot for slot in range(first, first + NUM_SIDES) if exists[slot]]
+        if slots:
+            halves.append((" and ".join(_name([colours[slot]], [shapes[slot]]) for slot in slots), place))
+    return halves[0][0] if len(halves) == 1 else " and ".join(f"{names} {place}" for names, place in halves)
 
 
 def _pick(options: Sequence[Option], choice: int) -> Option:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from arl2.toyworld.world.captions import VOCABULARY, caption_scenes
-from arl2.toyworld.world.render import as_pixels, render
-from arl2.toyworld.world.scenes import sample_scenes
+from arl2.toyworld.world.render import as_pixels, render, render_blocks
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, SceneBatch, sample_scenes
 from wan.checkpoints.loading import fingerprint_of
 from wan.checkpoints.saving import write_safetensors
 from wan.config import WAN_SIZES
@@ -50,6 +50,20 @@ def encode_pixels(vae: WanVAE, pixels_BTCHW: Tensor) -> Tensor:
     mean, std = vae.statistics()
     latents = encode_clip(vae.model, pixels_BTCHW.transpose(1, 2).to(vae.dtype))[0]
     return ((latents - mean) / std).transpose(1, 2)
+
+
+@torch.no_grad()
+def encode_scenes(vae: WanVAE, scenes: SceneBatch, latents: int) -> Tensor:
+    """Draw and encode videos of any length in pieces; normalised latents [B, F, C, h, w] in float32.
+
+    Args:
+        vae: VAE on the device of the scenes.
+        scenes: B scenes of any world.
+        latents: length of the videos in latent frames.
+    """
+    stream = vae.encode_stream()
+    pieces = render_blocks(scenes, latents, FRAMES_PER_BLOCK)
+    return torch.cat([stream.encode(as_pixels(frames).to(vae.dtype)).float() for frames in pieces], dim=1)
 
 
 @dataclass(frozen=True)

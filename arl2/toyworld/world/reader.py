@@ -133,13 +133,17 @@ def _read(detections: Detections, phase: Tensor) -> Reading:
     count = max(int(phase.max()) + 1, 1)
     in_phase = phase[:, :, None] == torch.arange(count, device=phase.device)[:, None]
     area = detections.area[:, :, None] * in_phase
-    # A quarter of an object resembles another shape, so its frame has little weight.
-    weight = area.clamp(max=1) ** 4
+    weight = frame_weights(area)
     present = area.amax(-1) >= PRESENT_AREA
     votes, scores = (
         torch.einsum("bost,botk->bosk", weight, seen).argmax(-1) for seen in (detections.votes, detections.scores)
     )
     return Reading(torch.where(present, votes, -1), torch.where(present, scores, -1), phase, detections)
+
+
+def frame_weights(area: Tensor) -> Tensor:
+    """Weights of frames by the area of an object that they show: a quarter of one resembles another shape."""
+    return area.clamp(max=1) ** 4
 
 
 def phases(hidden: Tensor) -> Tensor:

@@ -11,21 +11,24 @@ from arl2.toyworld.world.scenes import (
     BACKGROUNDS,
     COLOURS,
     HEIGHT,
+    MAX_OBJECTS,
     SHAPES,
     STRIPE_COLOUR,
     STRIPE_HEIGHT,
     STRIPED,
     WALLS,
     WIDTH,
-    Scenes,
+    SceneBatch,
 )
 
 RING_HOLE = 0.5
 """Inner radius of a ring over its outer radius."""
 TRIANGLE_BASE = 21.6
 CROSS_SIZE = 22.5
+STRIDE = 4
+"""Frames per latent frame after the first."""
 CHUNK_FRAMES = {"cpu": 16, "cuda": 32 * 1024}
-"""Frames per batch of rendering: what fits the cache of a CPU, and what fills a GPU."""
+"""Frames per batch of rendering, of MAX_OBJECTS objects each: what fits the cache of a CPU, and what fills a GPU."""
 
 
 def _inside(distance: Tensor, limit: float) -> Tensor:
@@ -67,7 +70,7 @@ def shape_coverage(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return _DRAW[shape](x, y)
 
 
-def coverage(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+def coverage(scenes: SceneBatch, frames: Tensor | None = None) -> Tensor:
     """Fraction of every pixel that each object would cover without a wall, [B, O, T, H, W], float32, 0 to 1."""
     centres = scenes.centres(frames)
     x = torch.arange(WIDTH, device=scenes.device) + 0.5
@@ -80,15 +83,21 @@ def coverage(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
     return drawn
 
 
-def wall_columns(scenes: Scenes) -> Tensor:
-    """Mask of the columns that the wall covers, [B, W], bool."""
+def wall_columns(scenes: SceneBatch) -> Tensor:
+    """Mask of the columns that walls cover, [B, W], bool."""
+    return _columns_by_wall(scenes).any(1)
+
+
+def _columns_by_wall(scenes: SceneBatch) -> Tensor:
+    """Mask of the columns of each wall, [B, number of walls, W], bool."""
     x = torch.arange(WIDTH, device=scenes.device)
-    return (x >= scenes.wall_left[:, None]) & (x < scenes.wall_right[:, None])
+    _, left, right = scenes.walls()
+    return (x >= left[..., None]) & (x < right[..., None])
 
 
-def _chunks(scenes: Scenes, frames: Tensor) -> Iterator[tuple[slice, slice]]:
+def _chunks(scenes: SceneBatch, frames: Tensor) -> Iterator[tuple[slice, slice]]:
     """Iterate over ranges of scenes and frames with at most CHUNK_FRAMES frames in total."""
-    limit = CHUNK_FRAMES["cuda" if scenes.device.type == "cuda" else "cpu"]
+    limit = CHUNK_FRAMES["cuda" if scenes.device.type == "cuda" else "cpu"] * MAX_OBJECTS // scenes.exists.shape[1]
     frame_step = min(len(frames), limit)
     scene_step = max(1, limit // frame_step)
     for first in range(0, len(scenes), scene_step):
@@ -96,7 +105,7 @@ def _chunks(scenes: Scenes, frames: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(first, first + scene_step), slice(begin, begin + frame_step)
 
 
-def render(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+def render(scenes: SceneBatch, frames: Tensor | None = None) -> Tensor:
     """Render videos, uint8 [B, T, 3, H, W], on the scenes' device.
 
     Args:
@@ -115,7 +124,7 @@ def as_pixels(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1
 
 
-def visible_fraction(scenes: Scenes, frames: Tensor | None = None) -> Tensor:
+def visible_fraction(scenes: SceneBatch, frames: Tensor | None = None) -> Tensor:
     """Visible fraction of each object, [B, O, T], 0 to 1; exactly 0 if no pixel of it is visible."""
     frames = scenes.frames() if frames is None else frames.to(scenes.device)
     visible = torch.empty(*scenes.exists.shape, len(frames), device=scenes.device)
@@ -141,7 +150,7 @@ def hidden_spans(hidden: Tensor) -> Tensor:
     return spans
 
 
-def _draw(scenes: Scenes, frames: Tensor) -> Tensor:
+def _draw(scenes: SceneBatch, frames: Tensor) -> Tensor:
     colours, backgrounds, walls = (
         torch.tensor(list(table.values()), dtype=torch.float32, device=scenes.device)
         for table in (COLOURS, BACKGROUNDS, WALLS)
@@ -152,7 +161,32 @@ def _draw(scenes: Scenes, frames: Tensor) -> Tensor:
     for index, covered in enumerate(coverage(scenes, frames).unbind(1)):
         image = image + covered[:, :, None] * contrast[:, index]
     stripe = torch.arange(HEIGHT, device=scenes.device) // STRIPE_HEIGHT % 2 == 1
-    striped = (scenes.wall == STRIPED)[:, None] & stripe
     stripe_colour = torch.tensor(STRIPE_COLOUR, dtype=torch.float32, device=scenes.device)
-    wall = torch.where(striped[:, None], stripe_colour[:, None], walls[scenes.wall][..., None])
-    return torch.where(wall_columns(scenes)[:, None, None, None], wall[:, None, ..., None], image).round().byte()
+    for look, columns in zip(scenes.walls()[0].unbind(1), _columns_by_wall(scenes).unbind(1), strict=True):
+        striped = (look == STRIPED)[:, None] & stripe
+        wall = torch.where(striped[:, None], stripe_colour[:, None], walls[look][..., None])
+        image = torch.where(columns[:, None, None, None], wall[:, None, ..., None], image)
+    return image.round().byte()
+
+
+def frames_of(first_latent: int, latents: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices of the frames of some latent frames: one of a video's first, four of every other; [T].
+
+    Args:
+        first_latent: index of the first latent frame.
+        latents: number of latent frames.
+    """
+    begin, end = (max(0, 1 + STRIDE * (latent - 1)) for latent in (first_latent, first_latent + latents))
+    return torch.arange(begin, end, device=device)
+
+
+def render_blocks(scenes: SceneBatch, latents: int, latents_per_block: int) -> Iterator[Tensor]:
+    """Render videos piece by piece, uint8 [B, T, 3, H, W]: of a video of any length only one piece is in memory.
+
+    Args:
+        scenes: scenes to render.
+        latents: length of the videos in latent frames, of which the first has one frame and every other four.
+        latents_per_block: latent frames per piece; the last piece may be shorter.
+    """
+    for first in range(0, latents, latents_per_block):
+        yield render(scenes, frames_of(first, min(latents_per_block, latents - first), scenes.device))

@@ -17,6 +17,7 @@ behind the wall repeatedly. Lengths are in pixels and times in frames throughout
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -103,47 +104,23 @@ def draw_integer(seeds: Tensor, name: str, number: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """Batch of B scenes with up to O objects each; entries of missing parts are zero.
+class SceneBatch(ABC):
+    """Batch of B scenes with up to O objects each, of one of the worlds; entries of missing parts are zero.
 
     Attributes:
         num_frames: default number of frames of a video.
         seed [B]: seed that determines all other fields.
-        kind [B]: index in KINDS.
         exists [B, O]: whether the object exists.
         colour, shape [B, O]: indices in COLOURS and SHAPES.
         background [B]: index in BACKGROUNDS.
-        wall [B]: index in WALLS, -1 for none.
-        wall_left, wall_right [B]: columns of the wall, the right one excluded.
-        rest [B]: frames for which an object rests behind the wall.
-        start [B, O]: horizontal position at frame 0, outside the range if the object still has to bounce off that side.
-        heading [B, O]: 1 to the right, -1 to the left.
-        speed [B, O]: horizontal speed in pixels per frame.
-        slope [B, O]: vertical pixels (downwards) per horizontal pixel.
-        x_range, y_range [B, O, 2]: ranges of the centre.
-        y_start [B, O]: vertical position at frame 0.
-        contact [B, O]: frame at which the object first touches the wall, or the edge through which it leaves.
     """
 
     num_frames: int
     seed: Tensor
-    kind: Tensor
     exists: Tensor
     colour: Tensor
     shape: Tensor
     background: Tensor
-    wall: Tensor
-    wall_left: Tensor
-    wall_right: Tensor
-    rest: Tensor
-    start: Tensor
-    heading: Tensor
-    speed: Tensor
-    slope: Tensor
-    x_range: Tensor
-    y_range: Tensor
-    y_start: Tensor
-    contact: Tensor
 
     def __len__(self) -> int:
         return self.seed.shape[0]
@@ -165,12 +142,69 @@ class Scenes:
         """Frame indices of a video of the default length, [T]."""
         return torch.arange(self.num_frames, device=self.device)
 
+    @abstractmethod
     def centres(self, frames: Tensor | None = None) -> Tensor:
         """Centres (x, y) of the objects' bounding boxes, [B, O, T, 2], float32; pixel i spans i to i + 1.
 
         Args:
             frames: frame indices, [T]; None for all frames of a video of the default length.
         """
+
+    @abstractmethod
+    def walls(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Looks (indices in WALLS, -1 for none), left and right columns of the walls, each [B, number of walls].
+
+        The right column is excluded.
+        """
+
+    @property
+    @abstractmethod
+    def halved(self) -> Tensor:
+        """Whether every object keeps to the upper or the lower half of the frame, [B], bool."""
+
+    @property
+    @abstractmethod
+    def half_of(self) -> tuple[int, ...]:
+        """Half of each of the O objects: 0 for the upper one, or the whole frame; 1 for the lower one."""
+
+    def _tensors(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_frames"}
+
+
+@dataclass(frozen=True)
+class Scenes(SceneBatch):
+    """Batch of B scenes of the standard world with up to O objects each.
+
+    Attributes:
+        kind [B]: index in KINDS.
+        wall [B]: index in WALLS, -1 for none.
+        wall_left, wall_right [B]: columns of the wall, the right one excluded.
+        rest [B]: frames for which an object rests behind the wall.
+        start [B, O]: horizontal position at frame 0, outside the range if the object still has to bounce off that side.
+        heading [B, O]: 1 to the right, -1 to the left.
+        speed [B, O]: horizontal speed in pixels per frame.
+        slope [B, O]: vertical pixels (downwards) per horizontal pixel.
+        x_range, y_range [B, O, 2]: ranges of the centre.
+        y_start [B, O]: vertical position at frame 0.
+        contact [B, O]: frame at which the object first touches the wall, or the edge through which it leaves.
+    """
+
+    kind: Tensor
+    wall: Tensor
+    wall_left: Tensor
+    wall_right: Tensor
+    rest: Tensor
+    start: Tensor
+    heading: Tensor
+    speed: Tensor
+    slope: Tensor
+    x_range: Tensor
+    y_range: Tensor
+    y_start: Tensor
+    contact: Tensor
+
+    def centres(self, frames: Tensor | None = None) -> Tensor:
+        """See `SceneBatch.centres`."""
         times = (self.frames() if frames is None else frames).to(self.seed.device, torch.float64)
         moved = self._moved(times)
         x = _fold(self.start[..., None] + self.heading[..., None] * moved, self.x_range)
@@ -193,8 +227,19 @@ class Scenes:
         moving_time = torch.where(since < 0, times, arrival + rounds * (ahead + behind) + in_motion)
         return self.speed[..., None] * torch.where(rest > 0, moving_time, times)
 
-    def _tensors(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_frames"}
+    def walls(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `SceneBatch.walls`; one wall."""
+        return self.wall[:, None], self.wall_left[:, None], self.wall_right[:, None]
+
+    @property
+    def halved(self) -> Tensor:
+        """See `SceneBatch.halved`: where there are two objects."""
+        return self.exists[:, 1]
+
+    @property
+    def half_of(self) -> tuple[int, ...]:
+        """See `SceneBatch.half_of`."""
+        return 0, 1
 
 
 def _fold(positions: Tensor, ranges: Tensor) -> Tensor:
