@@ -337,7 +337,8 @@ def test_a_run_of_an_earlier_version_is_the_same_run() -> None:
 
 
 def test_every_config_of_the_project_is_read_without_former_names(caplog: pytest.LogCaptureFixture) -> None:
-    kinds = {"stage1": Stage1Config, "stage2": Stage2Config, "gates": GatesConfig, "benchmark": BenchmarkConfig}
+    training = {"stage1": Stage1Config, "stage2": Stage2Config, "long": Stage2Config, "gates": GatesConfig}
+    kinds = training | {"benchmark": BenchmarkConfig}
     for path in (ROOT / "configs").rglob("*.yaml"):
         load_config(kinds.get(path.stem.split("_")[0], InferenceConfig), path)
     assert "former" not in caplog.text

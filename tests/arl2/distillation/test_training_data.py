@@ -302,7 +302,7 @@ def test_the_script_makes_what_inference_would_make(
     assert len(data) == 2 and data.settings["num_output_frames"] == 6
     sample = json.loads((tmp_path / "data" / INDEX).read_text())["samples"][0]
     pipeline = CausalVideoPipeline.from_pretrained(model_folder)
-    pipeline.sampler = type(pipeline.sampler).from_steps([1000, 500], 5.0)
+    pipeline.register_to_config(denoising_steps=[1000, 500])
     stream = pipeline.stream(sample["prompt"], 21, 32, 48, seeds=[sample["seed"]], memory=memory)
     expected = torch.cat([block.latents_BFCHW for block in stream], dim=1)[0]
     torch.testing.assert_close(data[0][0], expected.bfloat16(), rtol=2e-2, atol=2e-2)
