@@ -366,7 +366,8 @@ def start_from(config: TrainingConfig, model: HybridWanModel) -> None:
     """
     file = init_from(config)
     if file is not None:
-        copy_tensors_(taken_over(config, model), starting_values(file, model), file)
+        values = starting_values(file, model)
+        copy_tensors_({name: model.get_parameter(name) for name in values}, values, file)
 
 
 def taken_over(config: TrainingConfig, model: HybridWanModel) -> dict[str, nn.Parameter]:
