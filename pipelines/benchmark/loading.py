@@ -69,7 +69,8 @@ def run_loading_benchmark(
 
     Returns:
         seconds from its start to the beginning and the end of the first step, seconds of all steps,
-        host_peak_bytes (a page that several processes map counts once), gpu_peak_bytes of every card, file_bytes.
+        host_peak_bytes and, of them, host_peak_bytes_before_first_step (a page that several processes map counts once),
+        gpu_peak_bytes of every card, file_bytes.
     """
     check_ranges(benchmark)
     weights = write_world(benchmark, device, folder)
@@ -115,14 +116,15 @@ def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, A
     Raises:
         InputError: it made no step.
     """
-    started, begun, host_peak = time.monotonic(), None, 0
+    started, begun = time.monotonic(), None
+    host: list[tuple[float, int]] = []
     gpu_peak: list[int] = []
     paths = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
     said = run.with_suffix(".txt")  # a file, since a pipe that nobody reads would fill and hold the run up
     environment_of_run = os.environ | {"PYTHONPATH": paths}
     with said.open("w") as output, subprocess.Popen(line, env=environment_of_run, stderr=output) as process:
         while process.poll() is None:
-            host_peak = max(host_peak, proportional_bytes(process.pid))
+            host.append((time.monotonic() - started, proportional_bytes(process.pid)))
             gpu_peak = [max(pair) for pair in zip(used_gpu_bytes(), gpu_peak or used_gpu_bytes(), strict=True)]
             done = len(steps_of(run))
             if begun is None and done:
@@ -136,12 +138,14 @@ def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, A
         errors = said.read_text().splitlines()
         told = [text for text in errors if "rror: " in text] or errors[-3:]
         raise InputError(f"the run made no step in {time.monotonic() - started:.0f} s: {' / '.join(told[:3])}")
+    loaded = begun - lines[0]["seconds"]
     return {
-        "seconds_to_first_step": begun - lines[0]["seconds"],
+        "seconds_to_first_step": loaded,
         "seconds_to_end_of_first_step": begun,
         "seconds": [one["seconds"] for one in lines],
         "losses": [one["loss"] for one in lines],
-        "host_peak_bytes": host_peak,
+        "host_peak_bytes": max(size for _, size in host),
+        "host_peak_bytes_before_first_step": max(size for seconds, size in host if seconds <= loaded),
         "gpu_peak_bytes": gpu_peak,
     }
 

@@ -196,6 +196,8 @@ def run_training_benchmark(
     cure = "give another --output_folder, or remove it"
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision_of(dtype))
     path = folder / JSON_FILE if accelerator.is_main_process else None
+    if path is None:
+        logging.disable(logging.WARNING)  # one voice is enough
     with open_records(path, "rows", others={"runs": []}, cure=cure) as records:
         records.made_with(settings)
         results = records.page

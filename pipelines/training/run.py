@@ -42,6 +42,7 @@ from pipelines.training.config import (
 )
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
+from pipelines.training.peers import watching_peers
 from pipelines.training.resume import check_resume
 from pipelines.training.room import check_room
 from pipelines.training.start import (
@@ -96,7 +97,7 @@ def train(config: TrainingConfig) -> None:
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
-    with exclusive_run(Path(config.run_folder), accelerator):
+    with watching_peers(accelerator), exclusive_run(Path(config.run_folder), accelerator):
         _train(config, data, accelerator)
     gc.collect()  # what sharding leaves behind refers to the process group, which ends now
     with writing(Path(config.run_folder)):

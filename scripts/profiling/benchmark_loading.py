@@ -53,8 +53,10 @@ def main() -> int:
     device = choose_device(arguments.device)
     page = run_loading_benchmark(benchmark, arguments.config, arguments.stage_settings, device, folder)
     console.print(f"{page['seconds_to_first_step']:.1f} s to the first step, which took {page['seconds'][0]:.1f} s")
-    ratio = page["host_peak_bytes"] / page["file_bytes"]
-    console.print(f"{page['host_peak_bytes'] / 1e9:.1f} GB of host memory, {ratio:.2f} times the file of weights")
+    loading, steps = page["host_peak_bytes_before_first_step"], page["host_peak_bytes"]
+    ratio = loading / page["file_bytes"]
+    console.print(f"{loading / 1e9:.1f} GB of host memory before the first step, {ratio:.2f} times the file of weights")
+    console.print(f"{steps / 1e9:.1f} GB of host memory in all")
     console.print(f"GPUs: {', '.join(f'{size / 1e9:.1f} GB' for size in page['gpu_peak_bytes']) or 'none'}")
     console.print(f"results in {folder / JSON_FILE}")
     return 0

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.benchmark.training import JSON_FILE, ROWS, TrainingBenchmark, run_training_benchmark
-from pipelines.cli import choose_device, entry_point, rank_and_world_size
+from pipelines.cli import choose_device, end_together, entry_point, rank_and_world_size
 from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 
@@ -57,6 +57,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 @entry_point()
+@end_together
 def main() -> int:
     """Parse, measure, report."""
     parser = Parser(__doc__, TrainingBenchmark, aliases={"--hybrid_layers": "--num_hybrid_layers"})

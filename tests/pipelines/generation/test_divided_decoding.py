@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ def compute(rank: int, size: int, folder: Path, work: Work, gpu: bool) -> None:
 
 def together(size: int, folder: Path, work: Work, *, gpu: bool = False) -> None:
     """Let some processes work together, each on a GPU of its own if asked to."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipelines.training.run"])
+    context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+    if not gpu:  # a process that was forked cannot use a GPU if the one before it has
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipelines.training.run"])
     processes = [context.Process(target=compute, args=(rank, size, folder, work, gpu)) for rank in range(size)]
     for process in processes:
         process.start()
