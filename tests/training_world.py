@@ -48,6 +48,17 @@ def build_world(root: Path) -> Path:
     return root
 
 
+def write_toy_videos(folder: Path) -> None:
+    """Write eight random videos of four blocks in the toy world's sizes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = json.loads((ROOT / "models/toyworld/transformer/config.json").read_text())
+    with LatentWriter(folder, {"made": "for tests"}) as writer:
+        for seed in range(8):
+            latents = torch.randn(12, sizes["in_dim"], 8, 12, generator=generator)
+            embedding = torch.randn(sizes["text_len"], sizes["text_dim"], generator=generator)
+            writer.add(str(seed), latents, f"prompt {seed}", seed, embedding)
+
+
 def command(root: Path, stage: int, *settings: str) -> list[str]:
     """The command line of a stage, after the interpreter."""
     return [str(ROOT / f"train_stage{stage}.py"), "--config", str(root / f"stage{stage}.yaml"), *settings]

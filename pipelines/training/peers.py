@@ -1,8 +1,8 @@
 """Noticing within seconds that another process of a run is gone.
 
-With NCCL a process whose peer is gone waits inside a kernel, for minutes; then PyTorch aborts it without a word about the
-cause. Here every process holds a TCP connection to the first one. The system closes the connections of a process that
-dies, whatever killed it, and answers for a machine that is switched off by keepalive probes.
+With NCCL a process whose peer is gone waits inside a kernel, for minutes; then PyTorch aborts it without a word about
+the cause. Here every process holds a TCP connection to the first one. The system closes the connections of a process
+that dies, whatever killed it, and notices by keepalive probes that a machine is gone.
 """
 
 import hmac
@@ -156,11 +156,10 @@ def _watch(connections: list[socket.socket], finished: threading.Event) -> None:
     """Wait until others have finished, this process has, or one is gone; then tell the others and end."""
     with selectors.DefaultSelector() as selector:
         for connection in connections:
-            selector.register(connection, selectors.EVENT_READ)
+            selector.register(connection, selectors.EVENT_READ, connection)
         while selector.get_map() and not finished.is_set():
             for key, _ in selector.select(POLL_SECONDS):
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
+                connection: socket.socket = key.data
                 selector.unregister(connection)
                 if _received(connection) != DONE:
                     _tell(connections, LOST)

@@ -88,7 +88,12 @@ def test_whoever_has_finished_is_not_missed(inside: str, tmp_path: Path) -> None
 
 
 def test_where_no_connection_is_made_training_goes_on_with_a_warning(tmp_path: Path) -> None:
-    before = "peers.MEETING_SECONDS = 1.0\nif rank == 1: peers._join = lambda port, token: (_ for _ in ()).throw(OSError('no'))"
+    before = """
+peers.MEETING_SECONDS = 1.0
+def refused(port, token):
+    raise OSError("no way")
+if rank == 1: peers._join = refused
+"""
     found = Processes(tmp_path, "time.sleep(3)", before).ends(60)
     assert [status for status, _ in found] == [0, 0, 0]
     assert all("may wait for minutes" in errors for _, errors in found), found

@@ -8,7 +8,6 @@ absolute. In bfloat16 the backward pass of stage 2's attention is not determinis
 5e-3 of the loss (docs/results/many_gpus.md).
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -21,9 +20,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
-from training_world import losses
-
-from arl2.distillation.latent_writer import LatentWriter
+from training_world import losses, write_toy_videos
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,15 +48,9 @@ train(parse_config(GatesConfig, None))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight random videos of four blocks in the toy world's sizes."""
+    """See `write_toy_videos`."""
     folder = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    text = json.loads((ROOT / "models/toyworld/transformer/config.json").read_text())
-    with LatentWriter(folder, {"made": "for tests"}) as writer:
-        for seed in range(8):
-            latents = torch.randn(12, text["in_dim"], 8, 12, generator=generator)
-            embedding = torch.randn(text["text_len"], text["text_dim"], generator=generator)
-            writer.add(str(seed), latents, f"prompt {seed}", seed, embedding)
+    write_toy_videos(folder)
     return folder
 
 
