@@ -159,9 +159,9 @@ def _watch(connections: list[socket.socket], finished: threading.Event) -> None:
             selector.register(connection, selectors.EVENT_READ, connection)
         while selector.get_map() and not finished.is_set():
             for key, _ in selector.select(POLL_SECONDS):
-                connection: socket.socket = key.data
-                selector.unregister(connection)
-                if _received(connection) != DONE:
+                ready: socket.socket = key.data
+                selector.unregister(ready)
+                if _received(ready) != DONE:
                     _tell(connections, LOST)
                     _end(finished)
                     return

@@ -76,7 +76,7 @@ def failure(pipeline: CausalVideoPipeline, lockstep: Lockstep | None) -> str:
 
 def all_videos(lockstep: Lockstep | None, device: torch.device = CPU) -> Videos:
     """Videos of every kind, one after the other, as they come after one another in a run."""
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # as in the processes
     speed = SpeedConfig(compile=False)
     videos, pipeline, by_frame = {}, new_pipeline(device), new_pipeline(device, 1)
     image = torch.rand(1, 5, 3, *SIZE, generator=torch.Generator().manual_seed(2)) * 2 - 1
@@ -101,6 +101,7 @@ def compute(rank: int, size: int, folder: Path, work: Work, gpu: bool) -> None:
     torch.set_num_threads(1)
     store, device = distributed.FileStore(str(folder / "store"), size), CPU
     if gpu:
+        torch.backends.cudnn.allow_tf32 = False
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     backend, timeout = "nccl" if gpu else "gloo", timedelta(seconds=60)
