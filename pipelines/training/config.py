@@ -50,7 +50,7 @@ TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wand
 FREE_TO_CHANGE = (
     *("model_folder", "checkpoint_path", "run_folder", "data", "init_from", "layers_file", "share"),
     *("batch", "accumulation", "device", "shard", "compile", "checkpointing", "resume", "save_every", "keep"),
-    "offload_checkpoints",
+    *("offload_checkpoints", "deterministic"),
     *("report_every", "sample_every", "sample_frames", "sample_fps", "tracker", "max_bad_steps"),
 )
 """Settings that may differ between the sessions of a run; what they name is told by content where it matters."""
@@ -77,6 +77,8 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
         tracker: tensorboard, wandb or none.
         device, dtype: null for the GPU if there is one, and bfloat16 there; the dtype is that of the frozen weights.
         shard: divide the frozen weights over ranks (FSDP2).
+        deterministic: use PyTorch's deterministic algorithms, so that a run repeats bit by bit on the same GPUs. In
+            bfloat16 the attention's backward pass is not deterministic otherwise, and it is faster.
     """
 
     model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
@@ -97,6 +99,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
     device: str | None = None
     dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
     shard: bool = False
+    deterministic: bool = False
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""

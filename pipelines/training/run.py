@@ -55,6 +55,7 @@ from pipelines.training.start import (
 )
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.loading import fingerprint_of, fingerprint_of_file
+from wan.utils.device import use_deterministic_algorithms
 from wan.utils.errors import InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
@@ -94,6 +95,7 @@ def train(config: TrainingConfig) -> None:
     data = check_training(config)
     folder = Path(config.model_folder)
     check_room(config, TransformerSizes.of(transformer_config(folder)), tuple(data[0][0].shape))
+    use_deterministic_algorithms(config.deterministic)
     accelerator = new_accelerator(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough

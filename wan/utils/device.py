@@ -1,5 +1,6 @@
 """Types and devices: what kernels on a GPU ask for, and which type has range enough."""
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -35,3 +36,15 @@ def holds_float16(module: nn.Module) -> bool:
 def triton_installed() -> bool:
     """Whether Triton is there, which our kernels on a GPU need."""
     return find_spec("triton") is not None
+
+
+def use_deterministic_algorithms(wanted: bool) -> None:
+    """Let PyTorch compute with algorithms that repeat bit by bit, or with the fastest ones again.
+
+    It warns of operations that have no deterministic algorithm. Call it before the first product on a GPU: cuBLAS reads
+    the size of its workspace once.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # none of ours is read

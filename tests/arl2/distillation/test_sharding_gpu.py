@@ -4,8 +4,9 @@
 
 The reference computes the same two half batches one after the other, so kernels see the same shapes. Model and sizes
 are those of the toy world, whose channels the GPU's kernels take. Losses are between 0.04 and 0.3; the bounds are
-absolute. In bfloat16 the backward pass of stage 2's attention is not deterministic: two runs of one process differ by
-5e-3 of the loss (docs/results/many_gpus.md).
+absolute. Algorithms are deterministic, since the backward pass of bfloat16 attention is not by default: two runs of one
+process differ by 5e-3 of the loss, and by more where the student's own frames are remembered
+(docs/results/many_gpus.md).
 """
 
 import os
@@ -65,7 +66,15 @@ def command(what: str, data: Path, run: Path, *settings: str, processes: int) ->
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     batch = ("shard=true", "batch=2", "accumulation=1") if processes > 1 else ("batch=2", "accumulation=2")
     paths = ("model_folder=models/toyworld", f"data=[{data}]", f"run_folder={run}")
-    common = (f"steps={STEPS}", "save_every=10", "report_every=20", "sample_every=0", "tracker=none", "ema_decay=null")
+    common = (
+        "deterministic=true",
+        f"steps={STEPS}",
+        "save_every=10",
+        "report_every=20",
+        "sample_every=0",
+        "tracker=none",
+        "ema_decay=null",
+    )
     return [*launcher, script, "--config", config, *paths, *common, *batch, *own, *settings]
 
 
@@ -89,10 +98,10 @@ def run(*arguments: Any, processes: int) -> list[dict[str, Any]]:
     return losses(arguments[2])
 
 
-def largest_difference(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
-    """Largest difference of losses."""
+def differences(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[float]:
+    """Differences of losses by step."""
     assert [line["step"] for line in lines] == [line["step"] for line in others] == list(range(1, STEPS + 1))
-    return max(abs(line["loss"] - other["loss"]) for line, other in zip(lines, others, strict=True))
+    return [abs(line["loss"] - other["loss"]) for line, other in zip(lines, others, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +143,9 @@ def test_two_sharded_processes_equal_one(
     if what == "gates":
         both.append(f"init_from={request.getfixturevalue('stage1')}")
     reference = run(what, data, tmp_path / "one", *both, processes=1)
-    difference = largest_difference(run(what, data, tmp_path / "two", *both, processes=2), reference)
-    record_property("largest_difference", difference)
-    assert difference <= TOLERANCES[dtype]
+    found = differences(run(what, data, tmp_path / "two", *both, processes=2), reference)
+    record_property("differences", found)
+    assert max(found) <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -153,6 +162,6 @@ def test_a_killed_run_goes_on_on_another_number_of_gpus(
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     lines = run("stage2", data, tmp_path / "broken", *settings, processes=after)
-    difference = largest_difference(lines, reference)
-    record_property("largest_difference", difference)
-    assert difference <= TOLERANCES["float32"]
+    found = differences(lines, reference)
+    record_property("differences", found)
+    assert max(found) <= TOLERANCES["float32"]
