@@ -67,13 +67,29 @@ class BatchNoise:
 
         Level and noise of a video depend on its seed and the block alone. They are drawn on the CPU.
         """
-        if len(self.seeds) != len(clean_BFCHW):
-            raise ValueError(f"noise on the context needs a seed per video: {len(self.seeds)} for {len(clean_BFCHW)}")
-        generators = [generator_for(seed, "context", block) for seed in self.seeds]
+        generators = self._generators(clean_BFCHW, "context", block)
         level_B = torch.stack([most * torch.rand((), generator=generator) for generator in generators])
         shape = clean_BFCHW.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return add_noise(clean_BFCHW, noise.to(clean_BFCHW), level_B.to(clean_BFCHW.device))
+
+    def resampled(self, clean_BFCHW: Tensor, frames_per_block: int, step: int, sigma: float) -> Tensor:
+        """Add noise to all blocks of a video at one level, for a step of the student's sampler.
+
+        The noise of a video depends on its seed, the step and the block alone. It is drawn on the CPU.
+        """
+        noisy = []
+        for number, block in enumerate(clean_BFCHW.split(frames_per_block, dim=1)):
+            generators = self._generators(block, "resampled", step, number)
+            noise = torch.stack([torch.randn(block.shape[1:], generator=generator) for generator in generators])
+            noisy.append(add_noise(block, noise.to(block), block.new_full((len(block),), sigma)))
+        return torch.cat(noisy, dim=1)
+
+    def _generators(self, videos: Tensor, *key: object) -> list[torch.Generator]:
+        """A generator per video."""
+        if len(self.seeds) != len(videos):
+            raise ValueError(f"noise on the context needs a seed per video: {len(self.seeds)} for {len(videos)}")
+        return [generator_for(seed, *key) for seed in self.seeds]
 
 
 class TrainingBlock(NamedTuple):

@@ -33,9 +33,16 @@ from wan.utils.ranges import Bounds, Count
 
 
 class Context(StrEnum):
-    """Source of the latents that are remembered: the data, or the student's self-rollout."""
+    """Source of the latents that are remembered: the data, the data with the student's errors, or its self-rollout.
+
+    For `RESAMPLED`, the data are made noisy at one of the last steps of the student's sampler, and the student denoises
+    them from there, each block after the data's blocks before it. So content is the data's, and errors are those of
+    inference. Source: Resampling Forcing, arXiv 2512.15702, which lets errors add up over blocks; here all blocks are
+    denoised at once.
+    """
 
     DATA = "data"
+    RESAMPLED = "resampled"
     SELF_ROLLOUT = "self_rollout"
 
     @classmethod
@@ -75,6 +82,8 @@ class Stage2Settings(ObjectiveSettings):
             are denoised are those of the data, also if the context is the self-rollout.
         context_sigma: upper bound of the noise level σ of what is remembered, drawn per block and video; the clean
             pass keeps its timestep, so that the model learns to remember frames that are not quite right.
+        resample_steps: how many of the last steps of the student's sampler make what is remembered, with the context
+            `RESAMPLED`.
     """
 
     takes_segments: ClassVar[bool] = True
@@ -90,6 +99,7 @@ class Stage2Settings(ObjectiveSettings):
     teacher_weight: LossWeight = 1.0
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
+    resample_steps: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +107,12 @@ class Stage2Settings(ObjectiveSettings):
         check_window(*self.teacher_window, self.frames_per_block)
         if not self.teacher_weight + self.data_weight:
             raise InputError("teacher_weight and data_weight are both 0: nothing would train; set one of them")
-        if self.context_sigma and self.context is Context.SELF_ROLLOUT:
-            raise InputError("context_sigma is for context data: the self-rollout has errors of its own; drop one")
+        if self.context_sigma and self.context is not Context.DATA:
+            raise InputError(f"context_sigma is for context data: {self.context} has errors of its own; drop one")
+        if self.resample_steps > 1 and self.context is not Context.RESAMPLED:
+            raise InputError(
+                f"resample_steps would do nothing with context {self.context}: set context=resampled, or drop it"
+            )
         if self.offload_checkpoints and not self.checkpointing:
             raise InputError(
                 "offload_checkpoints would do nothing without checkpointing: set checkpointing=true, or drop it"
@@ -162,8 +176,12 @@ class Stage2(Objective):
         self._sampler = sampler
         self._error: list[Tensor] = []
         self._target_mean_square: list[Tensor] = []
-        if settings.context is Context.SELF_ROLLOUT and sampler is None:
-            raise InputError("context self_rollout needs the steps of the student's sampler")
+        if settings.context is not Context.DATA and sampler is None:
+            raise InputError(f"context {settings.context} needs the steps of the student's sampler")
+        if sampler is not None and settings.resample_steps > len(sampler.sigmas):
+            raise InputError(
+                f"resample_steps {settings.resample_steps} of a sampler of {len(sampler.sigmas)}: give at most as many"
+            )
         if settings.checkpointing:
             model.enable_gradient_checkpointing(checkpoint_on_host if settings.offload_checkpoints else None)
 
@@ -199,12 +217,15 @@ class Stage2(Objective):
             if settings.teacher_weight:
                 teacher_memory = self.new_memory(batch, *settings.teacher_window)
         memory = self.new_memory(batch, *settings.window, differentiable=True)
+        resampled_BFCHW = self._resampled_video(batch, noise) if settings.context is Context.RESAMPLED else None
         errors: list[Tensor] = []
         weight = 1 / (num_blocks(batch.latents_BFCHW.shape[1], settings.frames_per_block) * noise.num_noise_levels)
         for block in video_blocks(batch, settings.frames_per_block):
             context = block.clean
             if settings.context is Context.SELF_ROLLOUT:
                 context = self._own_block(block, noise, text, memory)
+            elif resampled_BFCHW is not None:
+                context = resampled_BFCHW[:, block.start : block.start + settings.frames_per_block]
             elif settings.context_sigma:
                 context = noise.disturbed(block.clean, block.number, settings.context_sigma)
             if settings.context is Context.SELF_ROLLOUT and not settings.data_weight:
@@ -257,6 +278,47 @@ class Stage2(Objective):
                     remember_block(model, made[-1], text, memory, block.start)
         return torch.cat(made, dim=1)
 
+    @torch.no_grad()
+    def _resampled_video(self, batch: VideoBatch, noise: BatchNoise) -> Tensor:
+        """The data with the student's errors, see `Context.RESAMPLED`, [B, F, C, h, w]."""
+        assert self._sampler is not None
+        clean, count = batch.latents_BFCHW, self.settings.resample_steps
+        made = clean
+        with _nothing_cached(clean.device.type):
+            text = self.model.embed_text(batch.text_BTD)
+            for step, (sigma, timestep) in enumerate(
+                zip(self._sampler.sigmas[-count:], self._sampler.timesteps[-count:], strict=True)
+            ):
+                noisy = noise.resampled(made, self.settings.frames_per_block, step, sigma)
+                times = noisy.new_full(noisy.shape[:2], timestep)
+                made = noisy - sigma * self._flow_after_data(batch, noisy, times, text).to(noisy)
+        return made
+
+    def _flow_after_data(self, batch: VideoBatch, noisy_BFCHW: Tensor, times_BF: Tensor, text: TextKV) -> Tensor:
+        """The student's velocity in all blocks, each after the data's blocks before it, in segments as in training."""
+        settings, size, clean, flows = self.settings, self.settings.frames_per_block, batch.latents_BFCHW, []
+        frames = size * (settings.blocks_per_graph or clean.shape[1] // size)
+        memory = self.new_memory(batch, *settings.window, differentiable=True)  # which keeps its frames in order
+        for first in range(0, clean.shape[1], frames):
+            of_segment = slice(first, first + frames)
+            flow, updates = teacher_forced_segment(
+                self.model,
+                noisy_BFCHW[:, of_segment],
+                times_BF[:, of_segment],
+                text,
+                size,
+                clean[:, of_segment],
+                memory,
+                first,
+                *settings.window,
+                remember=first + frames < clean.shape[1],
+            )
+            assert flow is not None
+            flows.append(flow)
+            if updates is not None:
+                memory.commit(updates)
+        return torch.cat(flows, dim=1)
+
     def _parallel(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._target_mean_square = [], []
         settings, size, context = self.settings, self.settings.frames_per_block, batch.latents_BFCHW
@@ -264,6 +326,8 @@ class Stage2(Objective):
             context = self._own_video(batch, noise)
             if not settings.data_weight:
                 batch = replace(batch, latents_BFCHW=context)
+        elif settings.context is Context.RESAMPLED:
+            context = self._resampled_video(batch, noise)
         elif settings.context_sigma:
             blocks = video_blocks(batch, size)
             disturbed = [noise.disturbed(block.clean, block.number, settings.context_sigma) for block in blocks]

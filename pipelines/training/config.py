@@ -151,8 +151,8 @@ class Stage2Config(TrainingConfig):
         layers_file, share: a file of scripts/select_layers.py, and which of its sets; null for 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
-        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma: see
-            `arl2.distillation.stage2.Stage2Settings`.
+        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps:
+            see `arl2.distillation.stage2.Stage2Settings`.
         memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
             trained is full.
         teacher_memory: what the teacher sees; with kind full its memory grows with the video.
@@ -177,6 +177,7 @@ class Stage2Config(TrainingConfig):
     teacher_weight: LossWeight = 1.0
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
+    resample_steps: Count = 1
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -217,6 +218,7 @@ class Stage2Config(TrainingConfig):
             teacher_weight=self.teacher_weight,
             data_weight=self.data_weight,
             context_sigma=self.context_sigma,
+            resample_steps=self.resample_steps,
         )
 
 
@@ -365,7 +367,7 @@ def init_from(config: TrainingConfig) -> Path | None:
 def resume_defaults() -> dict[str, Any]:
     """Defaults of the settings that a stage-2 run notes only if they differ."""
     default = Stage2Config()
-    names = ("teacher_weight", "data_weight", "context_sigma")
+    names = ("teacher_weight", "data_weight", "context_sigma", "resample_steps")
     return {name: vars(default)[name] for name in names} | {
         "teacher_memory": default.teacher_memory.resolved(None).identity()
     }

@@ -36,14 +36,15 @@ def fixed_noise(batch: VideoBatch, levels: tuple[float, ...] = LEVELS) -> BatchN
     videos, _, *shape = batch.latents_BFCHW.shape
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(videos, 9, 6, 3, *shape, dtype=torch.float64, generator=generator)
-    return BatchNoise(torch.tensor(levels).expand(videos, batch.latents_BFCHW.shape[1] // 3, -1), noise)
+    levels_BNP = torch.tensor(levels).expand(videos, batch.latents_BFCHW.shape[1] // 3, -1)
+    return BatchNoise(levels_BNP, noise, tuple(range(videos)))
 
 
 def mixed_noise(batch: VideoBatch) -> BatchNoise:
     """One level a block, another for every block and video."""
     noise = fixed_noise(batch, (0.5,))
     levels = torch.rand(noise.levels_BNP.shape, generator=torch.Generator().manual_seed(6))
-    return BatchNoise(levels, noise.noise_BNPFCHW)
+    return BatchNoise(levels, noise.noise_BNPFCHW, noise.seeds)
 
 
 def trainable(model: HybridWanModel, parameters: dict[str, torch.nn.Parameter]) -> HybridWanModel:

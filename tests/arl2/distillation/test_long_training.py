@@ -10,11 +10,11 @@ from tiny_models import HYBRID, tiny_model, tiny_video
 from torch import Tensor
 from training_world import build_world, losses, one_line, run_and_kill, train
 
-from arl2.distillation.batch import BatchNoise, VideoBatch
+from arl2.distillation.batch import BatchNoise, VideoBatch, video_blocks
 from arl2.distillation.objective import ForwardMode
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, stage2_parameters
 from arl2.model import HybridWanModel
-from arl2.rollout import FewStepSampler
+from arl2.rollout import FewStepSampler, generator_for, predict_flow, remember_block
 from wan.utils.errors import InputError
 
 SAMPLER = FewStepSampler.from_steps([1000, 500], 5.0)
@@ -52,7 +52,10 @@ def trained(
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
-@pytest.mark.parametrize(("context", "sigma"), [(Context.DATA, 0.0), (Context.DATA, 0.4), (Context.SELF_ROLLOUT, 0.0)])
+@pytest.mark.parametrize(
+    ("context", "sigma"),
+    [(Context.DATA, 0.0), (Context.DATA, 0.4), (Context.SELF_ROLLOUT, 0.0), (Context.RESAMPLED, 0.0)],
+)
 def test_segments_and_the_whole_video_at_once_have_the_loss_of_the_loop(
     context: Context, sigma: float, weights: tuple[float, float]
 ) -> None:
@@ -97,6 +100,41 @@ def test_noise_on_the_context_changes_what_is_remembered_alone() -> None:
     assert errors[0][0] == errors[1][0] and all(a != b for a, b in zip(errors[0][1:], errors[1][1:], strict=True))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_resampled_context_is_what_the_last_steps_of_the_sampler_make_after_the_data(steps: int) -> None:
+    """Against a loop over blocks whose memory holds the data."""
+    model, (batch, noise) = student(), video_of(4)
+    settings = Stage2Settings(
+        3, 3, PARALLEL, context=Context.RESAMPLED, resample_steps=steps, teacher_weight=0.0, data_weight=1.0, **WINDOWS
+    )
+    objective = Stage2(model, settings, SAMPLER)
+    with torch.no_grad():
+        found = objective._resampled_video(batch, noise)
+        text, memory = model.embed_text(batch.text_BTD), objective.new_memory(batch, *settings.window)
+        for block in video_blocks(batch, 3):
+            made = block.clean
+            for step in range(steps):
+                sigma, timestep = SAMPLER.sigmas[step - steps], SAMPLER.timesteps[step - steps]
+                generators = [generator_for(seed, "resampled", step, block.number) for seed in noise.seeds]
+                eps = torch.stack([torch.randn(made.shape[1:], generator=one) for one in generators])
+                noisy = (1 - sigma) * made + sigma * eps
+                times = torch.full((len(made), 1), timestep, dtype=torch.float64)
+                flow = predict_flow(model, noisy, times, text, memory, block.start)
+                made = noisy - sigma * flow
+            torch.testing.assert_close(found[:, block.start : block.start + 3], made, rtol=1e-5, atol=1e-6)
+            remember_block(model, block.clean, text, memory, block.start)
+
+
+def test_the_resampled_context_does_not_change_the_target() -> None:
+    """The first block remembers nothing, so that its error does not change; later ones do."""
+    model, (batch, noise) = student(), video_of(3)
+    errors = []
+    for context in (Context.DATA, Context.RESAMPLED):
+        settings = Stage2Settings(3, 1, PARALLEL, context=context, teacher_weight=0.0, data_weight=1.0)
+        errors.append([float(part.detach()) for part in Stage2(model, settings, SAMPLER).losses(batch, noise)])
+    assert errors[0][0] == errors[1][0] and all(a != b for a, b in zip(errors[0][1:], errors[1][1:], strict=True))
+
+
 def test_noise_on_the_context_is_a_function_of_seed_and_block() -> None:
     batch, noise = video_of(3)
     clean = batch.latents_BFCHW[:, :3]
@@ -136,6 +174,10 @@ def test_settings_that_would_train_nothing_or_mean_two_things_are_refused() -> N
         Stage2Settings(3, teacher_weight=0.0)
     with pytest.raises(InputError, match="context_sigma is for context data"):
         Stage2Settings(3, context=Context.SELF_ROLLOUT, context_sigma=0.1)
+    with pytest.raises(InputError, match="resample_steps would do nothing with context data"):
+        Stage2Settings(3, resample_steps=2)
+    with pytest.raises(InputError, match="resample_steps 3 of a sampler of 2"):
+        Stage2(student(), Stage2Settings(3, context=Context.RESAMPLED, resample_steps=3), SAMPLER)
     with pytest.raises(InputError, match="window"):
         Stage2Settings(3, teacher_window_frames=2)
 
