@@ -58,6 +58,13 @@ class Target(StrEnum):
     X0 = "x0"
 
 
+class Trainable(StrEnum):
+    """Parameters that train: those that the softmax model does not have, or all."""
+
+    NEW = "new"
+    ALL = "all"
+
+
 LossWeight = Annotated[float, Bounds(0, 1000)]
 """Range of the weight of an error."""
 ContextSigma = Annotated[float, Bounds(0, 1)]
@@ -84,6 +91,8 @@ class Stage2Settings(ObjectiveSettings):
             pass keeps its timestep, so that the model learns to remember frames that are not quite right.
         resample_steps: how many of the last steps of the student's sampler make what is remembered, with the context
             `RESAMPLED`.
+        trainable: see `Trainable`. All parameters train on the data alone, since the teacher has them, too. Without
+            hybrid layers that makes the softmax model that a hybrid is compared with.
     """
 
     takes_segments: ClassVar[bool] = True
@@ -100,6 +109,7 @@ class Stage2Settings(ObjectiveSettings):
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
     resample_steps: Count = 1
+    trainable: Trainable = Trainable.NEW
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +123,12 @@ class Stage2Settings(ObjectiveSettings):
             raise InputError(
                 f"resample_steps would do nothing with context {self.context}: set context=resampled, or drop it"
             )
+        if self.trainable is Trainable.ALL and self.teacher_weight:
+            raise InputError(
+                "trainable all changes the weights that the teacher shares: set teacher_weight=0 and data_weight=1"
+            )
+        if self.trainable is Trainable.ALL and self.forward_mode is not ForwardMode.PARALLEL:
+            raise InputError("trainable all is for forward_mode parallel: set it")
         if self.offload_checkpoints and not self.checkpointing:
             raise InputError(
                 "offload_checkpoints would do nothing without checkpointing: set checkpointing=true, or drop it"
@@ -186,7 +202,9 @@ class Stage2(Objective):
             model.enable_gradient_checkpointing(checkpoint_on_host if settings.offload_checkpoints else None)
 
     def parameters_to_train(self) -> dict[str, nn.Parameter]:
-        """See `stage2_parameters`."""
+        """See `Trainable`."""
+        if self.settings.trainable is Trainable.ALL:
+            return dict(self.model.named_parameters())
         return stage2_parameters(self.model)
 
     def losses(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
@@ -201,7 +219,9 @@ class Stage2(Objective):
 
     @torch.no_grad()
     def reports(self, batch: VideoBatch, noise: BatchNoise) -> LayerReports:
-        """See `measured`."""
+        """See `measured`; without hybrid layers there is nothing to measure."""
+        if not self.model.hybrid_attentions():
+            return {}
         height, width = batch.latents_BFCHW.shape[-2:]
         with measured(self.model, self.model.tokens_per_frame(height, width)) as figures:
             for _ in self._loop(batch, noise):
@@ -341,13 +361,20 @@ class Stage2(Objective):
             else self._segments(batch, noise, video, settings.blocks_per_graph)
         )
 
+    def _text(self, batch: VideoBatch) -> Tensor | TextKV:
+        """The text as passes take it: embedded once, unless the embedding trains, too."""
+        if self.settings.trainable is Trainable.ALL:
+            return batch.text_BTD
+        with frozen_teacher(self.model):
+            return self.model.embed_text(batch.text_BTD)
+
     def _whole(self, batch: VideoBatch, noise: BatchNoise, video: _Latents) -> Iterator[Tensor]:
         """All blocks in one forward."""
         settings, size = self.settings, self.settings.frames_per_block
         noisy, times, context, true_flow = video
-        with frozen_teacher(self.model, compiled=True):
-            text, teachers = self.model.embed_text(batch.text_BTD), None
-            if settings.teacher_weight:
+        text, teachers = self._text(batch), None
+        if settings.teacher_weight:
+            with frozen_teacher(self.model, compiled=True):
                 teachers = teacher_forced_flow(self.model, noisy, times, text, size, context, *settings.teacher_window)
         flow = teacher_forced_flow(self.model, noisy, times, text, size, context, *settings.window)
         yield self._errors(flow, Targets(teachers, true_flow), noise.levels_BNP[..., 0]) / noise.levels_BNP.shape[1]
@@ -361,9 +388,9 @@ class Stage2(Objective):
         """
         settings, size, model = self.settings, self.settings.frames_per_block, self.model
         blocks = noise.levels_BNP.shape[1]
-        with frozen_teacher(model):
-            text, teacher_memory = model.embed_text(batch.text_BTD), None
-            if settings.teacher_weight:
+        text, teacher_memory = self._text(batch), None
+        if settings.teacher_weight:
+            with frozen_teacher(model):
                 # Differentiable ones keep their frames in order.
                 teacher_memory = self.new_memory(batch, *settings.teacher_window, differentiable=True, of_student=False)
         memory = self.new_memory(batch, *settings.window, differentiable=True)

@@ -12,7 +12,7 @@ from arl2.distillation.data import LatentDataset, ResidentLatents, Samples
 from arl2.distillation.objective import ForwardMode, ObjectiveSettings
 from arl2.distillation.sampling import NoiseLevels
 from arl2.distillation.stage1 import Stage1Settings
-from arl2.distillation.stage2 import Context, ContextSigma, LossWeight, Stage2Settings, Target
+from arl2.distillation.stage2 import Context, ContextSigma, LossWeight, Stage2Settings, Target, Trainable
 from arl2.distillation.trainer import CHECKPOINTS, TrainerSettings
 from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
@@ -151,8 +151,8 @@ class Stage2Config(TrainingConfig):
         layers_file, share: a file of scripts/select_layers.py, and which of its sets; null for 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
-        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps:
-            see `arl2.distillation.stage2.Stage2Settings`.
+        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps,
+            trainable: see `arl2.distillation.stage2.Stage2Settings`. With trainable all, there may be no hybrid layer.
         memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
             trained is full.
         teacher_memory: what the teacher sees; with kind full its memory grows with the video.
@@ -178,6 +178,7 @@ class Stage2Config(TrainingConfig):
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
     resample_steps: Count = 1
+    trainable: Trainable = Trainable.NEW
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named here or in the file, with adapters if they are wanted.
@@ -185,6 +186,8 @@ class Stage2Config(TrainingConfig):
         Raises:
             InputError: no layers, or such as the model does not have.
         """
+        if self.trainable is Trainable.ALL and not self.hybrid_layers and not self.layers_file:
+            return HybridSettings()
         if bool(self.hybrid_layers) == bool(self.layers_file):
             raise InputError("give the hybrid layers in one way: hybrid_layers, or layers_file with share")
         if self.share is not None and not self.layers_file:
@@ -219,6 +222,7 @@ class Stage2Config(TrainingConfig):
             data_weight=self.data_weight,
             context_sigma=self.context_sigma,
             resample_steps=self.resample_steps,
+            trainable=self.trainable,
         )
 
 
@@ -342,6 +346,11 @@ def _check_together(config: TrainingConfig) -> None:
             config.optimizer.warmup_steps,
             config.steps,
         )
+    if isinstance(config, Stage2Config) and config.trainable is Trainable.ALL:
+        if config.shard:
+            raise InputError("shard=true divides frozen weights, and with trainable=all none is frozen: drop one")
+        if config.sample_every:
+            raise InputError("samples compare with the teacher, which trainable=all changes: set sample_every=0")
     if config.shard and rank_and_world_size()[1] == 1:
         raise InputError("shard=true divides the weights over ranks: start with torchrun, or set shard=false")
     if config.sample_frames is not None:
@@ -367,7 +376,7 @@ def init_from(config: TrainingConfig) -> Path | None:
 def resume_defaults() -> dict[str, Any]:
     """Defaults of the settings that a stage-2 run notes only if they differ."""
     default = Stage2Config()
-    names = ("teacher_weight", "data_weight", "context_sigma", "resample_steps")
+    names = ("teacher_weight", "data_weight", "context_sigma", "resample_steps", "trainable")
     return {name: vars(default)[name] for name in names} | {
         "teacher_memory": default.teacher_memory.resolved(None).identity()
     }

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from arl2.distillation.objective import ForwardMode
+from arl2.distillation.stage2 import Trainable
 from arl2.model import HybridSettings
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.dtypes import choose_dtype
@@ -37,6 +38,8 @@ def room_for_training(
     hybrid = config.hybrid(sizes.num_layers)
     frozen = transformer_parameters(sizes, HybridSettings())
     trained = 0 if isinstance(config, GatesConfig) else transformer_parameters(sizes, hybrid) - frozen
+    if isinstance(config, Stage2Config) and config.trainable is Trainable.ALL:
+        frozen, trained = 0, trained + frozen
     copies = COPIES + (config.ema_decay is not None)
     frames, *latent_size = sample[0], *sample[2:]
     in_graph = frames
@@ -68,6 +71,8 @@ def _kept_per_token(config: TrainingConfig, sizes: TransformerSizes, hybrid: Hyb
     if isinstance(config, Stage1Config):
         return 2 * sizes.dim * (1 if config.forward_mode is ForwardMode.PARALLEL else len(hybrid.layers))
     first = min(hybrid.layers, default=0)  # before it nothing has a gradient
+    if isinstance(config, Stage2Config) and config.trainable is Trainable.ALL:
+        first = 0
     if not (isinstance(config, Stage2Config) and config.checkpointing):
         return (sizes.num_layers - first) * (2 * sizes.dim + sizes.ffn_dim)
     return sizes.dim * (1 if config.offload_checkpoints else sizes.num_layers - first)

@@ -11,7 +11,7 @@ from torch import nn
 
 from arl2.distillation.checkpointing import STATE, Progress, check_fit, newest_checkpoint, read_page
 from arl2.distillation.stage1 import stage1_parameters
-from arl2.distillation.stage2 import stage2_parameters
+from arl2.distillation.stage2 import Trainable, stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS
 from arl2.model import HybridWanModel
 from pipelines.dtypes import DTYPES, choose_dtype
@@ -83,6 +83,10 @@ class StartingRun:
         if self.stage is not STAGE2 or not isinstance(config, Stage2Config):
             raise InputError(
                 f"init_from {self.folder} is a run of {self.stage}, not of stage 1: name one of train_stage1.py"
+            )
+        if self.fingerprint.get("trainable", Trainable.NEW) != Trainable.NEW:
+            raise InputError(
+                f"init_from {self.folder} trained all parameters: give its {EXPORT} as checkpoint_path instead"
             )
         now = resume_fingerprint(config, 1)
         for name in KEPT_SETTINGS:

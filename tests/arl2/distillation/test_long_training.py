@@ -1,5 +1,6 @@
 """Training on long videos: segments, targets of the data, windows of the teacher, and contexts with errors."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from tiny_models import HYBRID, tiny_model, tiny_video
 from torch import Tensor
 from training_world import build_world, losses, one_line, run_and_kill, train
 
-from arl2.distillation.batch import BatchNoise, VideoBatch, video_blocks
+from arl2.distillation.batch import BatchNoise, VideoBatch, noisy_video, video_blocks
 from arl2.distillation.objective import ForwardMode
-from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, stage2_parameters
-from arl2.model import HybridWanModel
+from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Trainable, stage2_parameters
+from arl2.model import HybridSettings, HybridWanModel
 from arl2.rollout import FewStepSampler, generator_for, predict_flow, remember_block
+from arl2.trained_memory import TrainedMemory
+from wan.teacher_forcing import teacher_forced_flow
 from wan.utils.errors import InputError
 
 SAMPLER = FewStepSampler.from_steps([1000, 500], 5.0)
@@ -180,6 +183,36 @@ def test_settings_that_would_train_nothing_or_mean_two_things_are_refused() -> N
         Stage2(student(), Stage2Settings(3, context=Context.RESAMPLED, resample_steps=3), SAMPLER)
     with pytest.raises(InputError, match="window"):
         Stage2Settings(3, teacher_window_frames=2)
+    with pytest.raises(InputError, match="teacher shares"):
+        Stage2Settings(3, forward_mode=PARALLEL, trainable=Trainable.ALL)
+    with pytest.raises(InputError, match="forward_mode parallel"):
+        Stage2Settings(3, teacher_weight=0.0, data_weight=1.0, trainable=Trainable.ALL)
+
+
+@pytest.mark.parametrize("layers", [(), (0, 2)])
+def test_all_parameters_learn_from_the_data_in_segments_too(layers: tuple[int, ...]) -> None:
+    """With gradients of the loss written out: one forward over all blocks, with the text's embedding inside."""
+    model = tiny_model(replace(HYBRID, layers=layers) if layers else HybridSettings()).requires_grad_(True)
+    batch, noise = video_of(4)
+    options = {"teacher_weight": 0.0, "data_weight": 1.0, "trainable": Trainable.ALL, "window_frames": 7}
+    gradients = []
+    for blocks in (None, 4, 3):
+        objective = Stage2(model, Stage2Settings(3, blocks, PARALLEL, **options))
+        assert objective.parameters_to_train().keys() == dict(model.named_parameters()).keys()
+        model.zero_grad()
+        for part in objective.losses(batch, noise):
+            part.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    noisy, times = noisy_video(batch, noise, 3)
+    model.zero_grad()
+    flow = teacher_forced_flow(model, noisy, times, batch.text_BTD, 3, batch.latents_BFCHW, 7, 0)
+    (flow - (noise.noise_BNPFCHW[:, :, 0].flatten(1, 2) - batch.latents_BFCHW)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and name in gradients[2], f"{name} learns nothing"
+        for found in gradients[:2]:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+    changed = [not torch.allclose(gradients[2][name], gradients[0][name], rtol=1e-3) for name in gradients[0]]
+    assert any(changed), "segments cut gradients"
 
 
 LONG = ("teacher_weight=0", "data_weight=1", "blocks_per_graph=2", "forward_mode=parallel", "levels.per_block=1")
@@ -243,3 +276,43 @@ def test_another_form_of_adapters_than_those_to_start_from_is_refused(
     given = (f"run_folder={root / 'other'}", f"init_from={file}", *LONG, *settings)
     assert train(monkeypatch, root, 2, *given) == 2
     one_line(capsys)
+
+
+ALL = (
+    *LONG,
+    "trainable=all",
+    "memory.kind=window",
+    "memory.window_frames=6",
+    "memory.sink_frames=0",
+    "hybrid_layers=[]",
+)
+
+
+def test_a_softmax_model_is_trained_alike(
+    trained_stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All parameters change, a killed run goes on, and the export stands alone with its memory."""
+    root = trained_stages
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'all'}", *ALL) == 0
+    run_and_kill(root, root / "all_broken", 2, *ALL)
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'all_broken'}", *ALL) == 0
+    assert losses(root / "all_broken") == losses(root / "all")
+    model, base = (HybridWanModel.from_pretrained(path) for path in (root / "all" / "export", root / "model"))
+    assert model.hybrid.layers == () and model.trained_memory == TrainedMemory(6, 0, 9)
+    before = dict(base.named_parameters())
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+    capsys.readouterr()
+    given = (f"run_folder={root / 'other'}", f"init_from={root / 'all'}", *LONG)
+    assert train(monkeypatch, root, 2, *given) == 2
+    assert "give its export as checkpoint_path" in one_line(capsys)
+
+
+@pytest.mark.parametrize("setting", ["shard=true", "sample_every=3", "teacher_weight=1", "forward_mode=sequential"])
+def test_what_cannot_go_with_all_parameters_is_refused(
+    trained_stages: Path, setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    root = trained_stages
+    assert train(monkeypatch, root, 2, f"run_folder={root / 'refused'}", *ALL, setting) == 2
+    one_line(capsys)
+    assert not (root / "refused").exists()
