@@ -69,7 +69,7 @@ LOCKED = [
         "load_pipeline",
         ".target.lock",
     ),
-    Script("draw_latents", "--device cpu --folder {target}", "load_vae", "target/.lock"),
+    Script("draw_latents", "--device cpu --folder {target}", "pipelines.toyworld.draw.load_vae", "target/.lock"),
     Script("build_toyworld", "--device cpu --work {target}", "run_steps", "target/.lock"),
     Script(
         "generate_latents",

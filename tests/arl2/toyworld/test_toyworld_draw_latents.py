@@ -16,7 +16,9 @@ from arl2.toyworld.world.latents import encode_pixels, encode_scenes
 from arl2.toyworld.world.long_scenes import sample_long_scenes
 from arl2.toyworld.world.render import as_pixels, frames_of, render
 from arl2.toyworld.world.scenes import SceneBatch
+from arl2.toyworld.world.worlds import World
 from pipelines.generation.random_model import random_pipeline
+from pipelines.toyworld import draw
 from wan.vae.wan_vae import TOY_VAE, WanVAE, load_vae, new_vae
 
 draw_latents = import_module("draw_latents")
@@ -51,7 +53,7 @@ def test_what_is_there_is_not_drawn_again(
         drawn.extend(scenes.seed.tolist())
         return encode_scenes(vae, scenes, latents)
 
-    monkeypatch.setattr(draw_latents, "encode_scenes", noted)
+    monkeypatch.setattr(draw, "encode_scenes", noted)
     both = ("--world", "standard", "long", "--latent_frames", 6, "--seed", 7, "--batch", 2)
     assert run(*both, "--videos", 5) == 0 and sorted(drawn) == [7, 8, 9, 10, 11]
     data = LatentDataset([tmp_path / "data"])
@@ -75,9 +77,7 @@ def test_what_is_there_is_not_drawn_again(
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
-def test_captions_tell_as_often_as_is_said(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = f"--output_folder x --world standard long --videos 2000 --informative {fraction}"
-    monkeypatch.setattr(sys, "argv", ["draw_latents.py", *flags.split()])
-    for samples in draw_latents.samples_of(draw_latents.parse()).values():
+def test_captions_tell_as_often_as_is_said(fraction: float) -> None:
+    for samples in draw.DrawSettings(tuple(World), 2000, informative=fraction).samples().values():
         told = sum(names_answer(sample.prompt) for sample in samples)
         assert len(samples) == 1000 and abs(told / 1000 - fraction) < 0.05
