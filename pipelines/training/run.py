@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -86,8 +86,14 @@ def parse_config(kind: type[Config], description: str | None) -> Config:
     return config
 
 
-def train(config: TrainingConfig) -> None:
+def train(config: TrainingConfig, stop: Callable[[], bool] = lambda: False) -> bool:
     """Train one stage or layer gates, and leave the run's folder.
+
+    Args:
+        stop: asked before every step whether to keep what there is and end early; for one process.
+
+    Returns:
+        whether training is complete; what it made is exported then.
 
     Raises:
         InputError: something in the config cannot work, or see `Trainer.run`.
@@ -100,10 +106,11 @@ def train(config: TrainingConfig) -> None:
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
     with watching_peers(accelerator), exclusive_run(Path(config.run_folder), accelerator):
-        _train(config, data, accelerator)
+        is_complete = _train(config, data, accelerator, stop)
     gc.collect()  # what sharding leaves behind refers to the process group, which ends now
     with writing(Path(config.run_folder)):
         accelerator.end_training()
+    return is_complete
 
 
 @contextmanager
@@ -149,7 +156,7 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> None:
+def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator, stop: Callable[[], bool]) -> bool:
     progress: Progress | None = None
     with ending_together(accelerator):
         progress = check_resume(config, data)
@@ -168,10 +175,12 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator) -> N
         log.info(
             "the run in %s is complete at step %d: %s", config.run_folder, progress.step, how_to_go_further(config)
         )
-    trainer.run()
+    if not trainer.run(stop):
+        return False
     model.mark_trained(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
+    return True
 
 
 def how_to_go_further(config: TrainingConfig) -> str:

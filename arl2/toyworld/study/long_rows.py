@@ -1,0 +1,100 @@
+"""Rows of the study of long training: models trained on long videos, and how they differ."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK
+
+
+class Start(StrEnum):
+    """What a row's training starts from, if not from another row."""
+
+    GENERATOR = "the shipped generator"
+    SHIPPED = "the shipped hybrid"
+    STAGE1 = "stage 1 of the study of distillation"
+
+
+class Layers(StrEnum):
+    """Hybrid layers of a row."""
+
+    NONE = "none"
+    SHIPPED = "those of the shipped hybrid"
+    ALL = "all"
+
+
+class Window(StrEnum):
+    """Memory of the softmax layers, in training and afterwards."""
+
+    FULL = "full memory"
+    TRAINED = "window of a short video's length"
+    EQUAL = "window of the bytes of the 75 % hybrid"
+    EQUAL_WITH_SINK = "window of the bytes of the 75 % hybrid, first block kept"
+
+    @property
+    def sink_frames(self) -> int:
+        """First latent frames that the window never drops."""
+        return FRAMES_PER_BLOCK if self is Window.EQUAL_WITH_SINK else 0
+
+
+@dataclass(frozen=True)
+class LongRow:
+    """A model of the study.
+
+    Attributes:
+        name: of its files, and in the table.
+        layers: which are hybrid.
+        start: weights to begin with; or else
+        after: name of a row whose weights it begins with.
+        window: memory of the softmax layers.
+        is_short: whether it is trained by stage 2 on short videos, as the shipped hybrid was, for others to begin with.
+            Such a row is not examined.
+        trains_all: whether all parameters train, not those of the hybrid layers and adapters alone.
+        settings: further settings of the training, `key=value`.
+    """
+
+    name: str
+    layers: Layers = Layers.SHIPPED
+    start: Start = Start.SHIPPED
+    after: str = ""
+    window: Window = Window.TRAINED
+    is_short: bool = False
+    trains_all: bool = False
+    settings: tuple[str, ...] = ()
+
+
+RESAMPLED = ("context=resampled",)
+SLOWER = ("optimizer.lr=3.0e-4",)
+"""All parameters train at a lower rate than adapters."""
+SOFTMAX = {"layers": Layers.NONE, "start": Start.GENERATOR, "trains_all": True}
+
+
+def _softmax(name: str, window: Window) -> tuple[LongRow, LongRow]:
+    """A softmax model, trained as the hybrids are, all of its parameters: on the data, then on its own errors."""
+    first = LongRow(name, **SOFTMAX, window=window, settings=SLOWER)  # type: ignore[arg-type]
+    second = f"{name}_resampled"
+    return first, LongRow(second, **SOFTMAX, after=name, window=window, settings=(*SLOWER, *RESAMPLED))  # type: ignore[arg-type]
+
+
+PARTS: dict[str, tuple[LongRow, ...]] = {
+    "hybrids": (
+        LongRow("hybrid_75"),
+        LongRow("hybrid_75_resampled", after="hybrid_75", settings=RESAMPLED),
+        LongRow("hybrid_100_short", Layers.ALL, Start.STAGE1, is_short=True),
+        LongRow("hybrid_100", Layers.ALL, after="hybrid_100_short"),
+        LongRow("hybrid_100_resampled", Layers.ALL, after="hybrid_100", settings=RESAMPLED),
+        LongRow("hybrid_75_all", trains_all=True, settings=SLOWER),
+        LongRow("hybrid_75_all_resampled", after="hybrid_75_all", trains_all=True, settings=(*SLOWER, *RESAMPLED)),
+    ),
+    "softmax": (
+        *_softmax("softmax_window", Window.TRAINED),
+        *_softmax("softmax_equal", Window.EQUAL),
+        *_softmax("softmax_equal_sink", Window.EQUAL_WITH_SINK),
+        *_softmax("softmax_full", Window.FULL),
+    ),
+    "contexts": (
+        LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
+        LongRow("hybrid_75_resampled_twice", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
+        LongRow("hybrid_75_longer", after="hybrid_75"),
+    ),
+}
+"""Rows in the order of what they decide. `hybrid_75_longer` tells what the second training alone is worth."""

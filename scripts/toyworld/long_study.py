@@ -1,0 +1,107 @@
+"""The study of long training on the toy world: what a memory of constant size keeps at 16 times a video's length.
+
+    python scripts/toyworld/long_study.py --work runs/long_study --part data
+    python scripts/toyworld/long_study.py --work runs/long_study --part hybrids softmax contexts --budget_seconds 540
+    python scripts/toyworld/long_study.py --work runs/long_study --part hybrids --only hybrid_75 --seed 1
+    python scripts/toyworld/long_study.py --work runs/long_study --part curves --only hybrid_75 softmax_full
+    python scripts/toyworld/long_study.py --work runs/long_study --part table
+
+Parts: data draws the training videos; hybrids, softmax and contexts train and examine models, row by row
+(arl2/toyworld/study/long_rows.py says what each is); curves examines rows at 64 times the length; table writes
+WORK/long_study.md. Every row is a JSON in WORK/results and is skipped when it is there. A run that is killed, or that
+stops when --budget_seconds are over, goes on at the same step, and in exams at the same batch of videos. The same
+command may run several times at once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no
+other has.
+"""
+
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
+import argparse
+import logging
+import time
+
+from arl2.toyworld.study.long_rows import PARTS
+from pipelines.cli import choose_device, entry_point
+from pipelines.flags import Parser, as_path
+from pipelines.provenance import ROOT
+from pipelines.toyworld.long_study import LongStudy, LongStudySettings, OutOfTimeError, rows_of
+from pipelines.toyworld.long_table import write_tables
+from wan.utils.files import check_writable
+from wan.utils.ranges import NotNegative
+
+log = logging.getLogger(__name__)
+
+FLAGS = {
+    "long_videos": "drawn for training, of four times the standard length",
+    "short_videos": "drawn for training, of the standard length",
+    "pieces": "in how many parts videos are drawn, each by one process",
+    "exam_videos": "of every exam",
+    "exam_batch": "videos at once, for speed alone",
+    "seed": "of the trainings",
+    "steps": "of every training, in the place of configs/toyworld/*.yaml",
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__, LongStudySettings)
+    add = parser.add_argument
+    add("--work", type=as_path, required=True, metavar="PATH", help="folder of everything")
+    add("--part", choices=("data", *PARTS, "curves", "table"), required=True, nargs="+", help="what to make")
+    add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
+    bundle = "the bundle: VAE, text encoder, few-step generator, hybrid (models/toyworld)"
+    add("--model_folder", type=as_path, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
+    for name, about in FLAGS.items():
+        parser.add_setting(f"--{name}", name, about)
+    parser.add_value("--budget_seconds", NotNegative, "stop cleanly after them")
+    parser.add_device(None)
+    add("--set", nargs="+", default=[], metavar="key=value", help="settings of all trainings, such as batch=2")
+    return parser.parse_args()
+
+
+def run_part(study: LongStudy, part: str, only: list[str]) -> None:
+    """Everything of a part that is missing."""
+    if part == "data":
+        for is_short in (False, True):
+            log.info("training videos are in %s", study.data(is_short)[0].parent)
+    elif part == "table":
+        log.info("tables are in %s", write_tables(study.settings.work))
+    elif part == "curves":
+        rows = tuple(row for some in PARTS.values() for row in some if not row.is_short)
+        for row in rows_of(rows, only):
+            if study.path("weights", row.name, ".safetensors").is_file():
+                study.run_curves(row)
+    else:
+        for row in rows_of(PARTS[part], only):
+            study.run_row(row)
+
+
+@entry_point()
+def main() -> int:
+    """Parse, and run the parts that are asked for."""
+    arguments = parse()
+    settings = LongStudySettings(
+        work=arguments.work,
+        model=arguments.model_folder,
+        device=choose_device(arguments.device),
+        overrides=tuple(arguments.set),
+        **({} if arguments.budget_seconds is None else {"deadline": time.monotonic() + arguments.budget_seconds}),
+        **arguments.flags,
+    )
+    check_writable(settings.work)
+    study = LongStudy(settings)
+    try:
+        for part in arguments.part:
+            started = time.perf_counter()
+            run_part(study, part, arguments.only)
+            log.info("part %s: %.0f s", part, time.perf_counter() - started)
+    except OutOfTimeError:
+        log.info("the time is over; the same command goes on where this one stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
