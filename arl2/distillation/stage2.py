@@ -37,8 +37,8 @@ class Context(StrEnum):
 
     For `RESAMPLED`, the data are made noisy at one of the last steps of the student's sampler, and the student denoises
     them from there, each block after the data's blocks before it. So content is the data's, and errors are those of
-    inference. Source: Resampling Forcing, arXiv 2512.15702, which lets errors add up over blocks; here all blocks are
-    denoised at once.
+    inference. The first block stays the data's: nothing before it tells what it shows. Source: Resampling Forcing, arXiv
+    2512.15702, which lets errors add up over blocks; here all blocks are denoised at once.
     """
 
     DATA = "data"
@@ -312,7 +312,8 @@ class Stage2(Objective):
                 noisy = noise.resampled(made, self.settings.frames_per_block, step, sigma)
                 times = noisy.new_full(noisy.shape[:2], timestep)
                 made = noisy - sigma * self._flow_after_data(batch, noisy, times, text).to(noisy)
-        return made
+        size = self.settings.frames_per_block
+        return torch.cat([clean[:, :size], made[:, size:]], dim=1)
 
     def _flow_after_data(self, batch: VideoBatch, noisy_BFCHW: Tensor, times_BF: Tensor, text: TextKV) -> Tensor:
         """The student's velocity in all blocks, each after the data's blocks before it, in segments as in training."""

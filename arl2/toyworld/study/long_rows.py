@@ -93,7 +93,8 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
     ),
     "contexts": (
         LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
-        LongRow("hybrid_75_resampled_twice", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
+        LongRow("hybrid_75_resampled_2", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
+        LongRow("hybrid_75_resampled_4", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=4")),
         LongRow("hybrid_75_longer", after="hybrid_75"),
     ),
 }
