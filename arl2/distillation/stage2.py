@@ -37,8 +37,8 @@ class Context(StrEnum):
 
     For `RESAMPLED`, the data are made noisy at one of the last steps of the student's sampler, and the student denoises
     them from there, each block after the data's blocks before it. So content is the data's, and errors are those of
-    inference. The first block stays the data's: nothing before it tells what it shows. Source: Resampling Forcing, arXiv
-    2512.15702, which lets errors add up over blocks; here all blocks are denoised at once.
+    inference. The first block stays the data's: nothing before it tells what it shows. Source: Resampling Forcing,
+    arXiv 2512.15702, which lets errors add up over blocks; here all blocks are denoised at once.
     """
 
     DATA = "data"
