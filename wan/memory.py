@@ -291,8 +291,8 @@ class AveragedSinkMemory(KVMemory):
     So every sink frame takes the position of the last frame that it took in, and the sink always stands right before
     the window. That is the average of keys before their rotation, with positions counted from the start of the sink:
     attention depends on differences of positions only. Frames leave when a block is committed, to make room for the
-    next one, so all blocks of a video have one size. Averages are kept in float32 at least: in half precision a step of
-    1 - α = 0.001 would round to nothing.
+    next one, so all blocks of a video have one size. Averages are kept in float32 at least: rounding to half precision
+    is coarser than a step of 1 - α = 0.001.
 
     Source: EMA-Sink of Reward Forcing (arXiv 2512.04678, section 3.2); α = 0.999 and the positions are those of its
     public code. The paper's average, as here, is of frames that leave the window.
