@@ -100,15 +100,15 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
         self.register_to_config(**sampling)
         self.wan_vae = WanVAE(vae)
         self._known_cuts = set[str]()
-        self._memories_warned_of: set[tuple[int | None, int]] = set()
+        self._warnings_of_memory = set[str]()
         self._undo = ExitStack()
 
     def resolve_memory(self, memory: MemoryConfig) -> MemoryConfig:
         """The memory that a request means for this model; one that training did not meet is warned of, once."""
         trained = self.transformer.trained_memory
         warning = memory.warning(trained, bool(self.transformer.hybrid.layers))
-        if warning is not None and memory.window not in self._memories_warned_of:
-            self._memories_warned_of.add(memory.window)
+        if warning is not None and warning not in self._warnings_of_memory:
+            self._warnings_of_memory.add(warning)
             log.warning("%s", warning)
         return memory.resolved(trained)
 

@@ -16,9 +16,11 @@ from arl2.model import HybridSettings
 from arl2.rollout import FewStepSampler, SeededNoise, remember_block, rollout
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import InferenceConfig, MemoryConfig, MemoryKind, SinkKind, SpeedConfig
+from pipelines.feasibility import TransformerSizes, room_for_generation
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.random_model import random_pipeline
 from pipelines.training.config import Stage2Config
+from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
 from wan.utils.settings import differences
 from wan.vae.wan_vae import TOY_VAE
@@ -90,6 +92,28 @@ def test_given_frames_are_made_anew_too(softmax: Path) -> None:
             last = made.latents_BFCHW
             latents.append(last)
     torch.testing.assert_close(torch.cat(found, dim=1)[:, -6:], torch.cat(latents, dim=1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("memory", "frames"), [(AVERAGE, 12), (AVERAGE, 6), (ANEW, 12)])
+def test_the_estimate_of_a_run_counts_them(softmax: Path, memory: MemoryConfig, frames: int) -> None:
+    config = InferenceConfig(model_folder=str(softmax), num_output_frames=frames, memory=memory, **SIZE)
+    sizes = TransformerSizes.of(transformer_config(softmax))
+    pipeline = CausalVideoPipeline.from_pretrained(softmax)
+    needed = room_for_generation(config, sizes, torch.float32).parts["memory of layers"]
+    assert needed == pipeline.new_memory(1, *SIZE.values(), frames, memory).num_bytes
+    plain = pipeline.transformer.memory_bytes(frames, 4, 6, torch.float32, *memory.window_for(frames))
+    averaged = plain // 7 * 2 if memory is AVERAGE and frames > 7 else 0
+    assert needed == plain + averaged
+
+
+@pytest.mark.parametrize("memory", [AVERAGE, ANEW])
+def test_rollouts_that_become_data_have_them(softmax: Path, softmax_config: Path, memory: MemoryConfig) -> None:
+    config = InferenceConfig(model_folder=str(softmax), num_output_frames=15, memory=memory, **SIZE)
+    teacher = import_module("generate_latents").Teacher(config, False, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        found = teacher.roll_out(3, teacher.encoder.encode(["a red shape"]))
+    pipeline = CausalVideoPipeline.from_pretrained(softmax)
+    torch.testing.assert_close(found, streamed(pipeline, memory), rtol=1e-4, atol=1e-4)
 
 
 FLAGS = ("--memory", "window", "--window_frames", "6")
