@@ -38,8 +38,8 @@ class Conditions:
             first step that it takes, in place of noise alone. None for none.
         strength: fraction of the steps that a block with a source takes, the last ones, in (0, 1].
         on_step: called after every step; what it returns takes the place of the latents, but for the kept ones.
-        context_BFCHW: of the last frames before the first generated block, as many as are computed anew; only needed
-            where frames are.
+        context_BFCHW: of the last frames before the first generated block; read only by a rollout that computes frames
+            anew.
     """
 
     kept_BFCHW: Tensor | None = None
@@ -279,7 +279,7 @@ def remember_anew(
     recomputed cache of Krea Realtime 14B (github.com/krea-ai/realtime-video), which does so before every block.
 
     Args:
-        model, text, memory, timestep: as in `remember_block`; all layers are softmax layers.
+        model, text, memory, timestep: as in `remember_block`. States of hybrid layers forget earlier blocks too.
         latents_BFCHW: the blocks, one after another.
         frames_per_block: latent frames per block.
         start_frame: absolute index of their first latent frame.
