@@ -38,12 +38,15 @@ class Conditions:
             first step that it takes, in place of noise alone. None for none.
         strength: fraction of the steps that a block with a source takes, the last ones, in (0, 1].
         on_step: called after every step; what it returns takes the place of the latents, but for the kept ones.
+        context_BFCHW: of the last frames before the first generated block; read only by a rollout that computes frames
+            anew.
     """
 
     kept_BFCHW: Tensor | None = None
     source_BFCHW: Tensor | None = None
     strength: float = 1.0
     on_step: StepHook | None = None
+    context_BFCHW: Tensor | None = None
 
     def first_step(self, steps: int) -> int:
         """Index of the first of some steps that is taken; rounds as diffusers' video to video does."""
@@ -260,6 +263,33 @@ def remember_block(
     memory.commit(updates)
 
 
+def remember_anew(
+    model: FlowModel,
+    latents_BFCHW: Tensor,
+    frames_per_block: int,
+    text: TextKV,
+    memory: Memory,
+    start_frame: int,
+    timestep: float = 0.0,
+) -> None:
+    """Let a memory hold some finished blocks and nothing of what came before them.
+
+    Block after block is remembered in the emptied memory, which equals one pass over all of them with a block-causal
+    mask. Over a window that never held more, keys and values are no others than those of `remember_block`. Source: the
+    recomputed cache of Krea Realtime 14B (github.com/krea-ai/realtime-video), which does so before every block.
+
+    Args:
+        model, text, memory, timestep: as in `remember_block`. States of hybrid layers forget earlier blocks too.
+        latents_BFCHW: the blocks, one after another.
+        frames_per_block: latent frames per block.
+        start_frame: absolute index of their first latent frame.
+    """
+    memory.reset()
+    for first in range(0, latents_BFCHW.shape[1], frames_per_block):
+        block = latents_BFCHW[:, first : first + frames_per_block]
+        remember_block(model, block, text, memory, start_frame + first, timestep)
+
+
 def _block_tokens(model: FlowModel, latents_BFCHW: Tensor) -> int:
     height, width = latents_BFCHW.shape[-2:]
     return latents_BFCHW.shape[1] * model.tokens_per_frame(height, width)
@@ -291,6 +321,7 @@ def rollout(
     context_noise: float = 0.0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     conditions: Conditions = NO_CONDITIONS,
+    recomputed_frames: int = 0,
 ) -> Iterator[GeneratedBlock]:
     """Generate a video block by block; each block is yielded before it is remembered.
 
@@ -305,12 +336,14 @@ def rollout(
         context_noise: timestep of the clean pass.
         phase: context manager entered around "denoise" and "remember", to time them.
         conditions: latents that blocks are made from, and a hook after every step.
+        recomputed_frames: latent frames before every block that the memory is made of anew, see `remember_anew`, a
+            multiple of a block's; 0 to remember every block once.
 
     Yields:
         every block. The last one is not remembered, since nothing reads it. To extend a video, call `remember_block`.
     """
     indices: Iterable[int] = count() if blocks is None else range(blocks)
-    source = conditions.source_BFCHW
+    source, recent = conditions.source_BFCHW, conditions.context_BFCHW
     for index in indices:
         with phase("denoise"):
             steps = sampler.for_block(start_frame)
@@ -330,5 +363,11 @@ def rollout(
         yield GeneratedBlock(index, start_frame, latents)
         if blocks is None or index + 1 < blocks:
             with phase("remember"):
-                remember_block(model, latents, text, memory, start_frame, context_noise)
+                if recomputed_frames:
+                    recent = latents if recent is None else torch.cat([recent, latents], dim=1)
+                    recent = recent[:, -recomputed_frames:]
+                    first_frame = start_frame + latents.shape[1] - recent.shape[1]
+                    remember_anew(model, recent, latents.shape[1], text, memory, first_frame, context_noise)
+                else:
+                    remember_block(model, latents, text, memory, start_frame, context_noise)
         start_frame += latents.shape[1]

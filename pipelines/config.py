@@ -50,6 +50,13 @@ class MemoryKind(StrEnum):
     window = "window"
 
 
+class SinkKind(StrEnum):
+    """What the sink of a window holds."""
+
+    first = "first"
+    average = "average"
+
+
 @dataclass
 class MemoryConfig:
     """Memory of the softmax layers; hybrid layers have their state.
@@ -58,12 +65,20 @@ class MemoryConfig:
         kind: trained for what the checkpoint was trained with, which is everything where it does not say; full for
             everything; window for a sink and a sliding window, whose size does not grow with the video.
         window_frames: latent frames that a query sees, its own block and the sink included.
-        sink_frames: first latent frames, never dropped.
+        sink_frames: latent frames of the sink, which is never dropped.
+        sink: first for the first frames as they were; average for a moving average of them and of all frames that have
+            left the window, see `wan.memory.AveragedSinkMemory`.
+        sink_decay: weight of the sink in that average when a frame leaves.
+        recompute: compute keys and values of a window's earlier frames anew before every block, see
+            `arl2.rollout.remember_anew`: they then hold nothing of frames that left the window.
     """
 
     kind: MemoryKind = MemoryKind.trained
     window_frames: Frames = 9
     sink_frames: Annotated[int, Bounds(0, 10**6)] = 3
+    sink: SinkKind = SinkKind.first
+    sink_decay: Annotated[float, Bounds(0, 1, above=True)] = 0.999
+    recompute: bool = False
 
     @property
     def window(self) -> tuple[int | None, int]:
@@ -83,6 +98,20 @@ class MemoryConfig:
             return frames, 0  # nothing is dropped, so there is no sink to keep
         return window_frames, sink_frames
 
+    def decay_for(self, frames: int | None) -> float | None:
+        """Decay of the sink's moving average for a video of some frames, None for no end; None for no average."""
+        is_average = self.sink is SinkKind.average and self.window_for(frames)[1] > 0
+        return self.sink_decay if is_average else None
+
+    def recomputed_for(self, frames: int | None, frames_per_block: int) -> int:
+        """Latent frames to compute anew before a block of a video of some frames, None for no end.
+
+        It is 0 where no frame ever leaves the window, since nothing would change.
+        """
+        if not self.recompute or (frames is not None and frames <= self.window_frames):
+            return 0
+        return self.window_frames - frames_per_block
+
     def resolved(self, trained: TrainedMemory | None) -> "MemoryConfig":
         """The memory of a model: `trained` replaced by what the model was trained with.
 
@@ -97,7 +126,11 @@ class MemoryConfig:
 
     def identity(self) -> dict[str, Any]:
         """As it is noted of what was made with it: frames of a window that there is not are as by default."""
-        return asdict(self if self.kind is MemoryKind.window else MemoryConfig(self.kind))
+        noted = asdict(self if self.kind is MemoryKind.window else MemoryConfig(self.kind))
+        # Records of earlier versions lack these: they are left out where they do nothing.
+        idle = {"sink", "sink_decay"} if noted["sink"] is SinkKind.first else set()
+        idle |= set() if noted["recompute"] else {"recompute"}
+        return {name: value for name, value in noted.items() if name not in idle}
 
     def refuse_idle(self, given: Collection[str]) -> None:
         """Make sure that no setting of the command line would do nothing.
@@ -106,13 +139,44 @@ class MemoryConfig:
             given: dotted names of the command line's settings.
 
         Raises:
-            InputError: frames of a window that there is not.
+            InputError: settings of a window or of an average that there is not.
         """
-        for name in ("window_frames", "sink_frames"):
-            if self.kind is not MemoryKind.window and f"memory.{name}" in given:
-                raise InputError(
-                    f"{name} needs a window, the memory is {self.kind.value}: give memory.kind=window too, or drop it"
-                )
+        for each in fields(self)[1:]:
+            if self.kind is not MemoryKind.window and f"memory.{each.name}" in given:
+                raise InputError(_needs_window(each.name, self.kind))
+        if self.sink is not SinkKind.average and "memory.sink_decay" in given:
+            raise InputError("sink_decay is of a moving average: give memory.sink=average too, or drop it")
+
+    def refuse_variants(self, name: str) -> None:
+        """Make sure that this is a plain memory, for training and probes, which have no other.
+
+        Args:
+            name: of the setting, for the message.
+
+        Raises:
+            InputError: its sink is an average, or it is computed anew.
+        """
+        for setting, value in (("sink", self.sink is SinkKind.average), ("recompute", self.recompute)):
+            if value:
+                raise InputError(f"{name}.{setting} is built for generating videos alone: drop it here")
+
+    def refuse_for_layers(self, hybrid_layers: Collection[int], num_layers: int) -> None:
+        """Make sure that a model's layers can have this memory.
+
+        Args:
+            hybrid_layers: indices of the hybrid ones.
+            num_layers: of the model.
+
+        Raises:
+            InputError: there is no softmax layer for a sink, or a hybrid layer whose state cannot be computed anew.
+        """
+        if self.sink is SinkKind.average and len(hybrid_layers) == num_layers:
+            raise InputError("memory.sink=average would do nothing: no layer of this model is a softmax layer, drop it")
+        if self.recompute and hybrid_layers:
+            raise InputError(
+                f"memory.recompute forgets all but the window, {len(hybrid_layers)} layers of this model are hybrid: "
+                "their state is of the whole video, drop it"
+            )
 
     def fitting(self, trained: TrainedMemory | None, frames_per_block: int, source: str | Path) -> "MemoryConfig":
         """As `resolved`, and checked.
@@ -123,12 +187,11 @@ class MemoryConfig:
         Raises:
             InputError: the window cannot hold a block.
         """
+        self.check(frames_per_block)
         memory = self.resolved(trained)
         try:
             memory.check(frames_per_block)
         except InputError as error:
-            if self.kind is not MemoryKind.trained:
-                raise
             raise CheckpointError(
                 f"{source} was trained with {trained}, says its trained_memory, which cannot hold a block of "
                 f"{frames_per_block} frames: correct that, or give frames_per_block or memory.kind"
@@ -145,7 +208,10 @@ class MemoryConfig:
         if self.kind is MemoryKind.trained:
             return None
         asked = describe_memory(*self.window)
-        if trained is not None and not trained.covers(*self.window):
+        asked += f", a moving average of decay {self.sink_decay:g}" if self.sink is SinkKind.average else ""
+        asked += ", computed anew before every block" if self.recompute else ""
+        is_new = self.sink is SinkKind.average or self.recompute
+        if trained is not None and (is_new or not trained.covers(*self.window)):
             return (
                 f"this model was trained with {trained}; with {asked} in its softmax layers, which training did not "
                 "meet, it is less accurate: memory kind trained takes what it was trained with"
@@ -158,13 +224,33 @@ class MemoryConfig:
         return None
 
     def check(self, frames_per_block: int) -> None:
-        """Make sure that a block fits; a kind that is not resolved does.
+        """Make sure that a block fits, and that all settings go together; a block fits a kind that is not resolved.
 
         Raises:
-            InputError: the window is too small.
+            InputError: the window is too small, or a setting needs another one.
         """
-        if self.kind is not MemoryKind.trained:
-            check_window(*self.window, frames_per_block)
+        for name, value in (("sink", self.sink is SinkKind.average), ("recompute", self.recompute)):
+            if value and self.kind is not MemoryKind.window:
+                raise InputError(_needs_window(name, self.kind))
+        if self.kind is MemoryKind.trained:
+            return
+        check_window(*self.window, frames_per_block)
+        if self.sink is SinkKind.average and (not self.sink_frames or self.sink_decay == 1):
+            raise InputError(
+                f"memory.sink=average of {self.sink_frames} frames and decay {self.sink_decay:g} averages nothing: "
+                "give memory.sink_frames of at least 1 and memory.sink_decay below 1, or memory.sink=first"
+            )
+        before = self.window_frames - frames_per_block
+        if self.recompute and (self.sink_frames or not before or before % frames_per_block):
+            raise InputError(
+                f"memory.recompute needs a window of two or more whole blocks of {frames_per_block} without a sink, "
+                f"not {self.window_frames} frames with a sink of {self.sink_frames}: change memory.window_frames or "
+                "memory.sink_frames"
+            )
+
+
+def _needs_window(name: str, kind: MemoryKind) -> str:
+    return f"{name} needs a window, the memory is {kind.value}: give memory.kind=window too, or drop it"
 
 
 @dataclass
@@ -381,7 +467,8 @@ class InferenceConfig(GeneratorSampling):
         What records of earlier versions lack is left out where it does nothing.
         """
         idle = {name for name in ("first_block_denoising_steps", "strength") if getattr(self, name) is None}
-        return {name: value for name, value in asdict(self).items() if name not in (*NOT_OF_VIDEOS, *idle)}
+        noted = asdict(self) | {"memory": self.memory.identity()}
+        return {name: value for name, value in noted.items() if name not in (*NOT_OF_VIDEOS, *idle)}
 
 
 def check_size(height: int, width: int, stride: int, patch_size: Sequence[int]) -> None:

@@ -117,10 +117,18 @@ def transformer_parameters(sizes: TransformerSizes, hybrid: HybridSettings) -> i
     return outside + layers * mixed + (sizes.num_layers - layers) * softmax
 
 
-def memory_of_layers(sizes: TransformerSizes, hybrid_layers: int, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the memory of one video: keys and values of softmax layers, states of hybrid ones."""
-    state = sizes.dim * (sizes.dim // sizes.num_heads) * torch.promote_types(dtype, torch.float32).itemsize
-    keys_and_values = 2 * tokens * sizes.dim * dtype.itemsize
+def memory_of_layers(
+    sizes: TransformerSizes, hybrid_layers: int, tokens: int, dtype: torch.dtype, averaged_tokens: int = 0
+) -> int:
+    """Bytes of the memory of one video: keys and values of softmax layers, states of hybrid ones.
+
+    Args:
+        tokens: that softmax layers keep.
+        averaged_tokens: of a sink that is a moving average, which is kept in float32 too.
+    """
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    state = sizes.dim * (sizes.dim // sizes.num_heads) * wide
+    keys_and_values = 2 * sizes.dim * (tokens * dtype.itemsize + averaged_tokens * wide)
     return hybrid_layers * state + (sizes.num_layers - hybrid_layers) * keys_and_values
 
 
@@ -197,12 +205,15 @@ def room_for_generation(
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
     trained = None if stored is None else stored.memory
     memory = config.memory.fitting(trained, config.frames_per_block, source)
-    window_frames, _ = memory.window_for(config.num_output_frames)
+    if hybrid.layers or stored is not None:
+        memory.refuse_for_layers(layers, sizes.num_layers)
+    window_frames, sink_frames = memory.window_for(config.num_output_frames)
+    averaged = 0 if memory.decay_for(config.num_output_frames) is None else sink_frames * tokens
     frames = window_frames if window_frames is not None else config.num_output_frames
     block = config.frames_per_block * tokens
     parts = {
         "weights": transformer_parameters(sizes, hybrid) * dtype.itemsize + text_encoder_bytes(folder, dtype),
-        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype) // processes,
+        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype, averaged) // processes,
         "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize // processes,
     }
     if not decodes:  # then the latents of the whole video are kept

@@ -145,9 +145,18 @@ class Teacher:
         latents = torch.empty(1, config.num_output_frames, *self._shape, device=self._device)
         blocks = num_blocks(config.num_output_frames, config.frames_per_block)
         with model.as_teacher():
-            window = self._memory.window_for(config.num_output_frames)
-            memory, text = model.memory_for(latents, *window), model.embed_text(text_BTD)
-            made = rollout(model, self._sampler, noise, text, memory, blocks, context_noise=config.context_noise)
+            frames, asked = config.num_output_frames, self._memory
+            memory = model.memory_for(latents, *asked.window_for(frames), sink_decay=asked.decay_for(frames))
+            made = rollout(
+                model,
+                self._sampler,
+                noise,
+                model.embed_text(text_BTD),
+                memory,
+                blocks,
+                context_noise=config.context_noise,
+                recomputed_frames=asked.recomputed_for(frames, config.frames_per_block),
+            )
             for block in made:
                 latents[:, block.start_frame : block.start_frame + config.frames_per_block] = block.latents_BFCHW
         return latents

@@ -280,6 +280,7 @@ def main() -> int:
     """Parse, probe, report."""
     arguments = parse()
     config = load_config(InferenceConfig, arguments.config, arguments.settings, arguments.flags)
+    config.memory.refuse_variants("memory")
     settings = long_settings(arguments)
     device = choose_device(arguments.device)
     if settings is not None:

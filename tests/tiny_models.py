@@ -59,7 +59,12 @@ def tiny_video(frames: int = 9, batch: int = 2, dtype: torch.dtype = torch.float
 
 
 def new_memory(
-    model: HybridWanModel, batch: int = 2, window: int | None = None, sink: int = 0, differentiable: bool = False
+    model: HybridWanModel,
+    batch: int = 2,
+    window: int | None = None,
+    sink: int = 0,
+    differentiable: bool = False,
+    decay: float | None = None,
 ) -> Memory:
     """An empty memory that starts small, so that full ones must grow."""
     return model.new_memory(
@@ -72,5 +77,6 @@ def new_memory(
             window_frames=window,
             sink_frames=sink,
             differentiable=differentiable,
+            sink_decay=decay,
         )
     )

@@ -346,12 +346,13 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         sink_frames: int = 0,
         differentiable: bool = False,
         dtype: torch.dtype | None = None,
+        sink_decay: float | None = None,
     ) -> Memory:
         """Empty memory for videos of the number, length and size of some latents, on their device.
 
         Args:
             latents_BFCHW: only their shape and device count.
-            window_frames, sink_frames, differentiable: as in `MemorySpec`.
+            window_frames, sink_frames, differentiable, sink_decay: as in `MemorySpec`.
             dtype: of keys and values; None for that of the model.
         """
         batch, frames, _, height, width = latents_BFCHW.shape
@@ -366,6 +367,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
                 sink_frames=sink_frames,
                 differentiable=differentiable,
                 head_shards=self.head_shards,
+                sink_decay=sink_decay,
             )
         )
 
@@ -377,6 +379,7 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         dtype: torch.dtype,
         window_frames: int | None = None,
         sink_frames: int = 0,
+        sink_decay: float | None = None,
     ) -> int:
         """Bytes of all layers' memories of one video; nothing is allocated.
 
@@ -384,10 +387,10 @@ class CausalWanModel(ModelMixin, ConfigMixin):
             frames: latent frames that are remembered.
             height, width: of a latent frame.
             dtype: of keys and values.
-            window_frames, sink_frames: as in `MemorySpec`.
+            window_frames, sink_frames, sink_decay: as in `MemorySpec`.
         """
         latents = torch.empty(1, frames, self.config.in_dim, height, width, device="meta")
-        return self.memory_for(latents, window_frames, sink_frames, dtype=dtype).num_bytes
+        return self.memory_for(latents, window_frames, sink_frames, dtype=dtype, sink_decay=sink_decay).num_bytes
 
     def parallel_views(self, layout: ParallelLayout, past: Sequence[Any] | None = None) -> list[Any]:
         """Views for a forward over all blocks of a sequence at once, one per layer; see `wan.teacher_forcing`.

@@ -105,9 +105,13 @@ def add_memory_flags(parser: Parser) -> None:
     )
     seen = "latent frames that a query sees, its own block and the sink included; with --memory window"
     parser.add_setting("--window_frames", "memory.window_frames", seen, group=memory)
-    parser.add_setting(
-        "--sink_frames", "memory.sink_frames", "first latent frames, never dropped; with --memory window", group=memory
-    )
+    for name, about in {
+        "sink_frames": "latent frames of the sink, never dropped; with --memory window",
+        "sink": "the first frames as they were, or a moving average of them and the frames that left the window",
+        "sink_decay": "weight of the sink in that average when a frame leaves; with --sink average",
+        "recompute": "compute keys and values of the window anew before every block; with --memory window",
+    }.items():
+        parser.add_setting(f"--{name}", f"memory.{name}", about, group=memory)
 
 
 def add_speed_flags(parser: Parser) -> None:

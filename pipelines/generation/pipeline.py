@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from arl2.guidance import GuidedModel
 from arl2.model import HybridWanModel
-from arl2.rollout import Conditions, GeneratedBlock, Noise, SeededNoise, StepHook, remember_block, rollout
+from arl2.rollout import Conditions, GeneratedBlock, Noise, SeededNoise, StepHook, remember_anew, rollout
 from pipelines.config import GeneratorSampling, MemoryConfig, PipelineSettings
 from pipelines.generation.blocks import GIVEN, TEXT, NonFiniteBlockError, VideoBlock
 from pipelines.generation.decoding import BlockDecoder, Phase
@@ -100,15 +100,15 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
         self.register_to_config(**sampling)
         self.wan_vae = WanVAE(vae)
         self._known_cuts = set[str]()
-        self._memories_warned_of: set[tuple[int | None, int]] = set()
+        self._warnings_of_memory = set[str]()
         self._undo = ExitStack()
 
     def resolve_memory(self, memory: MemoryConfig) -> MemoryConfig:
         """The memory that a request means for this model; one that training did not meet is warned of, once."""
         trained = self.transformer.trained_memory
         warning = memory.warning(trained, bool(self.transformer.hybrid.layers))
-        if warning is not None and memory.window not in self._memories_warned_of:
-            self._memories_warned_of.add(memory.window)
+        if warning is not None and warning not in self._warnings_of_memory:
+            self._warnings_of_memory.add(warning)
             log.warning("%s", warning)
         return memory.resolved(trained)
 
@@ -121,7 +121,7 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
             latent_frames: of the whole video, to be allocated at once; None if it is not known.
             memory: of the softmax layers; another than the model was trained with is warned of once.
         """
-        memory.fitting(self.transformer.trained_memory, self.config.frames_per_block, "this model")
+        self.check_memory(memory)
         memory = self.resolve_memory(memory)
         window_frames, sink_frames = memory.window_for(latent_frames)
         spec = MemorySpec(
@@ -133,6 +133,7 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
             window_frames=window_frames,
             sink_frames=sink_frames,
             head_shards=self.transformer.head_shards,
+            sink_decay=memory.decay_for(latent_frames),
         )
         return (self._pool or self.transformer).new_memory(spec)
 
@@ -240,10 +241,11 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
             model = GuidedModel(model, plan.texts.guidance_scale)
         if given.all():
             made_from[GIVEN] = torch.cat(given.all(), dim=1)
-        if given.context_BFCHW is not None:
-            for start in range(0, given.context_frames, frames_per_block):
-                block = given.context_BFCHW[:, start : start + frames_per_block]
-                remember_block(model, block, text, state, start)
+        recomputed = plan.memory.recomputed_for(plan.latent_frames, frames_per_block)
+        context = given.context_BFCHW
+        if context is not None:
+            context = context[:, -recomputed:]  # all of them for 0
+            remember_anew(model, context, frames_per_block, text, state, given.context_frames - context.shape[1])
         generated: Iterator[GeneratedBlock] = rollout(
             model,
             plan.sampler,
@@ -254,7 +256,8 @@ class CausalVideoPipeline(CallMixin, DecodingMixin, LoadingMixin):
             given.context_frames,
             context_noise,
             phase,
-            Conditions(given.kept_BFCHW, given.source_BFCHW, plan.given.strength or 1.0, self._hook(plan)),
+            Conditions(given.kept_BFCHW, given.source_BFCHW, plan.given.strength or 1.0, self._hook(plan), context),
+            recomputed,
         )
         decode = BlockDecoder(self.wan_vae, size, self._side, given.context_BFCHW, made_from, phase, lockstep)
         if lockstep is not None:

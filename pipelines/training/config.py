@@ -203,7 +203,13 @@ class Stage2Config(TrainingConfig):
         return self.memory.resolved(None)
 
     def objective_settings(self) -> Stage2Settings:
-        """As `Stage2` takes them."""
+        """As `Stage2` takes them.
+
+        Raises:
+            InputError: a memory that is built for inference alone.
+        """
+        self.memory.refuse_variants("memory")
+        self.teacher_memory.refuse_variants("teacher_memory")
         window_frames, sink_frames = self.student_memory().window
         teacher_window_frames, teacher_sink_frames = self.teacher_memory.resolved(None).window
         return Stage2Settings(

@@ -124,7 +124,7 @@ def test_the_memory_of_a_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pipeline.transformer.register_to_config(trained_memory=None if trained is None else trained.as_plain())
-    pipeline._memories_warned_of.clear()
+    pipeline._warnings_of_memory.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):  # and one warning
             pipeline.new_memory(1, 16, 16, 3, asked)

@@ -15,7 +15,7 @@ import inference
 import train_stage1
 import train_stage2
 from arl2.model import FFNLoRA
-from pipelines.config import InferenceConfig, MemoryKind
+from pipelines.config import InferenceConfig, MemoryKind, SinkKind
 from pipelines.flags import Parser
 from pipelines.generation.arguments import inference_parser
 from pipelines.generation.pipeline import CausalVideoPipeline
@@ -51,6 +51,9 @@ def test_every_memory_field_has_a_flag_and_a_setting() -> None:
     by_flags = read("--memory", "window", "--window_frames", "6", "--sink_frames", "0").memory
     by_settings = read("memory.kind=window", "memory.window_frames=6", "memory.sink_frames=0").memory
     assert by_flags == by_settings and by_flags.kind is MemoryKind.window and by_flags.window == (6, 0)
+    others = read("--sink", "average", "--sink_decay", "0.5", "--recompute").memory
+    assert others == read("memory.sink=average", "memory.sink_decay=0.5", "memory.recompute=true").memory
+    assert (others.sink, others.sink_decay, others.recompute) == (SinkKind.average, 0.5, True)
 
 
 def test_settings_may_stand_anywhere() -> None:

@@ -64,6 +64,8 @@ def test_a_preset_has_the_settings_of_its_model(path: Path) -> None:
     memory = config.memory
     assert memory.kind is (MemoryKind.window if path.stem in WINDOWS else MemoryKind.full)
     assert memory.window == WINDOWS.get(path.stem, (None, 0))
+    assert memory.decay_for(None) == (0.999 if path.stem == "reward_forcing" else None)
+    assert memory.recomputed_for(None, config.frames_per_block) == (3 if path.stem == "krea_14b" else 0)
     assert (config.caveat is not None) is (path.stem in ("reward_forcing", "krea_14b", "streamdiffusionv2"))
 
 
@@ -121,7 +123,8 @@ def test_a_stored_pipeline_keeps_the_steps_of_its_first_block(world: Path) -> No
 
 
 def toy_flags(world: Path, config: InferenceConfig) -> list[str]:
-    frames = 2 * config.frames_per_block
+    slides = config.memory.kind is MemoryKind.window
+    frames = config.memory.window_frames + config.frames_per_block if slides else 2 * config.frames_per_block
     small = [f"{name}={value}" for name, value in SIZE.items()]
     weights = [f"model_folder={world / 'model'}", "--checkpoint_path", str(world / "weights.pt")]
     return [*small, *weights, f"num_output_frames={frames}", "--prompt", "a red ball"]

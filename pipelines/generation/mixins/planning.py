@@ -84,6 +84,16 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
 
     transformer: HybridWanModel
 
+    def check_memory(self, memory: MemoryConfig) -> None:
+        """Make sure that this model's layers can have a memory.
+
+        Raises:
+            InputError: a block does not fit, or settings do not go with one another or the layers.
+        """
+        transformer = self.transformer
+        memory.fitting(transformer.trained_memory, self.config.frames_per_block, "this model")
+        memory.refuse_for_layers(transformer.hybrid.layers, transformer.config.num_layers)
+
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of a video of `num_frames` frames.
 
@@ -167,7 +177,7 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         )
         self.check_text(texts, max_sequence_length)
         remembered = as_memory(memory)
-        remembered.fitting(self.transformer.trained_memory, settings.frames_per_block, "this model")
+        self.check_memory(remembered)
         sampler = choose_sampler(settings, num_inference_steps, timesteps)
         given = self._read_given(image, video, strength, texts.batch, height, width, sampler)
         frames, blocks = self._length(num_frames, given)

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_models import GPU, SIZES, gpu_blocks, gpu_memory, gpu_model, gpu_text
+from gpu_models import GPU, SAMPLER, SIZES, gpu_blocks, gpu_memory, gpu_model, gpu_text
 
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.linear import require_fp8
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.ops.gated_delta import WriteBackend
-from wan.memory import MemorySpec
+from arl2.rollout import SeededNoise, rollout
+from wan.memory import Memory, MemorySpec
+from wan.model import FlowModel
 
 
 @contextmanager
@@ -40,6 +42,28 @@ def test_recorded_passes_change_nothing(layers: tuple[int, ...], graphs: int) ->
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
         if video == 0:
             assert fast.num_graphs == graphs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "sink", "decay", "recomputed"), [(9, 3, 0.7, 0), (8, 2, 0.7, 0), (6, 0, None, 3)])
+def test_recorded_passes_over_averages_and_memories_made_anew(
+    window: int, sink: int, decay: float | None, recomputed: int
+) -> None:
+    model = gpu_model(torch.float32, WriteBackend.RECURRENT, layers=())
+    fast, pool = GraphedModel(InferenceModel(model), GPU), MemoryPool(model)
+    spec = MemorySpec(1, 24, GPU, torch.float32, 3, window, sink, sink_decay=decay)
+
+    def blocks(runs: FlowModel, memory: Memory, seed: int) -> list[torch.Tensor]:
+        noise, text = SeededNoise([seed], (3, 16, 8, 12), GPU), gpu_text(model, seed)
+        made = rollout(runs, SAMPLER, noise, text, memory, 12, recomputed_frames=recomputed)
+        return [block.latents_BFCHW for block in made]
+
+    with torch.no_grad():
+        for video in range(2):
+            expected, found = blocks(model, model.new_memory(spec), video), blocks(fast, pool.new_memory(spec), video)
+            for mine, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert fast.num_graphs
 
 
 @pytest.mark.gpu
