@@ -314,13 +314,20 @@ class LongStudy:
             for times in sorted({exam.times for exam in exams})
         }
 
+    def _made_with(self, row: LongRow) -> Result:
+        """What a row's results depend on."""
+        settings = self.settings
+        videos = settings.short_videos if row.is_short else settings.long_videos
+        made_with = {"seed": settings.seed, "steps": settings.steps, "overrides": settings.overrides}
+        return made_with | {"row": vars(row), "training_videos": videos, "exam_videos": settings.exam_videos}
+
     def run_row(self, row: LongRow) -> None:
         """Train and examine a row that has no result, unless another process is at it."""
         with self._claimed(self.path("", row.name).name) as free:
             if not free:
                 log.info("%s: another process is at it", row.name)
                 return
-            made_with = {"row": vars(row), "seed": self.settings.seed, "steps": self.settings.steps}
+            made_with = self._made_with(row)
             page = self.path("results", row.name, ".json")
             if read_record(page, made_with, f"move it away, or give another {WORK}") is not None:
                 return
@@ -335,7 +342,7 @@ class LongStudy:
         """The exams of 64 times the length, for curves; the row must be trained."""
         with self._claimed(f"{self.path('', row.name).name}_curves") as free:
             page = self.path("curves", row.name, ".json")
-            made_with = {"row": vars(row), "seed": self.settings.seed}
+            made_with = self._made_with(row)
             if free and read_record(page, made_with, f"move it away, or give another {WORK}") is None:
                 write_record(page, made_with, {"name": row.name, "exams": self.examine(row, CURVES)})
 
