@@ -78,6 +78,11 @@ class FastBlock(nn.Module):
         """Projections of self-attention by name, ordered so that those needed by a pass are neighbours."""
         return {"q": self.attention.q, "k": self.attention.k, "v": self.attention.v}
 
+    def replaced(self) -> list[nn.Module]:
+        """Linear layers of the block that a form in FP8 computes for."""
+        layer, crossing = self.attention, self.block.cross_attn
+        return [layer.q, layer.k, layer.v, layer.o, crossing.q, crossing.o, self.block.ffn[0], self.block.ffn[2]]
+
     def large_weights(self) -> list[Weight]:
         """Weights of the products that take most of the block's memory, apart from the model's own modules."""
         self.ffn_in, self.ffn_out = (

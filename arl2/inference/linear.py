@@ -110,6 +110,30 @@ class FP8Linear(nn.Module):
         return y if bias is None else y + bias
 
 
+class ParkedWeights:
+    """Weights that are in host memory while their FP8 form computes in their place.
+
+    The model keeps its parameters, their names and values; a forward of its own would be on two devices.
+    """
+
+    def __init__(self) -> None:
+        self._parked: list[tuple[nn.Parameter, torch.device]] = []
+
+    def add(self, linears: Iterable[nn.Module]) -> None:
+        """Move the weights of linear layers to the host; biases stay, since FP8 layers share them."""
+        for linear in linears:
+            weight = (linear.linear if isinstance(linear, LoRALinear) else linear).weight
+            assert isinstance(weight, nn.Parameter)
+            self._parked.append((weight, weight.device))
+            weight.data = weight.data.cpu()
+
+    def release(self) -> None:
+        """Move them back."""
+        for weight, device in self._parked:
+            weight.data = weight.data.to(device)
+        self._parked = []
+
+
 def inference_linear(linear: nn.Module, fp8: bool) -> nn.Module:
     """Linear layer for inference: with its adapter folded in, and in FP8 if wanted; otherwise the layer itself."""
     if isinstance(linear, LoRALinear):

@@ -19,7 +19,7 @@ from arl2.inference.blocks import (
     uncompiled,
 )
 from arl2.inference.fused_ops import DeferredResidual, FusedOps
-from arl2.inference.linear import separate
+from arl2.inference.linear import ParkedWeights, separate
 from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedWeights
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import WriteBackend
@@ -38,7 +38,8 @@ class InferenceModel:
     Args:
         model: stays usable, with the same names and values.
         compile: compile the functions between attentions; the first pass of every size is slow then.
-        fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`.
+        fp8: compute the linear layers of the blocks in FP8, see `arl2.inference.linear.FP8Linear`. Until `release`,
+            their weights in the model are in host memory.
         kernels: compute the operations between products by Triton kernels, see
             `arl2.inference.fused_ops.require_kernels`.
         parallel: ranks that compute every pass together; all call with the same arguments, and all get the result.
@@ -58,6 +59,7 @@ class InferenceModel:
     ) -> None:
         self.model = model
         self._sharded = sharded
+        self._parked = ParkedWeights()
         self._parallel = parallel
         self._fp8 = fp8
         self._compile_fn = compiled if compile else uncompiled
@@ -67,12 +69,12 @@ class InferenceModel:
         self._blocks: list[FastBlock] = []
         for block in model.layers():
             self._blocks.append(fast_block(block, form).eval())
-            if sharded is None:
-                continue
-            if len(self._blocks) == 1:
+            if sharded is not None and len(self._blocks) == 1:
                 sharded.keep()  # no block runs before it, under which to fetch its weights
-            else:
+            elif sharded is not None:
                 sharded.add(self._blocks[-1].large_weights(), block)
+            if fp8:
+                self._parked.add(self._blocks[-1].replaced())
         if sharded is not None:
             sharded.finish()
 
@@ -89,6 +91,7 @@ class InferenceModel:
         self._blocks = []
         if self._sharded is not None:
             self._sharded.release()
+        self._parked.release()
         separate(self.model)
 
     def tokens_per_frame(self, height: int, width: int) -> int:

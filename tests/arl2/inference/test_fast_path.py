@@ -310,6 +310,27 @@ def test_fp8_stays_close_to_the_model() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_fp8_does_not_need_the_weights_that_wait_on_the_host(merged: bool) -> None:
+    """Stands in for another device: what is parked may have any values meanwhile."""
+    model = tiny_model(HYBRID, torch.float32)
+    if merged:
+        model.merge_ffn_lora()
+    fast, memory = InferenceModel(model, fp8=True), new_memory(model, window=9, sink=3)
+    expected = flows(fast, model, memory, 12, torch.float32)
+    parked = [weight for weight, _ in fast._parked._parked]
+    assert sum(map(torch.numel, parked)) > 0.5 * sum(map(torch.numel, model.parameters()))
+    kept = [weight.data.clone() for weight in parked]
+    for weight in parked:
+        weight.data.fill_(torch.nan)
+    memory.reset()
+    assert torch.equal(flows(fast, model, memory, 12, torch.float32), expected)
+    for weight, value in zip(parked, kept, strict=True):
+        weight.data.copy_(value)
+    fast.release()
+    assert not fast._parked._parked
+
+
 def test_what_a_device_lacks_is_an_error() -> None:
     pipeline = random_pipeline("toy")
     with pytest.raises(InputError, match="fp8 needs"):

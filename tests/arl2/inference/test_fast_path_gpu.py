@@ -90,12 +90,18 @@ def test_the_whole_fast_path_in_half_precision(fp8: bool, kernels: bool) -> None
     model = gpu_model(torch.bfloat16, WriteBackend.AUTO)
     if fp8:
         require_fp8(GPU, SIZES["dim"], SIZES["ffn_dim"])
+    text = gpu_text(model)
+    plain = gpu_blocks(model, gpu_memory(model, torch.bfloat16), text, 6)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     recorded = InferenceModel(model, compile=True, fp8=fp8, kernels=kernels)
     fast, pool = GraphedModel(recorded, GPU, recorded.without_kernels()), MemoryPool(model)
-    text, memory = gpu_text(model), gpu_memory(pool, torch.bfloat16)
-    found = gpu_blocks(fast, memory, text, 6)
+    found = gpu_blocks(fast, gpu_memory(pool, torch.bfloat16), text, 6)
     expected = gpu_blocks(exact, gpu_memory(exact, torch.float32), gpu_text(exact), 6)
-    plain = gpu_blocks(model, gpu_memory(model, torch.bfloat16), text, 6)
+    on_host = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_cuda)
+    assert (on_host > 0.5 * sum(parameter.nbytes for parameter in model.parameters())) == fp8
+    recorded.release()
+    for name, parameter in model.named_parameters():
+        assert parameter.is_cuda and torch.equal(parameter, before[name]), name
     error, usual = ((torch.stack(x) - torch.stack(expected)).norm() for x in (found, plain))
     assert fast.num_graphs == 4
     # No further from float32 than plain bfloat16 is, give or take; FP8 rounds 16 times as coarsely.
