@@ -27,7 +27,7 @@ from arl2.evaluation.eval_setup import EvalSetup
 from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.toyworld.probe.long_probe import STANDARD_LATENTS, Context
 from arl2.toyworld.probe.memory_benchmark import equal_memory_window
-from arl2.toyworld.study.long_rows import Layers, LongRow, Start, Window
+from arl2.toyworld.study.long_rows import Layers, LongRow, Stage, Start, Window
 from arl2.toyworld.world.scenes import HEIGHT, WIDTH
 from arl2.toyworld.world.worlds import World
 from pipelines.dtypes import choose_dtype
@@ -36,7 +36,7 @@ from pipelines.records import claimed, open_records, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.toyworld.draw import DrawSettings, draw_latents
 from pipelines.toyworld.long_memory import LongProbeSettings, read_model, run_rows
-from pipelines.training.config import Stage2Config
+from pipelines.training.config import Stage1Config, Stage2Config, TrainingConfig
 from pipelines.training.export import EXPORT
 from pipelines.training.run import train
 from wan.checkpoints.formats import transformer_config
@@ -221,26 +221,35 @@ class LongStudy:
             Start.STAGE1: STAGE1_WEIGHTS,
         }[row.start]
 
-    def config(self, row: LongRow) -> Stage2Config:
+    def config(self, row: LongRow) -> TrainingConfig:
         """A row's training: a config of configs/toyworld, and what the study changes."""
-        settings, window, before = self.settings, self.window_of(row), self.weights_before(row)
-        memory = ["memory.kind=full"] if window is None else ["memory.kind=window", f"memory.window_frames={window}"]
-        memory += [] if window is None else [f"memory.sink_frames={row.window.sink_frames}"]
-        is_whole = before is not None and not holds_hybrid_alone(before) and before != STAGE1_WEIGHTS
+        settings = self.settings
+        kind: type[TrainingConfig] = Stage1Config if row.stage is Stage.ONE else Stage2Config
         folders = ", ".join(map(str, self.data(row.is_short)))
         changes = [
             *(f"model_folder={settings.model}", f"run_folder={self.path('runs', row.name)}", f"data=[{folders}]"),
-            f"init_from={'null' if before is None or is_whole else before}",
-            f"checkpoint_path={before if is_whole else 'null'}",
             *("tracker=none", "sample_every=0", "keep=1", f"device={settings.device}", f"seed={settings.seed}"),
-            *("optimizer.decay=cosine", f"hybrid_layers={self.layers_of(row)}", *memory),
-            *(["trainable=all"] if row.trains_all else []),
+            *("optimizer.decay=cosine", "ema_decay=0.99"),
+            *(self._stage2_changes(row) if row.stage is not Stage.ONE else []),
             *([f"steps={settings.steps}"] if settings.steps is not None else []),
         ]
-        file = CONFIGS / ("stage2.yaml" if row.is_short else "long.yaml")
-        config = load_config(Stage2Config, file, [*changes, *row.settings, *settings.overrides])
+        files = {Stage.ONE: "stage1.yaml", Stage.SHORT: "stage2.yaml", Stage.LONG: "long.yaml"}
+        config = load_config(kind, CONFIGS / files[row.stage], [*changes, *row.settings, *settings.overrides])
         config.report_every = config.steps
         return config
+
+    def _stage2_changes(self, row: LongRow) -> list[str]:
+        """Weights to begin with, layers, memory, and what trains."""
+        before, window = self.weights_before(row), self.window_of(row)
+        memory = ["memory.kind=full"] if window is None else ["memory.kind=window", f"memory.window_frames={window}"]
+        memory += [] if window is None else [f"memory.sink_frames={row.window.sink_frames}"]
+        is_whole = before is not None and not holds_hybrid_alone(before) and before != STAGE1_WEIGHTS
+        return [
+            f"init_from={'null' if before is None or is_whole else before}",
+            f"checkpoint_path={before if is_whole else 'null'}",
+            *(f"hybrid_layers={self.layers_of(row)}", *memory),
+            *(["trainable=all"] if row.trains_all else []),
+        ]
 
     def train(self, row: LongRow) -> Result:
         """Train a row if its weights are not there; returns figures of the training.

@@ -14,6 +14,14 @@ class Start(StrEnum):
     STAGE1 = "stage 1 of the study of distillation"
 
 
+class Stage(StrEnum):
+    """Training of a row. Models of the first two are there for others to begin with, and are not examined."""
+
+    ONE = "stage 1 on short videos"
+    SHORT = "stage 2 on short videos"
+    LONG = "stage 2 on long videos"
+
+
 class Layers(StrEnum):
     """Hybrid layers of a row."""
 
@@ -46,8 +54,7 @@ class LongRow:
         start: weights to begin with; or else
         after: name of a row whose weights it begins with.
         window: memory of the softmax layers.
-        is_short: whether it is trained by stage 2 on short videos, as the shipped hybrid was, for others to begin with.
-            Such a row is not examined.
+        stage: how it is trained.
         trains_all: whether all parameters train, not those of the hybrid layers and adapters alone.
         settings: further settings of the training, `key=value`.
     """
@@ -57,9 +64,14 @@ class LongRow:
     start: Start = Start.SHIPPED
     after: str = ""
     window: Window = Window.TRAINED
-    is_short: bool = False
+    stage: Stage = Stage.LONG
     trains_all: bool = False
     settings: tuple[str, ...] = ()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it is trained on short videos."""
+        return self.stage is not Stage.LONG
 
 
 RESAMPLED = ("context=resampled",)
@@ -79,7 +91,7 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
     "hybrids": (
         LongRow("hybrid_75"),
         LongRow("hybrid_75_resampled", after="hybrid_75", settings=RESAMPLED),
-        LongRow("hybrid_100_short", Layers.ALL, Start.STAGE1, is_short=True),
+        LongRow("hybrid_100_short", Layers.ALL, Start.STAGE1, stage=Stage.SHORT),
         LongRow("hybrid_100", Layers.ALL, after="hybrid_100_short"),
         LongRow("hybrid_100_resampled", Layers.ALL, after="hybrid_100", settings=RESAMPLED),
         LongRow("hybrid_75_all", trains_all=True, settings=SLOWER),

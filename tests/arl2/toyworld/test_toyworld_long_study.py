@@ -12,7 +12,7 @@ from arl2.distillation.stage2 import Context, Trainable
 from arl2.model import HybridWanModel
 from arl2.toyworld.probe.long_report import report
 from arl2.toyworld.probe.passes import Answer
-from arl2.toyworld.study.long_rows import PARTS, Layers
+from arl2.toyworld.study.long_rows import PARTS, Layers, LongRow, Stage
 from arl2.toyworld.world.worlds import World
 from pipelines.config import MemoryKind
 from pipelines.provenance import ROOT
@@ -21,6 +21,7 @@ from pipelines.toyworld.draw import DrawSettings, draw_latents
 from pipelines.toyworld.long_memory import read_model
 from pipelines.toyworld.long_study import LongStudy, LongStudySettings
 from pipelines.toyworld.long_table import write_tables
+from pipelines.training.config import Stage1Config, Stage2Config
 from wan.utils.errors import InputError
 from wan.utils.files import read_json
 
@@ -56,6 +57,7 @@ def test_every_row_has_a_config_that_can_be_trained(study: LongStudy) -> None:
             )
             weights.write_bytes(source.read_bytes())
         config = study.config(row)
+        assert isinstance(config, Stage2Config)
         assert config.hybrid_layers == {Layers.NONE: [], Layers.SHIPPED: [0, 2, 4, 5, 6, 7]}.get(
             row.layers, list(range(8))
         )
@@ -64,7 +66,9 @@ def test_every_row_has_a_config_that_can_be_trained(study: LongStudy) -> None:
         assert (config.memory.kind is MemoryKind.full) == (row.name.startswith("softmax_full") or row.is_short)
         assert (config.checkpoint_path is not None) == (bool(row.after) and row.trains_all)
         config.objective_settings()
-    assert study.config(ROWS["softmax_equal_sink"]).memory.window == (6, 3), "of the bytes for six latents"
+    equal = study.config(ROWS["softmax_equal_sink"])
+    assert isinstance(equal, Stage2Config) and equal.memory.window == (6, 3), "of the bytes for six latents"
+    assert isinstance(study.config(LongRow("first", stage=Stage.ONE)), Stage1Config)
 
 
 def test_videos_are_drawn_in_pieces_that_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
