@@ -8,6 +8,14 @@ previous block. A block is written once, token by token, from its clean latents:
 where q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ is formed in the same way, and v̂ = φ_v(W_v·x + Δ_v·x).
 
 With S = 0 the layer equals the teacher's attention on the first block exactly.
+
+`arl2.state_settings.StateSettings` has variants of the state. With several states per head, or values of more channels
+than a head has, each state adds its own gated read, and a read is mapped back to the channels of a head:
+
+    out = W_o( softmax(…) + Σ_n sigmoid(W_gate,n·x) ⊙ φ_o(D^-½·q̂ᵀS_n) )
+
+Where the state is not rotated as the softmax is, the `Rotary` of a pass has four tensors: cosine and sine of the
+softmax, then those of the state. The model computes both once per pass; see `HybridWanModel.rotary`.
 """
 
 import math
@@ -20,14 +28,20 @@ from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
+from arl2.state_settings import PAPER_STATE, Decay, Rotation, StateSettings
 from wan.memory import LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.attention import attention
 from wan.ops.dispatch import norm_by_kernel
 from wan.ops.rope import Rotary, rotate
 from wan.parallel import ParallelLayout
+from wan.utils.errors import InputError
 
 L2_NORM_EPS = 1e-6
+SLOW_BLOCKS = (4, 400)
+"""Initial half-lives of the fastest and the slowest head with `Decay.SLOW`, in blocks."""
+SECOND_STATE_FACTOR = 64
+"""Initial half-life of a head's second state, as a multiple of that of its first."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,11 @@ class BlockwiseView:
 
 
 class StateMemory:
-    """Memory of a hybrid layer: one gated-delta state, whose size does not depend on the length of the video.
+    """Memory of a hybrid layer: its gated-delta states, whose size does not depend on the length of the video.
 
     Args:
         spec: requirements shared by all memories of a model.
-        shape: [B, H, key dim, value dim].
+        shape: [B, H, key dim, value dim]; H counts the states of all heads.
     """
 
     def __init__(self, spec: MemorySpec, shape: tuple[int, int, int, int]) -> None:
@@ -107,25 +121,34 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def gated(remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
-    """State branch of the output, [B, L, H, value dim]: what was read, weighted by the output gate."""
+    """Reads weighted by the output gate, [B, L, H, value dim]."""
     return gate_BLH[..., None] * remembered_BLHV
 
 
 def combine(local_BLHV: Tensor, remembered_BLHV: Tensor, gate_BLH: Tensor) -> Tensor:
-    """Output before the last projection, [B, L, H, value dim]: local attention plus the gated state branch."""
-    return local_BLHV + gated(remembered_BLHV, gate_BLH)
+    """Output before the last projection, [B, L, H, value dim]: local attention plus the gated reads of all states."""
+    branch, heads = gated(remembered_BLHV, gate_BLH), local_BLHV.shape[2]
+    if branch.shape[2] != heads:
+        branch = branch.unflatten(2, (-1, heads)).sum(2)
+    return local_BLHV + branch
 
 
 class HeadMap(nn.Conv1d):
-    """A D×D map of every head, stored as a grouped 1×1 convolution, [dim, D, 1]."""
+    """A linear map of the channels of every head, stored as a grouped 1×1 convolution, [out dim, in dim / heads, 1].
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, dim, kernel_size=1, groups=num_heads, bias=False)
+    Args:
+        in_dim: channels of all heads.
+        num_heads: number of heads.
+        out_dim: channels of all heads after the map; None for `in_dim`.
+    """
+
+    def __init__(self, in_dim: int, num_heads: int, out_dim: int | None = None) -> None:
+        super().__init__(in_dim, out_dim or in_dim, kernel_size=1, groups=num_heads, bias=False)
 
     def forward(self, x_BLHI: Tensor) -> Tensor:
-        """Apply it to the channels of each head, [B, L, H, D]."""
-        _, _, heads, channels = x_BLHI.shape
-        return torch.einsum("blhi,hoi->blho", x_BLHI, self.weight.view(heads, channels, channels))
+        """Apply it to the channels of each head, [..., H, out dim / H]."""
+        heads, channels = x_BLHI.shape[-2:]
+        return torch.einsum("...hi,hoi->...ho", x_BLHI, self.weight.view(heads, -1, channels))
 
 
 class HybridAttention(SelfAttention):
@@ -135,6 +158,7 @@ class HybridAttention(SelfAttention):
         dim, num_heads, qk_norm, eps: as in the layer that it replaces.
         lora_rank: rank of the adapters on q, k and v of the state branch; None for no adapters.
         lora_alpha: scale of the adapters times their rank.
+        state: variant of the state.
 
     Attributes:
         enabled: if False, the layer is the softmax layer that it replaced, memory included.
@@ -143,20 +167,36 @@ class HybridAttention(SelfAttention):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, qk_norm: bool, eps: float, lora_rank: int | None, lora_alpha: float
+        self,
+        dim: int,
+        num_heads: int,
+        qk_norm: bool,
+        eps: float,
+        lora_rank: int | None,
+        lora_alpha: float,
+        state: StateSettings = PAPER_STATE,
     ) -> None:
         super().__init__(dim, num_heads, qk_norm, eps)
+        if state.value_expansion > num_heads:
+            raise InputError(
+                f"state.value_expansion {state.value_expansion} is above the model's {num_heads} heads, whose values "
+                "the state would hold: lower it"
+            )
+        self.state = state
         self.enabled = True
         self.lora_enabled = True
         self.write_backend = WriteBackend.AUTO
-        self.a_proj = nn.Linear(dim, num_heads, bias=False)
-        self.b_proj = nn.Linear(dim, num_heads, bias=False)
-        self.gate_proj = nn.Linear(dim, num_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        states = state.num_states * num_heads
+        self.a_proj = nn.Linear(dim, states, bias=False)
+        self.b_proj = nn.Linear(dim, states, bias=False)
+        self.gate_proj = nn.Linear(dim, states, bias=False)
+        self.A_log = nn.Parameter(torch.empty(states))
+        self.dt_bias = nn.Parameter(torch.empty(states))
         self.phi_q = HeadMap(dim, num_heads)
         self.phi_k = HeadMap(dim, num_heads)
-        self.phi_v = HeadMap(dim, num_heads)
+        values = state.value_expansion * dim
+        self.phi_v = HeadMap(dim, num_heads, values)
+        self.phi_o = HeadMap(values, num_heads, dim) if values != dim else None
         self.lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
         self.lora_q_A, self.lora_q_B = new_lora_pair(self.q, lora_rank)
         self.lora_k_A, self.lora_k_B = new_lora_pair(self.k, lora_rank)
@@ -172,7 +212,7 @@ class HybridAttention(SelfAttention):
         """
         rank = None if layer.lora_q_A is None else layer.lora_q_A.shape[1]
         with torch.device("meta"):
-            other = cls(layer.q.in_features, layer.num_heads, qk_norm=False, eps=0.0, lora_rank=rank, lora_alpha=1.0)
+            other = cls(layer.q.in_features, layer.num_heads, False, 0.0, rank, lora_alpha=1.0, state=layer.state)
         for name, part in (*layer.named_children(), *layer.named_parameters(recurse=False)):
             setattr(other, name, part)
         for name in ("backend", "enabled", "lora_enabled", "lora_scale", "write_backend", "training"):
@@ -181,22 +221,55 @@ class HybridAttention(SelfAttention):
 
     @torch.no_grad()
     def init_hybrid_weights(self) -> None:
-        """Initialize the new parameters: φ as the identity, decays from slow to fast, gates near one half."""
+        """Initialize the new parameters: φ as the identity, decays from slow to fast, gates near one half.
+
+        With expanded values, a head's further channels hold the values of the next heads as they are, and φ_o reads the
+        head's own alone. So the layer starts as one without them, and φ_o has gradients from the first step on; the
+        further maps of φ_v have them once φ_o reads their channels, as the two matrices of an adapter do.
+        """
         for phi in (self.phi_q, self.phi_k, self.phi_v):
-            phi.weight.copy_(torch.eye(self.head_dim).repeat(self.num_heads, 1)[..., None])
+            copies = self.num_heads * phi.out_channels // phi.in_channels
+            phi.weight.copy_(torch.eye(self.head_dim).repeat(copies, 1)[..., None])
+        if self.phi_o is not None:
+            own = torch.eye(self.head_dim, self.state.value_expansion * self.head_dim)
+            self.phi_o.weight.copy_(own.repeat(self.num_heads, 1)[..., None])
         for projection in (self.a_proj, self.b_proj, self.gate_proj):
             nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
-        # log U(0, 16): zero itself has no logarithm.
-        self.A_log.uniform_(torch.finfo(torch.float32).tiny, 16).log_()
-        dt = torch.empty(self.num_heads).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+        self._init_decay()
+
+    def _init_decay(self) -> None:
+        """Draw half-lives per token, with W_a·x = 0: ln 2 / (A·dt), where A = exp(A_log) and dt = softplus(dt_bias).
+
+        - `Decay.PAPER`: A is uniform in (0, 16), dt log-uniform in [0.001, 0.1].
+        - `Decay.SLOW`: half-lives are spaced geometrically over the heads, from 4 to 400 blocks (`SLOW_BLOCKS`), with
+          A = 1: head h of H has 4·100^(h / (H - 1)) blocks of `decay_block_tokens` tokens.
+
+        A second state has the half-lives of the first times `SECOND_STATE_FACTOR`, by its A.
+        """
+        states = len(self.A_log)
+        if self.state.decay is Decay.SLOW:
+            assert self.state.decay_block_tokens is not None
+            self.A_log.zero_()
+            fastest, slowest = (math.log(blocks * self.state.decay_block_tokens) for blocks in SLOW_BLOCKS)
+            half_lives = torch.linspace(fastest, slowest, self.num_heads, dtype=torch.float64).exp()
+            dt = (math.log(2) / half_lives).repeat(self.state.num_states)
+        else:
+            # log U(0, 16): zero itself has no logarithm.
+            self.A_log.uniform_(torch.finfo(torch.float32).tiny, 16).log_()
+            dt = torch.empty(states).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log[self.num_heads :] -= math.log(SECOND_STATE_FACTOR)
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """Empty state, or the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
         heads = self.num_heads // spec.head_shards
-        return StateMemory(spec, (spec.batch_size, heads, self.head_dim, self.head_dim))
+        return StateMemory(spec, self._state_shape(spec.batch_size, heads))
+
+    def _state_shape(self, batch: int, heads: int) -> tuple[int, int, int, int]:
+        """Shape of the states of some heads: the first of every head, then the second of every head."""
+        return batch, self.state.num_states * heads, self.head_dim, self.state.value_expansion * self.head_dim
 
     def parallel_view(self, layout: ParallelLayout, past: Any = None) -> Any:
         """See `SelfAttention.parallel_view`."""
@@ -232,7 +305,7 @@ class HybridAttention(SelfAttention):
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
         local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
         clean = slice(0, layout.clean_tokens)
-        clean_rotary = (rotary[0][clean], rotary[1][clean])
+        clean_rotary = tuple(part[clean] for part in rotary)
         states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, view, remember)
         remembered = self.read_blocks(states[:, : layout.num_blocks], self.state_query(x_BLD, q, rotary), layout)
         mixed = combine(local, remembered, self.output_gate(x_BLD))
@@ -267,7 +340,7 @@ class HybridAttention(SelfAttention):
         inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
         first = view.state_BHKV
         if first is None:
-            shape = (x_BLD.shape[0], self.num_heads, self.head_dim, self.head_dim)
+            shape = self._state_shape(x_BLD.shape[0], self.num_heads)
             first = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
         written = view.layout.num_blocks if include_last else view.layout.num_blocks - 1
         blocks = (x[:, :written] for x in inputs.segments(view.layout.num_blocks))
@@ -275,19 +348,24 @@ class HybridAttention(SelfAttention):
             return states_between(first, *blocks)
 
     def read(self, state: Tensor, q: Tensor) -> Tensor:
-        """Read D^-½·qᵀS for every token, in the dtype of the queries.
+        """Read φ_o(D^-½·qᵀS) for every token and state, in the dtype of the queries; φ_o is there for expanded values.
 
         Args:
-            state: S, [B, H, key dim, value dim]; more axes may stand between B and H.
+            state: S, [B, states·H, key dim, value dim]; more axes may stand between B and H.
             q: normalised queries, [B, L, H, key dim]; the same axes stand between B and L.
 
         Returns:
-            [B, L, H, value dim], with the axes between B and L.
+            [B, L, states·H, D], with the axes between B and L.
         """
-        return torch.einsum("...lhk,...hkv->...lhv", q, state.to(q.dtype)) * self.head_dim**-0.5
+        states = state.to(q.dtype)
+        if self.state.has_one_plain_state:
+            return torch.einsum("...lhk,...hkv->...lhv", q, states) * self.head_dim**-0.5
+        states = states.unflatten(-3, (self.state.num_states, -1))
+        read = torch.einsum("...lhk,...nhkv->...lnhv", q, states) * self.head_dim**-0.5
+        return (read if self.phi_o is None else self.phi_o(read)).flatten(-3, -2)
 
     def read_blocks(self, states_BNHKV: Tensor, q_BLHK: Tensor, layout: ParallelLayout) -> Tensor:
-        """Read for the tokens of all blocks in all halves, each block from its own state, [B, L, H, value dim]."""
+        """Read for the tokens of all blocks in all halves, each block from its own state; see `read`."""
         queries = q_BLHK.unflatten(1, (layout.halves, layout.num_blocks, layout.tokens_per_block))
         return self.read(states_BNHKV[:, None], queries).flatten(1, 3)
 
@@ -302,9 +380,24 @@ class HybridAttention(SelfAttention):
         """Keys k̂, values v̂, log decay and write strength of every token, from the teacher's projections."""
         k = self._adapted(k_BLD, x_BLD, self.lora_k_A, self.lora_k_B)
         v = self._adapted(v_BLD, x_BLD, self.lora_v_A, self.lora_v_B)
-        return DeltaInputs(
-            self.state_key_of(k, rotary), self.mapped(v, self.phi_v), self.log_decay(x_BLD), self.beta(x_BLD)
-        )
+        keys, values = self.state_key_of(k, rotary), self.state_values_of(v)
+        if self.state.num_states > 1:
+            keys, values = (part.repeat(1, 1, self.state.num_states, 1) for part in (keys, values))
+        return DeltaInputs(keys, values, self.log_decay(x_BLD), self.beta(x_BLD))
+
+    def state_values_of(self, v_BLD: Tensor) -> Tensor:
+        """Values v̂ of the state branch, [B, L, H, value dim], from a projection that includes the adapter.
+
+        Channels of a linear map of a head's own value would add nothing to a state, which is linear in its values: they
+        could be computed from the others after the read. So the j-th further map of a head takes the value of the j-th
+        next head.
+        """
+        expansion, heads = self.state.value_expansion, self.heads(v_BLD)
+        if expansion == 1:
+            return self.mapped(v_BLD, self.phi_v)
+        neighbours = torch.stack([heads.roll(-distance, dims=2) for distance in range(expansion)], dim=3)
+        maps = self.phi_v.weight.view(self.num_heads, expansion, self.head_dim, self.head_dim)
+        return torch.einsum("blhmi,hmoi->blhmo", neighbours, maps).flatten(3)
 
     def state_query(self, x_BLD: Tensor, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """Queries q̂ of the state branch, [B, L, H, D]; `q_BLD` is the teacher's projection of `x_BLD`."""
@@ -312,14 +405,24 @@ class HybridAttention(SelfAttention):
 
     def state_query_of(self, q_BLD: Tensor, rotary: Rotary) -> Tensor:
         """Queries q̂ of the state branch, from a projection that includes the adapter."""
-        return l2_norm(rotate(self.mapped(self.norm_q(q_BLD), self.phi_q), rotary))
+        return l2_norm(rotate(self.mapped(self.norm_q(q_BLD), self.phi_q), self.state_rotary(rotary)))
 
     def state_key_of(self, k_BLD: Tensor, rotary: Rotary) -> Tensor:
         """Keys k̂ of the state branch, from a projection that includes the adapter."""
-        return l2_norm(rotate(self.mapped(self.norm_k(k_BLD), self.phi_k), rotary))
+        return l2_norm(rotate(self.mapped(self.norm_k(k_BLD), self.phi_k), self.state_rotary(rotary)))
+
+    def state_rotary(self, rotary: Rotary) -> Rotary:
+        """Rotation of the state's queries and keys, among the rotations of a pass.
+
+        Raises:
+            ValueError: the state has a rotation of its own, and it is not given.
+        """
+        if len(rotary) == 2 and self.state.rotation is not Rotation.ABSOLUTE:
+            raise ValueError(f"a state of rotation {self.state.rotation} needs the `HybridWanModel.rotary` of the pass")
+        return rotary[-2:]
 
     def log_decay(self, x_BLD: Tensor) -> Tensor:
-        """Log decay g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, H] in float32 at least."""
+        """Log decay g = -exp(A_log)·softplus(W_a·x + dt_bias), [B, L, states·H] in float32 at least."""
         return self.log_decay_of(self.a_proj(x_BLD))
 
     def log_decay_of(self, a_BLH: Tensor) -> Tensor:
@@ -328,7 +431,7 @@ class HybridAttention(SelfAttention):
         return -self.A_log.to(wide).exp() * F.softplus(a_BLH.to(wide) + self.dt_bias.to(wide))
 
     def beta(self, x_BLD: Tensor) -> Tensor:
-        """Write strength 2·sigmoid(W_b·x), [B, L, H] in float32 at least."""
+        """Write strength 2·sigmoid(W_b·x), [B, L, states·H] in float32 at least."""
         return self.beta_of(self.b_proj(x_BLD))
 
     def beta_of(self, b_BLH: Tensor) -> Tensor:
@@ -336,7 +439,7 @@ class HybridAttention(SelfAttention):
         return 2 * b_BLH.to(torch.promote_types(b_BLH.dtype, torch.float32)).sigmoid()
 
     def output_gate(self, x_BLD: Tensor) -> Tensor:
-        """Output gate sigmoid(W_gate·x), [B, L, H]: weight of the state branch."""
+        """Output gate sigmoid(W_gate·x), [B, L, states·H]: weight of each state's read."""
         return self.gate_proj(x_BLD).sigmoid()
 
     def _adapted(

@@ -17,6 +17,7 @@ from arl2.distillation.trainer import CHECKPOINTS, TrainerSettings
 from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
+from arl2.state_settings import PAPER_STATE, StateSettings
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import Frames, FramesPerSecond, MemoryConfig, MemoryKind, Rank, SamplingConfig
 from pipelines.feasibility import TransformerSizes
@@ -77,6 +78,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
         tracker: tensorboard, wandb or none.
         device, dtype: null for the GPU if there is one, and bfloat16 there; the dtype is that of the frozen weights.
         shard: divide the frozen weights over ranks (FSDP2).
+        state: variant of the recurrent state; what starts from a run must have the variant of that run.
     """
 
     model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
@@ -97,6 +99,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
     device: str | None = None
     dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
     shard: bool = False
+    state: StateSettings = field(default_factory=StateSettings)
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""
@@ -126,7 +129,7 @@ class Stage1Config(TrainingConfig):
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named, or all; no adapters."""
-        return HybridSettings(check_layers(self.layers or range(num_layers), num_layers))
+        return HybridSettings(check_layers(self.layers or range(num_layers), num_layers), state=self.state)
 
     def objective_settings(self) -> Stage1Settings:
         """As `Stage1` takes them."""
@@ -188,8 +191,8 @@ class Stage2Config(TrainingConfig):
         layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share or DEFAULT_SHARE, num_layers)
         checked = check_layers(layers, num_layers)
         if not self.lora:
-            return HybridSettings(checked)
-        return HybridSettings(checked, self.lora_rank, self.lora_alpha, self.ffn_lora)
+            return HybridSettings(checked, state=self.state)
+        return HybridSettings(checked, self.lora_rank, self.lora_alpha, self.ffn_lora, self.state)
 
     def student_memory(self) -> MemoryConfig:
         """What the student's softmax layers see."""
@@ -235,7 +238,7 @@ class GatesConfig(TrainingConfig):
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """All layers, without adapters."""
-        return HybridSettings(tuple(range(num_layers)))
+        return HybridSettings(tuple(range(num_layers)), state=self.state)
 
     def objective_settings(self) -> GateSettings:
         """As `LayerGates` takes them."""
@@ -373,6 +376,9 @@ def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, A
     kept = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     if config.optimizer.decay == "constant":
         del kept["steps"]  # nothing but the end depends on it
+    del kept["state"]
+    if config.state != PAPER_STATE:  # runs of earlier versions did not note it
+        kept["state"] = config.state.as_plain()
     if isinstance(config, Stage2Config):
         kept["memory"] = config.student_memory().identity()
         kept["teacher_memory"] = config.teacher_memory.resolved(None).identity()

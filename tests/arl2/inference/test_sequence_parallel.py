@@ -38,6 +38,7 @@ def new_model(hybrid: HybridSettings) -> HybridWanModel:
         lora_rank=hybrid.lora_rank,
         lora_alpha=hybrid.lora_alpha,
         ffn_lora=hybrid.ffn_lora.value,
+        state=hybrid.state.as_plain(),
     )
     with torch.no_grad():
         for parameter in model.parameters():
