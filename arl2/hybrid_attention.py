@@ -19,7 +19,6 @@ softmax, then those of the state. The model computes both once per pass; see `Hy
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -28,13 +27,17 @@ from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
+from arl2.state_memory import BlockwiseView as BlockwiseView  # imported from here by what was written before
+from arl2.state_memory import LocalBlocksView, LocalMemory, LocalWindow, joined, padded_in_front
+from arl2.state_memory import StateMemory as StateMemory
+from arl2.state_memory import StateView as StateView
 from arl2.state_settings import PAPER_STATE, Decay, Rotation, StateSettings
-from wan.memory import LayerMemory, MemorySpec
+from wan.memory import ConcatView, LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.attention import attention
 from wan.ops.dispatch import norm_by_kernel
 from wan.ops.rope import Rotary, rotate
-from wan.parallel import ParallelLayout
+from wan.parallel import BlocksView, ParallelLayout
 from wan.utils.errors import InputError
 
 L2_NORM_EPS = 1e-6
@@ -42,73 +45,6 @@ SLOW_BLOCKS = (4, 400)
 """Initial half-lives of the fastest and the slowest head with `Decay.SLOW`, in blocks."""
 SECOND_STATE_FACTOR = 64
 """Initial half-life of a head's second state, as a multiple of that of its first."""
-
-
-@dataclass(frozen=True)
-class StateView:
-    """State after the earlier blocks, [B, H, key dim, value dim], float32."""
-
-    state_BHKV: Tensor
-
-
-@dataclass(frozen=True)
-class BlockwiseView:
-    """View when all blocks of a sequence are computed at once, and the states between them in the pass.
-
-    Attributes:
-        layout: layout of the sequence.
-        state_BHKV: state after the blocks before it; None if there are none.
-    """
-
-    layout: ParallelLayout
-    state_BHKV: Tensor | None = None
-
-
-class StateMemory:
-    """Memory of a hybrid layer: its gated-delta states, whose size does not depend on the length of the video.
-
-    Args:
-        spec: requirements shared by all memories of a model.
-        shape: [B, H, key dim, value dim]; H counts the states of all heads.
-    """
-
-    def __init__(self, spec: MemorySpec, shape: tuple[int, int, int, int]) -> None:
-        self._differentiable = spec.differentiable
-        dtype = torch.promote_types(spec.dtype, torch.float32)
-        self._state = torch.zeros(shape, device=spec.device, dtype=dtype)
-
-    def read(self, tokens: int) -> StateView:
-        """View of the state; the size of the block does not matter."""
-        return StateView(self._state)
-
-    def commit(self, update: Tensor) -> None:
-        """Replace the state by the one that the clean pass returned.
-
-        Raises:
-            ValueError: it is of another shape.
-        """
-        if update.shape != self._state.shape:  # a single head would be copied to all
-            raise ValueError(f"a state of shape {tuple(update.shape)} in a memory of {tuple(self._state.shape)}")
-        if self._differentiable:
-            self._state = update
-        else:  # always at the same address: recorded CUDA graphs read it there
-            self._state.copy_(update.detach())
-
-    def detach(self) -> None:
-        """Cut back-propagation into earlier blocks."""
-        self._state = self._state.detach()
-
-    def reset(self) -> None:
-        """Forget the video."""
-        if self._differentiable:
-            self._state = torch.zeros_like(self._state)
-        else:
-            self._state.zero_()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the state."""
-        return self._state.numel() * self._state.element_size()
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -264,8 +200,9 @@ class HybridAttention(SelfAttention):
         """Empty state, or the softmax layer's memory while the hybrid is not enabled."""
         if not self.enabled:
             return super().new_memory(spec)
-        heads = self.num_heads // spec.head_shards
-        return StateMemory(spec, self._state_shape(spec.batch_size, heads))
+        heads, frames = self.num_heads // spec.head_shards, self.state.local_frames
+        shape = self._state_shape(spec.batch_size, heads)
+        return LocalMemory(spec, shape, heads, self.head_dim, frames) if frames else StateMemory(spec, shape)
 
     def _state_shape(self, batch: int, heads: int) -> tuple[int, int, int, int]:
         """Shape of the states of some heads: the first of every head, then the second of every head."""
@@ -275,6 +212,8 @@ class HybridAttention(SelfAttention):
         """See `SelfAttention.parallel_view`."""
         if not self.enabled:
             return super().parallel_view(layout, past)
+        if self.state.local_frames:
+            return LocalBlocksView.of(layout, past, self.state.local_frames)
         return BlockwiseView(layout, None if past is None else past.state_BHKV)
 
     def forward(
@@ -282,37 +221,99 @@ class HybridAttention(SelfAttention):
     ) -> tuple[Tensor | None, Any]:
         """Attend over a `StateView`, or return the new state as update, or both; see `SelfAttention.forward`.
 
-        With a `BlockwiseView`, the tokens are those of all blocks of a sequence.
+        With a window beside the state, view and update are a `LocalWindow`. With a `BlockwiseView`, or a
+        `LocalBlocksView`, the tokens are those of all blocks of a sequence.
         """
         if not self.enabled:
             return super().forward(x_BLD, rotary, view, attend=attend, remember=remember)
-        if isinstance(view, BlockwiseView):
+        if isinstance(view, BlockwiseView | LocalBlocksView):
             return self._forward_blockwise(x_BLD, rotary, view, remember)
         k, v = self.k(x_BLD), self.v(x_BLD)
-        update = self.write(view.state_BHKV, x_BLD, k, v, rotary) if remember else None
+        update: Tensor | LocalWindow | None = None
+        if remember and isinstance(view, LocalWindow):
+            update = self._moved_on(view, x_BLD, k, v, rotary)
+        elif remember:
+            update = self.write(view.state_BHKV, x_BLD, k, v, rotary)
         if not attend:
             return None, update
         q = self.q(x_BLD)
-        local = self.local_attention(q, k, v, rotary)
+        local = self.local_attention(q, k, v, rotary, past=view.softmax if isinstance(view, LocalWindow) else None)
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
         return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 
     def _forward_blockwise(
-        self, x_BLD: Tensor, rotary: Rotary, view: BlockwiseView, remember: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x_BLD: Tensor, rotary: Rotary, view: BlockwiseView | LocalBlocksView, remember: bool
+    ) -> tuple[Tensor, Tensor | LocalWindow | None]:
         """Attend in all blocks at once; each reads the state after the blocks of the first half before it."""
         layout = view.layout
         q, k, v = self.q(x_BLD), self.k(x_BLD), self.v(x_BLD)
-        local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
         clean = slice(0, layout.clean_tokens)
-        clean_rotary = tuple(part[clean] for part in rotary)
-        states = self._states_between(x_BLD[:, clean], k[:, clean], v[:, clean], clean_rotary, view, remember)
+        written = (x_BLD[:, clean], k[:, clean], v[:, clean], tuple(part[clean] for part in rotary))
+        update: Tensor | LocalWindow | None = None
+        if isinstance(view, LocalBlocksView):
+            local = self._windowed_attention(q, k, v, rotary, view)
+            states, update = self._states_before_windows(*written, view, remember)
+        else:
+            local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
+            states = self._states_between(self.delta_inputs(*written), layout, view.state_BHKV, remember)
+            update = states[:, -1] if remember else None
         remembered = self.read_blocks(states[:, : layout.num_blocks], self.state_query(x_BLD, q, rotary), layout)
         mixed = combine(local, remembered, self.output_gate(x_BLD))
-        return self.o(mixed.flatten(2)), states[:, -1] if remember else None
+        return self.o(mixed.flatten(2)), update
+
+    def _windowed_attention(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, view: LocalBlocksView
+    ) -> Tensor:
+        """Softmax attention of all blocks, each over itself and the window before it."""
+        queries, keys = self.rotated(q_BLD, self.norm_q, rotary), self.rotated(k_BLD, self.norm_k, rotary)
+        seen = view.of_softmax()
+        if isinstance(seen, BlocksView):
+            return seen.attention(queries, keys, self.heads(v_BLD), self.backend)
+        keys, values, mask = seen.with_block(keys, self.heads(v_BLD))
+        return attention(queries, keys, values, mask_LM=mask, backend=self.backend)
+
+    def _states_before_windows(
+        self,
+        x_BLD: Tensor,
+        k_BLD: Tensor,
+        v_BLD: Tensor,
+        rotary: Rotary,
+        view: LocalBlocksView,
+        remember: bool,
+    ) -> tuple[Tensor, LocalWindow | None]:
+        """States before each block and its window, and with `remember` the content after the last block."""
+        inputs, past = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary), view.past
+        layout, window = view.layout, self.state.local_frames * view.layout.tokens_per_frame
+        written = inputs if past is None else joined(past.waiting, inputs)
+        # The window of the first block, which may begin before the video, then all blocks: the first of these leave.
+        shifted = padded_in_front(written, window + layout.clean_tokens)
+        leaving = DeltaInputs(*(part[:, : layout.clean_tokens] for part in shifted))
+        states = self._states_between(leaving, layout, None if past is None else past.state_BHKV, remember)
+        if not remember:
+            return states, None
+        softmax = ConcatView(self.rotated(k_BLD, self.norm_k, rotary), self.heads(v_BLD))
+        if past is not None:
+            softmax = ConcatView(*past.softmax.with_block(softmax.keys_BMHD, softmax.values_BMHD)[:2])
+        empty = past or LocalWindow(states[:, -1], softmax, written, window)
+        return states, empty.newest(states[:, -1], softmax, written)
+
+    def _moved_on(self, view: LocalWindow, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> LocalWindow:
+        """Content after a block: what leaves the window is written."""
+        inputs = joined(view.waiting, self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary))
+        keys, values, _ = view.softmax.with_block(self.rotated(k_BLD, self.norm_k, rotary), self.heads(v_BLD))
+        leaving, state = inputs.k.shape[1] - view.capacity, view.state_BHKV
+        if leaving > 0:
+            state = self._written(state, DeltaInputs(*(part[:, :leaving] for part in inputs)))
+        return view.newest(state, ConcatView(keys, values), inputs)
 
     def local_attention(
-        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary, tokens_per_block: int | None = None
+        self,
+        q_BLD: Tensor,
+        k_BLD: Tensor,
+        v_BLD: Tensor,
+        rotary: Rotary,
+        tokens_per_block: int | None = None,
+        past: ConcatView | None = None,
     ) -> Tensor:
         """Softmax attention inside each block, [B, L, H, D], from the teacher's projections.
 
@@ -320,31 +321,31 @@ class HybridAttention(SelfAttention):
             q_BLD, k_BLD, v_BLD: projections of the tokens, without adapters.
             rotary: rotation of the tokens.
             tokens_per_block: length of each of the blocks in the sequence; None for a single block.
+            past: window that a single block also sees.
         """
         heads = self.rotated(q_BLD, self.norm_q, rotary), self.rotated(k_BLD, self.norm_k, rotary), self.heads(v_BLD)
+        if past is not None:
+            return attention(heads[0], *past.with_block(*heads[1:])[:2], backend=self.backend)
         if tokens_per_block is None:
             return attention(*heads, backend=self.backend)
         per_block = (x.reshape(-1, tokens_per_block, *x.shape[2:]) for x in heads)
         return attention(*per_block, backend=self.backend).reshape(heads[0].shape)
 
     def _states_between(
-        self,
-        x_BLD: Tensor,
-        k_BLD: Tensor,
-        v_BLD: Tensor,
-        rotary: Rotary,
-        view: BlockwiseView,
-        include_last: bool,
+        self, inputs: DeltaInputs, layout: ParallelLayout, first: Tensor | None, include_last: bool
     ) -> Tensor:
-        """States before each block, [B, blocks, H, key dim, value dim], and with `include_last` after the last."""
-        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
-        first = view.state_BHKV
+        """States before each block, [B, blocks, H, key dim, value dim], and with `include_last` after the last.
+
+        Args:
+            inputs: of all blocks.
+            first: state before the first; None for an empty one.
+        """
         if first is None:
-            shape = self._state_shape(x_BLD.shape[0], self.num_heads)
-            first = torch.zeros(shape, device=x_BLD.device, dtype=inputs.log_decay.dtype)
-        written = view.layout.num_blocks if include_last else view.layout.num_blocks - 1
-        blocks = (x[:, :written] for x in inputs.segments(view.layout.num_blocks))
-        with torch.autocast(x_BLD.device.type, enabled=False):
+            shape = self._state_shape(len(inputs.k), self.num_heads)
+            first = torch.zeros(shape, device=inputs.k.device, dtype=inputs.log_decay.dtype)
+        written = layout.num_blocks if include_last else layout.num_blocks - 1
+        blocks = (x[:, :written] for x in inputs.segments(layout.num_blocks))
+        with torch.autocast(inputs.k.device.type, enabled=False):
             return states_between(first, *blocks)
 
     def read(self, state: Tensor, q: Tensor) -> Tensor:
@@ -371,7 +372,9 @@ class HybridAttention(SelfAttention):
 
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """State after writing these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
-        inputs = self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary)
+        return self._written(state_BHKV, self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary))
+
+    def _written(self, state_BHKV: Tensor, inputs: DeltaInputs) -> Tensor:
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
             return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)

@@ -12,6 +12,7 @@ from torch import Tensor
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import (
     STATE_VARIANT,
+    LocalFrames,
     NumStates,
     RotationPeriod,
     RotationRate,
@@ -59,6 +60,8 @@ class StateSettings:
         value_expansion: channels of a value per channel of a head. The further channels hold the values of the next
             heads; at most as many as there are heads.
         num_states: states per head. They share keys, queries and values, and differ in decay, write strength and gate.
+        local_frames: latent frames before a block that its softmax sees. They are written to the state when they leave
+            this window, see `arl2.state_memory`; 0 for none, as in the paper.
 
     Raises:
         InputError: a setting that another one needs is missing, or one is given that does nothing.
@@ -71,6 +74,7 @@ class StateSettings:
     decay_block_tokens: TokensPerBlock | None = None
     value_expansion: ValueExpansion = 1
     num_states: NumStates = 1
+    local_frames: LocalFrames = 0
 
     def __post_init__(self) -> None:
         pairs = (
@@ -117,6 +121,11 @@ class StateSettings:
     def has_one_plain_state(self) -> bool:
         """Whether a state has the paper's size and is the only one of its head."""
         return self.value_expansion == 1 and self.num_states == 1
+
+    @property
+    def has_fused_form(self) -> bool:
+        """Whether `arl2.inference` has a form of such layers that is faster than the plain one."""
+        return self.has_one_plain_state and not self.local_frames
 
     def rotation_frames(self, frames_F: Tensor) -> Tensor:
         """Indices of latent frames as the state's rotation takes them; zeros where time does not rotate."""

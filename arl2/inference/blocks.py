@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.hybrid_attention import HybridAttention, StateView, combine
+from arl2.hybrid_attention import HybridAttention, combine
 from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, Weight, inference_linear, weight_name
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
+from arl2.state_memory import StateView
 from arl2.state_settings import StateSettings
 from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import Block, CausalWanModel
@@ -342,7 +343,7 @@ def fast_block(block: Block, form: BlockForm) -> FastBlock | PlainBlock:
     layer = block.self_attn
     if not (isinstance(layer, HybridAttention) and layer.enabled):
         return FastBlock(block, form)
-    if layer.state.has_one_plain_state:
+    if layer.state.has_fused_form:
         return FastHybridBlock(block, form)
     if form.parallel is not None:
         require_divisible(layer.state)
@@ -355,7 +356,7 @@ def require_divisible(state: StateSettings) -> None:
     Raises:
         InputError: states are of a form that is computed plainly only.
     """
-    if not state.has_one_plain_state:
+    if not state.has_fused_form:
         raise InputError(
             f"states of {state} cannot be divided over processes that compute one video: start one process per video"
         )

@@ -34,8 +34,8 @@ class InferenceModel:
     """Block-by-block forward of a model with fused projections, optionally compiled and in FP8.
 
     It shares the model's parameters, and reads adapters and switches at construction. Later in-place changes of a
-    parameter are seen only in part. It has no gradients and no parallel form. Hybrid layers with several states per
-    head or expanded values compute plainly, see `arl2.inference.blocks.PlainBlock`.
+    parameter are seen only in part. It has no gradients and no parallel form. Hybrid layers without a fused
+    form, see `StateSettings`, compute plainly, see `arl2.inference.blocks.PlainBlock`.
 
     Args:
         model: stays usable, with the same names and values.

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HYBRID, TINY, TOKENS_PER_FRAME, new_memory, tiny_model, tiny_video
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from arl2.checkpoint import build_hybrid, read_generator, save_generator, save_hybrid_weights
-from arl2.hybrid_attention import SECOND_STATE_FACTOR, HybridAttention, StateMemory
+from arl2.distillation.sharding import show_tensors
+from arl2.hybrid_attention import SECOND_STATE_FACTOR, HybridAttention, StateMemory, combine
 from arl2.inference.model import InferenceModel
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.ops.gated_delta import WriteBackend
+from arl2.ops.gated_delta import WriteBackend, write_recurrent
 from arl2.rollout import predict_flow, remember_block
 from arl2.state_settings import Decay, Rotation, StateSettings
 from pipelines.config import SpeedConfig
@@ -27,6 +29,7 @@ from wan.checkpoints.formats import WEIGHT_FILES, transformer_config
 from wan.checkpoints.record import RECORD
 from wan.memory import MemorySpec
 from wan.model import FlowModel
+from wan.ops.attention import attention
 from wan.ops.rope import rotary_angles
 from wan.teacher_forcing import teacher_forced_flow, teacher_forced_segment
 from wan.utils.errors import CheckpointError, InputError
@@ -41,6 +44,9 @@ VARIANTS = {
     "wide": StateSettings(value_expansion=2),
     "two states": StateSettings(num_states=2),
     "all": StateSettings(Rotation.WRAPPED, 5, decay=Decay.SLOW, decay_block_tokens=18, value_expansion=2, num_states=2),
+    "window": StateSettings(local_frames=4),
+    "short window": StateSettings(local_frames=2),
+    "long window": StateSettings(Rotation.SPATIAL, value_expansion=2, num_states=2, local_frames=7),
 }
 UNSET: dict[str, Any] = {"rotation_period": None, "rotation_rate": None}
 ALONE = HybridSettings((0, 1, 2))
@@ -410,6 +416,87 @@ def test_a_softmax_model_becomes_any_variant_and_none_without_layers(tmp_path: P
     page.write_text(json.dumps(json.loads(page.read_text()) | {STATE_VARIANT: {"rotation": "none"}}))
     with pytest.raises(CheckpointError, match="the config says of rotation none"):
         loaded(folder)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("variant", ["window", "short window", "long window"])
+def test_a_window_sees_its_frames_and_the_state_has_all_before(variant: str, differentiable: bool) -> None:
+    """Against the definition: softmax over frames s - w to the block, and a state of frames 0 to s - w - 1."""
+    model, window = model_of(variant, ALONE).requires_grad_(False), VARIANTS[variant].local_frames
+    layer = model.hybrid_attentions()[1]
+    spec = MemorySpec(2, TOKENS_PER_FRAME, torch.device("cpu"), torch.float64, 3, differentiable=differentiable)
+    memory = layer.new_memory(spec)
+    clean, noisy = (torch.randn(2, FRAMES * TOKENS_PER_FRAME, TINY["dim"], dtype=torch.float64) for _ in range(2))
+    heads = VARIANTS[variant].num_states * layer.num_heads
+    values = VARIANTS[variant].value_expansion * layer.head_dim
+    for start in range(0, FRAMES, 3):
+        first, end = max(0, start - window), start + 3
+        before, seen, block = (
+            slice(*(TOKENS_PER_FRAME * frame for frame in frames))
+            for frames in ((0, first), (first, start), (start, end))
+        )
+        inputs = layer.delta_inputs(
+            clean[:, before],
+            layer.k(clean[:, before]),
+            layer.v(clean[:, before]),
+            model.rotary(torch.arange(first), 2, 3),
+        )
+        state = write_recurrent(torch.zeros(2, heads, layer.head_dim, values, dtype=torch.float64), *inputs)
+        tokens = torch.cat([clean[:, seen], noisy[:, block]], dim=1)
+        rotary = model.rotary(torch.arange(first, end), 2, 3)
+        keys, v = layer.rotated(layer.k(tokens), layer.norm_k, rotary), layer.heads(layer.v(tokens))
+        x, own = noisy[:, block], model.rotary(torch.arange(start, end), 2, 3)
+        local = attention(layer.rotated(layer.q(x), layer.norm_q, own), keys, v)
+        read = layer.read(state, layer.state_query(x, layer.q(x), own))
+        expected = layer.o(combine(local, read, layer.output_gate(x)).flatten(2))
+        found, nothing = layer(x, own, memory.read(18), attend=True, remember=False)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+        assert nothing is None
+        with_update, update = layer(clean[:, block], own, memory.read(18), attend=True, remember=True)
+        alone = layer(clean[:, block], own, memory.read(18), attend=False, remember=True)[1]
+        again = layer(clean[:, block], own, memory.read(18), attend=True, remember=False)[0]
+        torch.testing.assert_close(with_update, again, rtol=0, atol=0)  # to remember is no write yet
+        torch.testing.assert_close(alone.tensors(), update.tensors(), rtol=0, atol=0)
+        memory.commit(update)
+
+
+def test_a_window_has_bytes_of_its_own_which_do_not_grow() -> None:
+    model = model_of("window", ALONE)
+    memory, state = new_memory(model), new_memory(tiny_model(ALONE)).num_bytes
+    waiting = 3 * 2 * 4 * TOKENS_PER_FRAME * (4 * 24 + 2 * 2) * 8  # k, v, k̂, v̂ and two gates of four frames
+    assert memory.num_bytes == state + waiting
+    torch.manual_seed(2)
+    video = tiny_video(FRAMES)
+    text = model.embed_text(video.text)
+    for start in range(0, FRAMES, 3):
+        remember_block(model, video.clean[:, start : start + 3], text, memory, start)
+        assert memory.num_bytes == state + waiting
+    held = [layer.read(18) for layer in memory.layers]
+    assert all(part.shape[1] == 4 * TOKENS_PER_FRAME for view in held for part in view.tensors()[1:])
+    stored = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for v in held for part in v.tensors()}
+    assert sum(stored.values()) == memory.num_bytes
+    for layer in memory.layers:
+        layer.reset()
+    empty = [layer.read(18) for layer in memory.layers]
+    assert all(view.waiting.k.shape[1] == 0 and not view.state_BHKV.any() for view in empty)
+
+
+def test_a_window_refuses_an_update_of_other_shape_and_passes_through_a_tree() -> None:
+    model = model_of("window", ALONE)
+    layer, memory = model.hybrid_attentions()[0], new_memory(model).layers[0]
+    x = torch.randn(2, 18, 24, dtype=torch.float64)
+    _, update = layer(x, model.rotary(torch.arange(3), 2, 3), memory.read(18), attend=False, remember=True)
+    for part in range(7):
+        tensors = update.tensors()
+        tensors[part] = tensors[part][:1]
+        with pytest.raises(ValueError, match="an update of shape"):
+            memory.commit(update.with_tensors(*tensors))
+    memory.commit(update)
+    show_tensors()
+    leaves, tree = tree_flatten(update)
+    again = tree_unflatten(leaves, tree)
+    torch.testing.assert_close(again.tensors(), update.tensors())
+    assert again.capacity == 24 and sum(isinstance(leaf, Tensor) for leaf in leaves) == 7
 
 
 def test_memory_of_a_rank_is_its_share() -> None:

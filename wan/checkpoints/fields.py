@@ -55,6 +55,7 @@ RotationRate = Annotated[float, Bounds(0, 1, above=True, below=True)]
 TokensPerBlock = Annotated[int, Bounds(1, 1 << 24)]
 ValueExpansion = Annotated[int, Bounds(1, 16)]
 NumStates = Annotated[int, Bounds(1, 2)]
+LocalFrames = Annotated[int, Bounds(0, 1 << 16)]
 
 
 @dataclass
@@ -68,6 +69,7 @@ class StateRecord:
     decay_block_tokens: TokensPerBlock | None = None
     value_expansion: ValueExpansion = 1
     num_states: NumStates = 1
+    local_frames: LocalFrames = 0
 
 
 OPTIONAL_HYBRID: dict[str, Any] = {
