@@ -17,8 +17,8 @@ from pipelines.training.config import GatesConfig, Stage1Config, Stage2Config, r
 
 SHORT = ("steps=2", "optimizer.warmup_steps=0")
 WRAPPED = ("state.rotation=wrapped", "state.rotation_period=4")
-WIDE = (*WRAPPED, "state.value_expansion=2", "state.num_states=2")
-STATE = StateSettings(Rotation.WRAPPED, 4, value_expansion=2, num_states=2)
+WIDE = (*WRAPPED, "state.value_expansion=2", "state.num_states=2", "state.local_frames=2")
+STATE = StateSettings(Rotation.WRAPPED, 4, value_expansion=2, num_states=2, local_frames=2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_runs_of_the_paper_say_nothing_of_it(world: Path) -> None:
             (),
             "one was trained with states of rotation wrapped, .*, not of the paper's kind: set state as it was",
         ),
-        ("one", WRAPPED, "num_states 2, not of rotation wrapped, rotation_period 4: set state"),
+        ("one", WRAPPED, "local_frames 2, not of rotation wrapped, rotation_period 4: set state"),
         ("paper", WIDE, "paper was trained with states of the paper's kind, not of rotation wrapped"),
         ("two", WRAPPED, "was trained with states of"),
         (
@@ -142,7 +142,7 @@ def test_a_config_that_cannot_be_is_refused(
 
 def test_a_config_file_takes_a_nested_mapping(tmp_path: Path) -> None:
     text: dict[str, Any] = {
-        "state": {"rotation": "wrapped", "rotation_period": 4, "value_expansion": 2, "num_states": 2}
+        "state": {"rotation": "wrapped", "rotation_period": 4, "value_expansion": 2, "num_states": 2, "local_frames": 2}
     }
     (tmp_path / "stage2.yaml").write_text(json.dumps(text | {"hybrid_layers": [0]}))
     assert load_config(Stage2Config, tmp_path / "stage2.yaml").hybrid(3).state == STATE
