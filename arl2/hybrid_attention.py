@@ -237,7 +237,7 @@ class HybridAttention(SelfAttention):
         if not attend:
             return None, update
         q = self.q(x_BLD)
-        local = self.local_attention(q, k, v, rotary, past=view.softmax if isinstance(view, LocalWindow) else None)
+        local = self.local_attention(q, k, v, rotary, None, view.softmax if isinstance(view, LocalWindow) else None)
         remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
         return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 

@@ -24,7 +24,7 @@ def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, view: StateV
     """Measure one layer in one pass over a view of its memory; means over tokens, heads and videos."""
     state_BHKV, past = view.state_BHKV, view.softmax if isinstance(view, LocalWindow) else None
     gate, q = module.output_gate(x_BLD).float(), module.q(x_BLD)
-    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary, past=past)
+    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary, None, past)
     remembered = gated(module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float(), gate)
     return {
         "gate_mean": gate.mean(),
