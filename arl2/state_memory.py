@@ -205,7 +205,7 @@ class LocalMemory:
             return
         tokens = update.waiting.k.shape[1]
         for held, value in zip(self._first(tokens).tensors(), update.tensors(), strict=True):
-            held.copy_(value.detach().clone())  # what stays in the window may be a view of these very buffers
+            held.copy_(value.detach())
         self._held = self._first(tokens)
 
     def detach(self) -> None:

@@ -13,6 +13,7 @@ from tiny_models import HYBRID, TINY, TOKENS_PER_FRAME, new_memory, tiny_model, 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import wan.parallel
 from arl2.checkpoint import build_hybrid, read_generator, save_generator, save_hybrid_weights
 from arl2.distillation.sharding import show_tensors
 from arl2.hybrid_attention import SECOND_STATE_FACTOR, HybridAttention, StateMemory, combine
@@ -103,6 +104,14 @@ def test_all_blocks_at_once_and_in_segments_are_the_loop(variant: str) -> None:
     for flow in (at_once, in_segments(model, (3, 12)), in_segments(model, (6, 9, 12))):
         torch.testing.assert_close(with_gradients(flow, model), expected, rtol=1e-8, atol=1e-9)
     assert all(gradient.abs().max() > 0 for gradient in expected), "nothing is left out of the loss"
+
+
+@pytest.mark.parametrize("variant", ["window", "short window", "long window"])
+def test_long_blocks_attend_to_their_window_one_by_one(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(variant)
+    expected = with_gradients(looped(model, model), model)
+    monkeypatch.setattr(wan.parallel, "MAX_MASKED_TOKENS", 17)
+    torch.testing.assert_close(with_gradients(in_segments(model, (6, 12)), model), expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from training_world import build_world, one_line, train
 
-from arl2.model import HybridWanModel
+from arl2.checkpoint import build_hybrid, read_generator
+from arl2.model import HybridSettings, HybridWanModel
 from arl2.state_settings import PAPER_STATE, Rotation, StateSettings
 from pipelines.settings import load_config
 from pipelines.training.config import GatesConfig, Stage1Config, Stage2Config, resume_fingerprint
+from wan.checkpoints.formats import transformer_config
 
+CPU = torch.device("cpu")
 SHORT = ("steps=2", "optimizer.warmup_steps=0")
 WRAPPED = ("state.rotation=wrapped", "state.rotation_period=4")
 WIDE = (*WRAPPED, "state.value_expansion=2", "state.num_states=2", "state.local_frames=2")
@@ -96,9 +100,24 @@ def test_values_alone_of_another_shape_are_refused(
 ) -> None:
     file = tmp_path / "trainables.safetensors"
     shutil.copy(world / "one/checkpoints/step-00000002/trainables.safetensors", file)
+    run = (f"run_folder={tmp_path / 'run'}", f"init_from={file}", *WRAPPED)
+    assert train(monkeypatch, world, 2, *SHORT, *run) == 2
+    assert "has states of rotation wrapped" in one_line(capsys)
+    values = load_file(file)
+    file.unlink()
+    save_file(values, file)
     run = (f"run_folder={tmp_path / 'run'}", f"init_from={file}", *WRAPPED, "state.num_states=2")
     assert train(monkeypatch, world, 2, *SHORT, *run) == 2
     assert "does not fit the parameters to train: blocks." in one_line(capsys)
+
+
+def test_trained_values_alone_load_as_their_variant(world: Path) -> None:
+    file = world / "two/checkpoints/step-00000002/trainables.safetensors"
+    weights = read_generator(world / "model", file)
+    model, _ = build_hybrid(weights, transformer_config(world / "model"), HybridSettings(), dtype=None, device=CPU)
+    assert model.hybrid.state == STATE
+    header = (world / "paper/checkpoints/step-00000002/trainables.safetensors").read_bytes()[:200]
+    assert b"__metadata__" not in header, "files of the paper's kind are as they were"
 
 
 def test_a_run_does_not_go_on_as_another_variant(
