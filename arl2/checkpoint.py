@@ -27,6 +27,7 @@ from arl2.model import (
     keep_gates_in_float32,
     warn_of_untrained,
 )
+from arl2.state_settings import PAPER_STATE
 from arl2.statement import (
     GATES,
     check_heads,
@@ -35,6 +36,7 @@ from arl2.statement import (
     require_claims,
     require_hybrid_types,
     resolve_settings,
+    state_of,
     stored_alpha,
     trained_memory_of,
     untrained_layers_of,
@@ -237,6 +239,7 @@ def _agreed_settings(
     check_record(weights.record, source)
     claims = weights.record | config
     require_claims(claims, found, weights.state, source)
+    found = replace(found, state=state_of(weights.record, config, weights.state, source))
     if found.lora_rank is not None and "ffn_lora" in claims:
         found = replace(found, ffn_lora=FFNLoRA(claims["ffn_lora"]))  # hybrid and all, where every layer is hybrid
     require_hybrid_types(weights.state, source)
@@ -250,8 +253,11 @@ def _agreed_settings(
             f"lora_alpha {wanted.lora_alpha:g} would do nothing: {source} has no adapters and none are asked for; "
             "give hybrid layers and lora_rank, or drop it"
         )
-    if not settings.layers and (settings.lora_rank is None or settings.ffn_lora is not FFNLoRA.ALL):
-        asked = {"lora_rank": wanted.lora_rank, "ffn_lora": wanted.ffn_lora is FFNLoRA.ALL or None}
+    without_effect = settings.lora_rank is None or settings.ffn_lora is not FFNLoRA.ALL
+    if not settings.layers and (without_effect or wanted.state != PAPER_STATE):
+        asked: dict[str, Any] = {"state": wanted.state.as_plain()}
+        if without_effect:
+            asked |= {"lora_rank": wanted.lora_rank, "ffn_lora": wanted.ffn_lora is FFNLoRA.ALL or None}
         names = [name for name, value in asked.items() if value]
         if names:
             raise InputError(
@@ -285,6 +291,7 @@ def _new_model(config: dict[str, Any], settings: HybridSettings) -> HybridWanMod
         lora_rank=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         ffn_lora=settings.ffn_lora.value,
+        state=settings.state.as_plain(),
     )
 
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from arl2.hybrid_attention import HybridAttention
 from arl2.lora import LoRALinear
 from arl2.ops.gated_delta import WriteBackend
+from arl2.state_settings import PAPER_STATE, Rotation, StateSettings, stated_state
 from arl2.trained_memory import TrainedMemory
-from wan.checkpoints.fields import MIN_ALPHA, UNTRAINED
+from wan.checkpoints.fields import MIN_ALPHA, STATE_VARIANT, UNTRAINED
 from wan.checkpoints.formats import WEIGHT_FILES, require_sizes, stated_config
 from wan.checkpoints.record import check_record, read_record, require_record
 from wan.checkpoints.saving import MAX_SHARD_SIZE, write_model_folder
 from wan.checkpoints.tensors import require_finite, summarize_names
 from wan.model import CausalWanModel
+from wan.ops.rope import Rotary, rotary_angles
 from wan.utils.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -77,12 +79,14 @@ class HybridSettings:
         lora_rank: rank of the adapters on the state branch's q, k, v and on feed-forwards; None for no adapters.
         lora_alpha: scale of the adapters times their rank. Checkpoints do not store it.
         ffn_lora: choice of the feed-forwards with adapters, if there are adapters at all.
+        state: variant of the state. As a request, the default leaves it to the weights.
     """
 
     layers: tuple[int, ...] = ()
     lora_rank: int | None = None
     lora_alpha: float = DEFAULT_LORA_ALPHA
     ffn_lora: FFNLoRA = FFNLoRA.HYBRID
+    state: StateSettings = PAPER_STATE
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -95,6 +99,8 @@ class HybridSettings:
     def __str__(self) -> str:
         """For messages: "hybrid layers 0, 2 with adapters of rank 16 (alpha 32), also on the feed-forwards there"."""
         text = f"hybrid layers {', '.join(map(str, self.layers))}" if self.layers else "softmax in all layers"
+        if self.state != PAPER_STATE:
+            text += f", their states of {self.state},"
         if self.lora_rank is None:
             return text
         places = {
@@ -116,7 +122,8 @@ class HybridWanModel(CausalWanModel):
 
     Without hybrid layers it is the softmax model. Arguments beyond those of `CausalWanModel` are the fields of
     `HybridSettings`, `trained_memory`, see `arl2.trained_memory.TrainedMemory`, and `untrained_layers`, whose hybrid
-    parameters no training has met, as plain values so that they can be stored in a `config.json`.
+    parameters no training has met, as plain values so that they can be stored in a `config.json`. A
+    config has no `state` if it is the paper's.
     """
 
     # Their rounding changes the half-life of the memory; `from_pretrained` honours this list in any dtype.
@@ -145,6 +152,7 @@ class HybridWanModel(CausalWanModel):
         ffn_lora: str = "hybrid",
         trained_memory: Mapping[str, int | None] | None = None,
         untrained_layers: Sequence[int] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -166,9 +174,12 @@ class HybridWanModel(CausalWanModel):
             TrainedMemory.from_plain(trained_memory, type(self).__name__)
         layers = check_layers(hybrid_layers, num_layers)
         adapted = self.hybrid.ffn_lora_layers(num_layers)
+        self._state_settings = self.hybrid.state
         for layer, block in enumerate(self.layers()):
             if layer in layers:
-                block.self_attn = HybridAttention(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+                block.self_attn = HybridAttention(
+                    dim, num_heads, qk_norm, eps, lora_rank, lora_alpha, self._state_settings
+                )
             for place in FFN_LINEARS if layer in adapted else ():
                 linear = block.ffn[place]
                 assert lora_rank is not None and isinstance(linear, nn.Linear)
@@ -179,7 +190,24 @@ class HybridWanModel(CausalWanModel):
         """Settings of the hybrid layers, from the config."""
         config = self.config
         layers = tuple(sorted(config.hybrid_layers))
-        return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora))
+        state = StateSettings.from_plain(config.get(STATE_VARIANT), type(self).__name__)
+        return HybridSettings(layers, config.lora_rank, config.lora_alpha, FFNLoRA(config.ffn_lora), state)
+
+    def register_to_config(self, **settings: Any) -> None:
+        """See diffusers; states as in the paper are left out, as files written before there were others have it."""
+        if STATE_VARIANT in settings:
+            plain = StateSettings.from_plain(settings.pop(STATE_VARIANT), type(self).__name__).as_plain()
+            settings |= {} if plain is None else {STATE_VARIANT: plain}
+        super().register_to_config(**settings)
+
+    def rotary(self, frames_F: Tensor, height: int, width: int) -> Rotary:
+        """See `CausalWanModel.rotary`; four tensors where states are rotated otherwise, see `arl2.hybrid_attention`."""
+        rotary, state = super().rotary(frames_F, height, width), self._state_settings
+        if state.rotation is Rotation.ABSOLUTE:
+            return rotary
+        if state.rotation is Rotation.NONE:
+            return *rotary, torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        return *rotary, *rotary_angles(state.rotation_frames(frames_F), height, width, self.head_dim)
 
     @property
     def trained_memory(self) -> TrainedMemory | None:
@@ -268,6 +296,7 @@ class HybridWanModel(CausalWanModel):
             record = read_record(file, {})
             check_record(record, file)
             require_record(record, model.record(), file)
+            stated_state(record, model.record(), file)
             model.set_untrained_layers(record.get(UNTRAINED) or model.config.untrained_layers or ())
         warn_of_untrained(model.untrained_parameter_names())
         # What a quantiser has made of weights is of a class of its own, or whole numbers.

@@ -2,13 +2,17 @@
 
 - A hybrid layer is whole: all of `LAYER_PARTS`, and of `ADAPTER_PARTS` all or none, as every other hybrid layer of the
   model. Or it has nothing of the hybrid's. Anything between is an error that names the parameter.
+- Of `EXPANDED_PARTS`, all hybrid layers have all, if the state is said to have expanded values, or none.
 - Feed-forward adapters come in pairs, on both linears of a block, and sit on all blocks or on the hybrid ones.
 - What config.json claims (hybrid_layers, lora_rank, ffn_lora, sizes) is what the weights hold. A claim alone converts
   nothing. Files without a config are told by their names.
 - Without a record, which would say the number of heads, sizes of a known model come with its heads.
 - What a file of ours records of itself (`HybridWanModel.record`) agrees with both.
+- A variant of the state (`arl2.state_settings`) is what record and config say, both the same; without a word, the
+  paper's.
 - The request (`HybridSettings` from a user) agrees with what the weights hold: a subset of their hybrid layers, their
-  rank, their alpha, their feed-forward adapters. Only on weights without hybrid layers it is a conversion.
+  rank, their alpha, their feed-forward adapters, their variant of the state. Only on weights without hybrid layers it
+  is a conversion.
 - A parameter has one type in all blocks, and the hybrid's own have one type but for A_log and dt_bias.
 """
 
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
+from arl2.state_settings import PAPER_STATE, StateSettings, stated_state
 from arl2.trained_memory import TrainedMemory
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import TRAINED_MEMORY, UNTRAINED, LoRAAlpha
@@ -40,6 +45,8 @@ LAYER_PARTS = (
     *("phi_q.weight", "phi_k.weight", "phi_v.weight"),
 )
 """Parameters that every hybrid self-attention has, and a softmax one has not."""
+EXPANDED_PARTS = ("phi_o.weight",)
+"""Parameters of a hybrid self-attention whose states have expanded values."""
 ADAPTER_PARTS = tuple(f"lora_{name}_{letter}" for name in "qkv" for letter in "AB")
 FFN_ADAPTER_PARTS = tuple(f"ffn.{place}.lora_{letter}" for place in (0, 2) for letter in "AB")
 
@@ -58,9 +65,12 @@ def found_settings(state: StateDict, source: str | Path = "the checkpoint") -> H
     """
     parts = _parts_by_block(state, HYBRID_PART)
     layers = sorted(parts)
-    adapted = {layer for layer in layers if parts[layer] & set(ADAPTER_PARTS)}
+    adapted, expanded = (
+        {layer for layer in layers if parts[layer] & set(names)} for names in (ADAPTER_PARTS, EXPANDED_PARTS)
+    )
     for layer in layers:
         expected = set(LAYER_PARTS) | (set(ADAPTER_PARTS) if adapted else set())
+        expected |= set(EXPANDED_PARTS) if expanded else set()
         _require_whole(layer, "self_attn.", parts[layer], expected, source)
     ffn_parts = _parts_by_block(state, FFN_ADAPTER)
     for block in ffn_parts:
@@ -181,6 +191,34 @@ def require_claims(
         )
 
 
+def state_of(
+    record: Mapping[str, Any], config: Mapping[str, Any], state: Collection[str], source: str | Path
+) -> StateSettings:
+    """The variant of the state that weights say they have.
+
+    Args:
+        record, config: what is said of them.
+        state: names of the weights.
+
+    Raises:
+        CheckpointError: what is said is unknown or contradicts itself, or the weights.
+    """
+    said = stated_state(record, config, source)
+    layers = _parts_by_block(state, HYBRID_PART)
+    if said != PAPER_STATE and not layers:
+        raise CheckpointError(
+            f"{source}: the config says states of {said}, the weights have no hybrid layers: correct the config"
+        )
+    expanded = any(parts & set(EXPANDED_PARTS) for parts in layers.values())
+    if expanded != (said.value_expansion > 1):
+        held = "have" if expanded else "lack"
+        raise CheckpointError(
+            f"{source}: the config says value_expansion {said.value_expansion}, the weights {held} phi_o: they are of "
+            "two models, or one is damaged; download or convert them again together"
+        )
+    return said
+
+
 def trained_memory_of(config: Mapping[str, Any], source: str | Path) -> dict[str, Any] | None:
     """The checked record of the memory in training, as plain values; None where it is not said."""
     settings = config.get(TRAINED_MEMORY)
@@ -236,6 +274,10 @@ def resolve_settings(
     """
     layers = wanted.layers or found.layers
     lacking = sorted(set(layers) - set(found.layers))
+    if found.layers:
+        if wanted.state not in (PAPER_STATE, found.state):
+            raise InputError(f"{source} has states of {found.state}, not of {wanted.state}: ask for what it has")
+        wanted = replace(wanted, state=found.state)
     all_or_none = found.ffn_lora is FFNLoRA.HYBRID and found.lora_rank is not None
     if found.layers and lacking:
         some = "all of these, or name none" if all_or_none else "a subset of these"

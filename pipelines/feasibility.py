@@ -5,7 +5,7 @@ that live at one time. `tests/pipelines/test_feasibility.py` compares them with 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from arl2.inference.fused_ops import require_kernels
 from arl2.inference.linear import require_fp8
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
+from arl2.state_settings import PAPER_STATE, StateSettings, stated_state
 from arl2.statement import hybrid_layer_of, trained_memory_of
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import InferenceConfig, SpeedConfig
@@ -89,7 +90,9 @@ class Estimate:
 
 
 @lru_cache(maxsize=8)
-def parameters(sizes: TransformerSizes, lora_rank: int | None, ffn_lora: FFNLoRA) -> tuple[int, int, int]:
+def parameters(
+    sizes: TransformerSizes, lora_rank: int | None, ffn_lora: FFNLoRA, state: StateSettings = PAPER_STATE
+) -> tuple[int, int, int]:
     """Numbers of parameters: of a softmax layer, of a hybrid layer, and of what is beside the layers.
 
     Counted on models of one and two layers without storage.
@@ -102,6 +105,7 @@ def parameters(sizes: TransformerSizes, lora_rank: int | None, ffn_lora: FFNLoRA
                 hybrid_layers=hybrid,
                 lora_rank=lora_rank,
                 ffn_lora=ffn_lora.value,
+                state=state.as_plain(),
             )
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -112,22 +116,28 @@ def parameters(sizes: TransformerSizes, lora_rank: int | None, ffn_lora: FFNLoRA
 
 def transformer_parameters(sizes: TransformerSizes, hybrid: HybridSettings) -> int:
     """Number of parameters of a transformer with some hybrid layers."""
-    softmax, mixed, outside = parameters(sizes, hybrid.lora_rank, hybrid.ffn_lora)
+    softmax, mixed, outside = parameters(sizes, hybrid.lora_rank, hybrid.ffn_lora, hybrid.state)
     layers = len(hybrid.layers)
     return outside + layers * mixed + (sizes.num_layers - layers) * softmax
 
 
 def memory_of_layers(
-    sizes: TransformerSizes, hybrid_layers: int, tokens: int, dtype: torch.dtype, averaged_tokens: int = 0
+    sizes: TransformerSizes,
+    hybrid_layers: int,
+    tokens: int,
+    dtype: torch.dtype,
+    variant: StateSettings = PAPER_STATE,
+    averaged_tokens: int = 0,
 ) -> int:
     """Bytes of the memory of one video: keys and values of softmax layers, states of hybrid ones.
 
     Args:
         tokens: that softmax layers keep.
+        variant: of the states.
         averaged_tokens: of a sink that is a moving average, which is kept in float32 too.
     """
     wide = torch.promote_types(dtype, torch.float32).itemsize
-    state = sizes.dim * (sizes.dim // sizes.num_heads) * wide
+    state = sizes.dim * (sizes.dim // sizes.num_heads) * wide * variant.num_states * variant.value_expansion
     keys_and_values = 2 * sizes.dim * (tokens * dtype.itemsize + averaged_tokens * wide)
     return hybrid_layers * state + (sizes.num_layers - hybrid_layers) * keys_and_values
 
@@ -144,10 +154,12 @@ class StoredModel:
     Attributes:
         layers: the hybrid ones.
         memory: of the softmax layers in training; None if it does not say.
+        state: variant of the state.
     """
 
     layers: tuple[int, ...]
     memory: TrainedMemory | None
+    state: StateSettings = PAPER_STATE
 
     @classmethod
     def at(cls, path: Path) -> "StoredModel | None":
@@ -174,7 +186,8 @@ class StoredModel:
         else:
             return None
         memory = trained_memory_of(record, path)
-        return cls(tuple(layers), None if memory is None else TrainedMemory(**memory))
+        state = stated_state(record, {}, path)
+        return cls(tuple(layers), None if memory is None else TrainedMemory(**memory), state)
 
 
 def room_for_generation(
@@ -201,7 +214,7 @@ def room_for_generation(
     source = Path(config.checkpoint_path or folder)
     stored = StoredModel.at(source)
     layers = hybrid.layers or (tuple(range(sizes.num_layers)) if stored is None else stored.layers)
-    hybrid = HybridSettings(layers, hybrid.lora_rank, hybrid.lora_alpha, hybrid.ffn_lora)
+    hybrid = replace(hybrid, layers=layers, state=hybrid.state if stored is None else stored.state)
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
     trained = None if stored is None else stored.memory
     memory = config.memory.fitting(trained, config.frames_per_block, source)
@@ -213,7 +226,9 @@ def room_for_generation(
     block = config.frames_per_block * tokens
     parts = {
         "weights": transformer_parameters(sizes, hybrid) * dtype.itemsize + text_encoder_bytes(folder, dtype),
-        "memory of layers": batch * memory_of_layers(sizes, len(layers), frames * tokens, dtype, averaged) // processes,
+        "memory of layers": batch
+        * memory_of_layers(sizes, len(layers), frames * tokens, dtype, hybrid.state, averaged)
+        // processes,
         "a pass over a block": batch * block * (sizes.dim + sizes.ffn_dim) * dtype.itemsize // processes,
     }
     if not decodes:  # then the latents of the whole video are kept

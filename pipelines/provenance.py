@@ -16,7 +16,7 @@ from torch import nn
 
 from arl2 import __version__
 from arl2.model import HybridWanModel
-from wan.checkpoints.fields import HYBRID, SIZES, UNTRAINED
+from wan.checkpoints.fields import HYBRID, SIZES, STATE_VARIANT, UNTRAINED
 from wan.checkpoints.loading import fingerprint_of
 from wan.text import SPECIAL_TOKENS, TextEncoder
 from wan.vae.wan_vae import WanVAE
@@ -83,6 +83,7 @@ def architecture_of(model: HybridWanModel) -> dict[str, Any]:
     """What a transformer computes beside its weights: sizes, and the settings of hybrid layers where it has some."""
     record, hybrid = model.record(), model.hybrid
     names = [*SIZES, *(HYBRID if hybrid.lora_rank is not None else ["hybrid_layers"] if hybrid.layers else [])]
+    names += [STATE_VARIANT] if STATE_VARIANT in record else []
     return {name: record[name] for name in names}
 
 

@@ -32,6 +32,7 @@ def tiny_model(hybrid: HybridSettings = HybridSettings(), dtype: torch.dtype = t
         lora_rank=hybrid.lora_rank,
         lora_alpha=hybrid.lora_alpha,
         ffn_lora=hybrid.ffn_lora.value,
+        state=hybrid.state.as_plain(),
     )
     model.to(dtype)
     with torch.no_grad():

@@ -431,9 +431,13 @@ class CausalWanModel(ModelMixin, ConfigMixin):
         patches = rearrange(latents_BFCHW.to(dtype), "b f c (h r) (w s) -> b (f h w) (c r s)", r=rows, s=columns)
         tokens = self.patch_embedding(patches)
         height, width = latents_BFCHW.shape[-2:]
-        rotary = rotary_angles(frames_F, height // rows, width // columns, self.head_dim)
+        rotary = self.rotary(frames_F, height // rows, width // columns)
         time_BFD = self.time_embedding(timestep_embedding(timesteps_BF, self.freq_dim).to(dtype))
         return Embedded(tokens, rotary, time_BFD, self.time_projection(time_BFD).unflatten(-1, (6, -1)))
+
+    def rotary(self, frames_F: Tensor, height: int, width: int) -> Rotary:
+        """Rotation of the tokens of latent frames with a grid of `height` × `width` tokens, for all layers."""
+        return rotary_angles(frames_F, height, width, self.head_dim)
 
     def forward(
         self,

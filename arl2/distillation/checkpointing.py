@@ -71,8 +71,13 @@ class TrainingState:
     progress: Progress
 
 
-def save_state(state: TrainingState, folder: Path, fingerprint: Fingerprint, keep: int) -> None:
+def save_state(
+    state: TrainingState, folder: Path, fingerprint: Fingerprint, keep: int, header: dict[str, str] | None = None
+) -> None:
     """Write a checkpoint of the current step and drop all but the newest `keep`.
+
+    Args:
+        header: of the files of parameters and of their average.
 
     Raises:
         InputError: the disk is full; the older checkpoints stay.
@@ -85,10 +90,10 @@ def save_state(state: TrainingState, folder: Path, fingerprint: Fingerprint, kee
         for key, value in kept.get(index, {}).items()
     }
     with atomic_folder(path) as temporary:
-        save_file({name: value.detach() for name, value in state.trainables.items()}, temporary / TRAINABLES)
+        save_file({name: value.detach() for name, value in state.trainables.items()}, temporary / TRAINABLES, header)
         save_file(optimizer, temporary / OPTIMIZER)
         if state.ema is not None:
-            save_file(state.ema, temporary / EMA)
+            save_file(state.ema, temporary / EMA, header)
         write_json(temporary / STATE, {"progress": asdict(state.progress), "fingerprint": fingerprint})
     for old in complete_checkpoints(folder)[:-keep]:
         _remove_at_once(old)

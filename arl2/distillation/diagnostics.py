@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from arl2.distillation.objective import LayerReports
-from arl2.hybrid_attention import HybridAttention, StateView, gated
+from arl2.hybrid_attention import HybridAttention, gated
 from arl2.model import HybridWanModel
+from arl2.state_memory import LocalWindow, StateView
 from wan.ops.rope import Rotary
 
 GATE_CLOSED, GATE_OPEN = 0.05, 0.95
@@ -19,10 +20,11 @@ GATE_CLOSED, GATE_OPEN = 0.05, 0.95
 
 
 @torch.no_grad()
-def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, state_BHKV: Tensor) -> dict[str, Tensor]:
-    """Measure one layer in one pass over `state_BHKV`; means over tokens, heads and videos."""
+def measure(module: HybridAttention, x_BLD: Tensor, rotary: Rotary, view: StateView | LocalWindow) -> dict[str, Tensor]:
+    """Measure one layer in one pass over a view of its memory; means over tokens, heads and videos."""
+    state_BHKV, past = view.state_BHKV, view.softmax if isinstance(view, LocalWindow) else None
     gate, q = module.output_gate(x_BLD).float(), module.q(x_BLD)
-    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary)
+    local = module.local_attention(q, module.k(x_BLD), module.v(x_BLD), rotary, None, past)
     remembered = gated(module.read(state_BHKV, module.state_query(x_BLD, q, rotary)).float(), gate)
     return {
         "gate_mean": gate.mean(),
@@ -46,8 +48,8 @@ def measured(model: HybridWanModel, tokens_per_frame: int) -> Iterator[LayerRepo
     def hook(layer: int) -> Callable[..., None]:
         def note(module: HybridAttention, arguments: tuple[Any, ...], result: tuple[Tensor | None, Any]) -> None:
             x, rotary, view = arguments[:3]
-            if module.enabled and result[0] is not None and isinstance(view, StateView):
-                now, before = measure(module, x, rotary, view.state_BHKV), sums.get(layer, {})
+            if module.enabled and result[0] is not None and isinstance(view, StateView | LocalWindow):
+                now, before = measure(module, x, rotary, view), sums.get(layer, {})
                 sums[layer] = {name: value + before.get(name, 0) for name, value in now.items()}
                 passes[layer] += 1
 

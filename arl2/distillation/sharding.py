@@ -10,15 +10,15 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from arl2.checkpoint import HybridPlan, log_report, require_range
-from arl2.hybrid_attention import StateView
 from arl2.model import HybridWanModel, keep_gates_in_float32
+from arl2.state_memory import LocalWindow, StateView
 from wan.checkpoints.loading import StateDict, checksum, digest_of
 from wan.checkpoints.tensors import own_storage, require_finite
 from wan.memory import ConcatView, KVUpdate
 from wan.utils.errors import InputError
 from wan.utils.ranks import raise_together
 
-TENSOR_CLASSES = (StateView, ConcatView, KVUpdate)
+TENSOR_CLASSES = (StateView, LocalWindow, ConcatView, KVUpdate)
 """What blocks take and return beside tensors, and what gradients flow through."""
 
 

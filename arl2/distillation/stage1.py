@@ -30,7 +30,7 @@ from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout
 from wan.teacher_forcing import teacher_forced_layers
 
-STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.")
+STAGE1_PARTS = ("a_proj.", "b_proj.", "gate_proj.", "A_log", "dt_bias", "phi_q.", "phi_k.", "phi_v.", "phi_o.")
 """Name prefixes of the parameters of a hybrid layer that stage 1 trains."""
 MIN_TARGET_MEAN_SQUARE = 1e-8
 """Lower bound on the mean square of a target in the relative loss."""

@@ -40,7 +40,9 @@ from arl2.distillation.checkpointing import (
 from arl2.distillation.objective import LayerReports, Objective
 from arl2.distillation.sampling import Batches
 from arl2.model import HybridWanModel
+from wan.checkpoints.fields import STATE_VARIANT
 from wan.checkpoints.loading import fingerprint_of
+from wan.checkpoints.saving import with_record
 from wan.utils.errors import InputError, Interrupted
 from wan.utils.files import write_json, writing
 from wan.utils.json_lines import JsonLinesWriter
@@ -418,7 +420,9 @@ class Trainer:
         with self._held():
             if self._is_main:
                 self._require_finite()
-                save_state(self.state, self._folder / CHECKPOINTS, self._fingerprint, self._settings.keep)
+                record = self._objective.model.record()
+                header = with_record(record) if STATE_VARIANT in record else None  # weights do not show it
+                save_state(self.state, self._folder / CHECKPOINTS, self._fingerprint, self._settings.keep, header)
         raise_together(self._failure, self._accelerator.device)
 
     def _require_finite(self) -> None:

@@ -12,17 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from arl2.hybrid_attention import HybridAttention, StateView, combine
+from arl2.hybrid_attention import HybridAttention, combine
 from arl2.inference.fused_ops import DeferredResidual, FusedOps, StateRead
 from arl2.inference.linear import FusedLinear, Weight, inference_linear, weight_name
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
+from arl2.state_memory import StateView
+from arl2.state_settings import StateSettings
 from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
 from wan.ops.rope import Rotary
+from wan.utils.errors import InputError
 
 Function = Callable[..., Any]
 
@@ -244,6 +247,35 @@ class FastHybridBlock(FastBlock):
         return self.rest(x, exchange.to_tokens(mixed, frames), None, time_BF6D, text_kv)
 
 
+class PlainBlock(nn.Module):
+    """The block as it is among blocks for inference: hybrid layers whose states have no fused form, see `fast_block`.
+
+    Args:
+        block: computes in the precision of its weights, uncompiled.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        stream: DeferredResidual,
+        time_BF6D: Tensor,
+        rotary: Rotary,
+        view: StateView,
+        text_kv: tuple[Tensor, Tensor],
+        *,
+        attend: bool,
+        remember: bool,
+        delta_out: None = None,
+    ) -> tuple[DeferredResidual, Any]:
+        """See `wan.model.Block.forward`."""
+        tokens = stream.total(time_BF6D)
+        x, update = self.block(tokens, time_BF6D, rotary, view, text_kv, attend=attend, remember=remember)
+        return DeferredResidual(x, None, None), update
+
+
 def block_update(view: Any, k_BLHD: Tensor, v_BLHD: Tensor, attend: bool) -> KVUpdate | SlotUpdate:
     """Update of a softmax layer's memory; without a copy where the view has a slot for the block.
 
@@ -307,10 +339,32 @@ class BatchedStateWrites:
         return list(states.chunk(len(self._states)))
 
 
-def fast_block(block: Block, form: BlockForm) -> FastBlock:
-    """Inference form of a block, hybrid if its hybrid layer is enabled now."""
-    hybrid = isinstance(block.self_attn, HybridAttention) and block.self_attn.enabled
-    return (FastHybridBlock if hybrid else FastBlock)(block, form)
+def fast_block(block: Block, form: BlockForm) -> FastBlock | PlainBlock:
+    """Inference form of a block, hybrid if its hybrid layer is enabled now.
+
+    Raises:
+        InputError: see `require_divisible`.
+    """
+    layer = block.self_attn
+    if not (isinstance(layer, HybridAttention) and layer.enabled):
+        return FastBlock(block, form)
+    if layer.state.has_fused_form:
+        return FastHybridBlock(block, form)
+    if form.parallel is not None:
+        require_divisible(layer.state)
+    return PlainBlock(block)
+
+
+def require_divisible(state: StateSettings) -> None:
+    """Make sure that the heads of a video can be divided over processes.
+
+    Raises:
+        InputError: states are of a form that is computed plainly only.
+    """
+    if not state.has_fused_form:
+        raise InputError(
+            f"states of {state} cannot be divided over processes that compute one video: start one process per video"
+        )
 
 
 def like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

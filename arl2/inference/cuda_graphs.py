@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arl2.hybrid_attention import StateView
+from arl2.state_memory import StateView
 from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import FlowModel, PassOutput, TextKV
 

@@ -66,7 +66,7 @@ class TritonFusedOps(FusedOps):
         norms = [each for each, _ in (*normed, *measured)]
         if not all(isinstance(each, RMSNorm) for each in norms):
             return super().normed_heads(normed, measured, num_heads, rotary)
-        cos, sin = (None, None) if rotary is None else rotary
+        cos, sin = (None, None) if rotary is None else rotary[:2]
         weights, eps = [each.weight for each, _ in normed], norms[0].eps
         outputs = norm_heads([x for _, x in normed], weights, [x for _, x in measured], num_heads, cos, sin, eps)
         heads = [x.unflatten(-1, (num_heads, -1)) for x in outputs[: len(normed)]]
@@ -79,7 +79,8 @@ class TritonFusedOps(FusedOps):
         if inverse_rms_BL is None or layer.head_dim not in HEAD_SIZES:
             return super().put_keys(layer, key_BLD, inverse_rms_BL, rotary, out_BLHK)
         maps_HOI = layer.phi_k.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
-        state_keys(key_BLD, inverse_rms_BL, layer.norm_k.weight, maps_HOI, *rotary, L2_NORM_EPS, out_BLHK)
+        cos, sin = layer.state_rotary(rotary)
+        state_keys(key_BLD, inverse_rms_BL, layer.norm_k.weight, maps_HOI, cos, sin, L2_NORM_EPS, out_BLHK)
 
     def state_queries(
         self, layer: HybridAttention, query_BLD: Tensor, inverse_rms_BL: Tensor | None, rotary: Rotary
@@ -89,7 +90,8 @@ class TritonFusedOps(FusedOps):
             return super().state_queries(layer, query_BLD, inverse_rms_BL, rotary)
         maps_HOI = layer.phi_q.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
         out = query_BLD.new_empty(*query_BLD.shape[:2], layer.num_heads, layer.head_dim)
-        state_keys(query_BLD, inverse_rms_BL, layer.norm_q.weight, maps_HOI, *rotary, L2_NORM_EPS, out)
+        cos, sin = layer.state_rotary(rotary)
+        state_keys(query_BLD, inverse_rms_BL, layer.norm_q.weight, maps_HOI, cos, sin, L2_NORM_EPS, out)
         return out
 
     def add_state_read(self, layer: HybridAttention, mixed_BLHD: Tensor, reading: StateRead) -> Tensor:
@@ -98,5 +100,5 @@ class TritonFusedOps(FusedOps):
         if inverse_rms is None or layer.head_dim not in HEAD_SIZES:
             return super().add_state_read(layer, mixed_BLHD, reading)
         maps_HOI = layer.phi_q.weight.view(layer.num_heads, layer.head_dim, layer.head_dim)
-        weight = layer.norm_q.weight
-        return read_state(mixed_BLHD, state, gate, query, inverse_rms, weight, maps_HOI, *rotary, L2_NORM_EPS)
+        weight, (cos, sin) = layer.norm_q.weight, layer.state_rotary(rotary)
+        return read_state(mixed_BLHD, state, gate, query, inverse_rms, weight, maps_HOI, cos, sin, L2_NORM_EPS)

@@ -12,6 +12,7 @@ from arl2.inference.blocks import (
     BlockForm,
     FastBlock,
     FastHybridBlock,
+    PlainBlock,
     compiled,
     fast_block,
     flow,
@@ -33,7 +34,8 @@ class InferenceModel:
     """Block-by-block forward of a model with fused projections, optionally compiled and in FP8.
 
     It shares the model's parameters, and reads adapters and switches at construction. Later in-place changes of a
-    parameter are seen only in part. It has no gradients and no parallel form.
+    parameter are seen only in part. It has no gradients and no parallel form. Hybrid layers without a fused
+    form, see `StateSettings`, compute plainly, see `arl2.inference.blocks.PlainBlock`.
 
     Args:
         model: stays usable, with the same names and values.
@@ -66,15 +68,17 @@ class InferenceModel:
         attentions = list(model.hybrid_attentions().values())
         self._write_backend = attentions[0].write_backend if attentions else WriteBackend.AUTO
         form = BlockForm(new_fused_ops(fp8, kernels), self._compile_fn, parallel)
-        self._blocks: list[FastBlock] = []
+        self._blocks: list[FastBlock | PlainBlock] = []
         for block in model.layers():
-            self._blocks.append(fast_block(block, form).eval())
+            fast = fast_block(block, form)
+            self._blocks.append(fast.eval())
             if sharded is not None and len(self._blocks) == 1:
                 sharded.keep()  # no block runs before it, under which to fetch its weights
             elif sharded is not None:
-                sharded.add(self._blocks[-1].large_weights(), block)
-            if fp8:
-                self._parked.add(self._blocks[-1].replaced())
+                assert isinstance(fast, FastBlock)  # plain ones are refused where there are several ranks
+                sharded.add(fast.large_weights(), block)
+            if fp8 and isinstance(fast, FastBlock):
+                self._parked.add(fast.replaced())
         if sharded is not None:
             sharded.finish()
 
@@ -83,7 +87,8 @@ class InferenceModel:
         other = copy(self)
         other._blocks, ops = [copy(block) for block in self._blocks], new_fused_ops(self._fp8, kernels=False)
         for block in other._blocks:
-            block.ops = ops
+            if isinstance(block, FastBlock):
+                block.ops = ops
         return other
 
     def release(self) -> None:

@@ -59,10 +59,8 @@ class MixedAttention(HybridAttention):
         mix_B11: switch of every video, 1 for the hybrid.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, qk_norm: bool, eps: float, lora_rank: int | None, lora_alpha: float
-    ) -> None:
-        super().__init__(dim, num_heads, qk_norm, eps, lora_rank, lora_alpha)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self.mix_B11 = torch.ones(1, 1, 1, device="cpu")
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:

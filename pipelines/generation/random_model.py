@@ -75,6 +75,7 @@ def _new_transformer(sizes: Mapping[str, Any], hybrid: HybridSettings) -> Hybrid
         lora_rank=hybrid.lora_rank,
         lora_alpha=hybrid.lora_alpha,
         ffn_lora=hybrid.ffn_lora.value,
+        state=hybrid.state.as_plain(),
     )
 
 

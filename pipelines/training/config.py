@@ -17,6 +17,7 @@ from arl2.distillation.trainer import CHECKPOINTS, TrainerSettings
 from arl2.layer_selection.gates import Budget, BudgetWeight, GateSettings, Temperature
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
 from arl2.rollout import num_blocks
+from arl2.state_settings import PAPER_STATE, StateSettings
 from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.config import Frames, FramesPerSecond, MemoryConfig, MemoryKind, Rank, SamplingConfig
 from pipelines.feasibility import TransformerSizes
@@ -79,6 +80,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
         shard: divide the frozen weights over ranks (FSDP2).
         deterministic: use PyTorch's deterministic algorithms, so that a run repeats bit by bit on the same GPUs. In
             bfloat16 the attention's backward pass is not deterministic otherwise, and it is faster.
+        state: variant of the recurrent state; what starts from a run must have the variant of that run.
     """
 
     model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
@@ -100,6 +102,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
     dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
     shard: bool = False
     deterministic: bool = False
+    state: StateSettings = field(default_factory=StateSettings)
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""
@@ -129,7 +132,7 @@ class Stage1Config(TrainingConfig):
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """The layers named, or all; no adapters."""
-        return HybridSettings(check_layers(self.layers or range(num_layers), num_layers))
+        return HybridSettings(check_layers(self.layers or range(num_layers), num_layers), state=self.state)
 
     def objective_settings(self) -> Stage1Settings:
         """As `Stage1` takes them."""
@@ -195,8 +198,8 @@ class Stage2Config(TrainingConfig):
         layers = self.hybrid_layers or read_layers(Path(str(self.layers_file)), self.share or DEFAULT_SHARE, num_layers)
         checked = check_layers(layers, num_layers)
         if not self.lora:
-            return HybridSettings(checked)
-        return HybridSettings(checked, self.lora_rank, self.lora_alpha, self.ffn_lora)
+            return HybridSettings(checked, state=self.state)
+        return HybridSettings(checked, self.lora_rank, self.lora_alpha, self.ffn_lora, self.state)
 
     def student_memory(self) -> MemoryConfig:
         """What the student's softmax layers see."""
@@ -250,7 +253,7 @@ class GatesConfig(TrainingConfig):
 
     def hybrid(self, num_layers: int) -> HybridSettings:
         """All layers, without adapters."""
-        return HybridSettings(tuple(range(num_layers)))
+        return HybridSettings(tuple(range(num_layers)), state=self.state)
 
     def objective_settings(self) -> GateSettings:
         """As `LayerGates` takes them."""
@@ -393,6 +396,9 @@ def resume_fingerprint(config: TrainingConfig, global_batch: int) -> dict[str, A
     kept = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     if config.optimizer.decay == "constant":
         del kept["steps"]  # nothing but the end depends on it
+    del kept["state"]
+    if config.state != PAPER_STATE:  # runs of earlier versions did not note it
+        kept["state"] = config.state.as_plain()
     if isinstance(config, Stage2Config):
         kept["memory"] = config.student_memory().identity()
         kept["teacher_memory"] = config.teacher_memory.resolved(None).identity()

@@ -25,6 +25,7 @@ from arl2.distillation.trainer import CHECKPOINTS, Trainer
 from arl2.layer_selection.gates import GateSettings, LayerGates
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
+from arl2.statement import found_settings, state_of
 from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device
 from pipelines.dtypes import choose_dtype
@@ -326,6 +327,9 @@ def model_parts(config: TrainingConfig) -> ModelParts:
     """Weights, sizes and hybrid layers of the model that a config trains."""
     sizes = transformer_config(Path(config.model_folder))
     weights = read_transformer(config.checkpoint_path or config.model_folder, config.use_ema)
+    said = state_of(weights.record, weights.config, weights.state, weights.source)
+    if found_settings(weights.state, weights.source).layers and said != config.state:
+        raise InputError(f"{weights.source} has states of {said}, not of {config.state}: set state as it was")
     return weights, sizes, config.hybrid(sizes["num_layers"])
 
 

@@ -14,11 +14,12 @@ from arl2.distillation.stage1 import stage1_parameters
 from arl2.distillation.stage2 import Trainable, stage2_parameters
 from arl2.distillation.trainer import CHECKPOINTS
 from arl2.model import HybridWanModel
+from arl2.state_settings import StateSettings, stated_state
 from pipelines.dtypes import DTYPES, choose_dtype
 from pipelines.provenance import device_name
 from pipelines.training.config import Stage2Config, TrainingConfig, init_from, resume_fingerprint
 from pipelines.training.export import EXPORT
-from wan.checkpoints.fields import SIZES
+from wan.checkpoints.fields import SIZES, STATE_VARIANT
 from wan.checkpoints.formats import has_config, stated_config, transformer_config
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights, summarize_names
 from wan.checkpoints.record import ALPHA, read_record
@@ -75,9 +76,21 @@ class StartingRun:
     def require_fit(self, config: TrainingConfig) -> None:
         """Make sure that a run may start from this one: from stage 1, or stage 2 from stage 2 with the same adapters.
 
+        Both must have the same variant of the state.
+
         Raises:
             InputError: it may not.
         """
+        before, now = (
+            {name: value for name, value in settings.items() if name.startswith(f"{STATE_VARIANT}.")}
+            for settings in (self.fingerprint, resume_fingerprint(config, 1))
+        )
+        if before != now:
+            plain = {name.partition(".")[2]: value for name, value in before.items()}
+            said = StateSettings.from_plain(plain, self.folder)
+            raise InputError(
+                f"init_from {self.folder} was trained with states of {said}, not of {config.state}: set state as it was"
+            )
         if self.stage is STAGE1:
             return
         if self.stage is not STAGE2 or not isinstance(config, Stage2Config):
@@ -181,6 +194,7 @@ def check_start(config: TrainingConfig) -> None:
             lora_rank=hybrid.lora_rank,
             lora_alpha=hybrid.lora_alpha,
             ffn_lora=hybrid.ffn_lora.value,
+            state=hybrid.state.as_plain(),
         )
     starting_values(file, model)
 
@@ -195,7 +209,7 @@ def starting_values(file: Path, model: HybridWanModel) -> StateDict:
 
     Raises:
         CheckpointError: it is no weight file, lacks a parameter, or does not fit; a value is not finite; or it has
-            adapters of another scale, or such that the model has no place for.
+            adapters of another scale, or such that the model has no place for, or another variant of the state.
     """
     # The names first: a wrong file may be large.
     if file.suffix == ".safetensors":
@@ -203,7 +217,9 @@ def starting_values(file: Path, model: HybridWanModel) -> StateDict:
     read = read_weights(file)
     state = as_state_dict(read, file)
     wanted = _wanted(model, state, file)
-    _require_scale(model, read_record(file, read), file)
+    record = read_record(file, read)
+    _require_scale(model, record, file)
+    _require_state(model, record, file)
     values = {name: state[name] for name in wanted}
     check_fit(wanted, values, file)
     return values
@@ -243,6 +259,13 @@ def _require_scale(model: HybridWanModel, record: Mapping[str, Any], file: Path)
         raise CheckpointError(
             f"{file} has adapters of lora_alpha {alpha:g}, not {model.hybrid.lora_alpha:g}: set lora_alpha={alpha:g}"
         )
+
+
+def _require_state(model: HybridWanModel, record: Mapping[str, Any], file: Path) -> None:
+    """Make sure that states work as they did where they were trained, where the file says how."""
+    state = stated_state(record, {}, file)
+    if record and not record.keys() <= {ALPHA} and state != model.hybrid.state:
+        raise CheckpointError(f"{file} has states of {state}, not of {model.hybrid.state}: set state as it was")
 
 
 def _require_names(wanted: Collection[str], names: Collection[str], file: Path) -> None:

@@ -48,7 +48,35 @@ class MemoryRecord:
 
 
 MEMORY = declarations(MemoryRecord)
-OPTIONAL_HYBRID: dict[str, Any] = {TRAINED_MEMORY: MemoryRecord | None, UNTRAINED: HYBRID["hybrid_layers"] | None}
+STATE_VARIANT = "state"
+"""Of a model whose states are not the paper's: what differs."""
+RotationPeriod = Annotated[int, Bounds(1, 1 << 24)]
+RotationRate = Annotated[float, Bounds(0, 1, above=True, below=True)]
+TokensPerBlock = Annotated[int, Bounds(1, 1 << 24)]
+ValueExpansion = Annotated[int, Bounds(1, 16)]
+NumStates = Annotated[int, Bounds(1, 2)]
+LocalFrames = Annotated[int, Bounds(0, 1 << 16)]
+
+
+@dataclass
+class StateRecord:
+    """Variants of the recurrent state, see `arl2.state_settings.StateSettings`."""
+
+    rotation: Literal["absolute", "none", "spatial", "wrapped", "slow"] = "absolute"
+    rotation_period: RotationPeriod | None = None
+    rotation_rate: RotationRate | None = None
+    decay: Literal["paper", "slow"] = "paper"
+    decay_block_tokens: TokensPerBlock | None = None
+    value_expansion: ValueExpansion = 1
+    num_states: NumStates = 1
+    local_frames: LocalFrames = 0
+
+
+OPTIONAL_HYBRID: dict[str, Any] = {
+    TRAINED_MEMORY: MemoryRecord | None,
+    UNTRAINED: HYBRID["hybrid_layers"] | None,
+    STATE_VARIANT: StateRecord | None,
+}
 """Settings that a hybrid model may leave out."""
 RELEASED: dict[str, Any] = {
     "patch_size": (1, 2, 2),

@@ -13,7 +13,7 @@ IMAGE_BRANCH = re.compile(r"(^|\.)(img_emb|image_embedder|[kv]_img|norm_k_img|ad
 OPTIMIZER = "an optimizer's state"
 HYBRID_ALONE = "hybrid weights alone"
 HYBRID_PART = re.compile(
-    r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkv]|lora_[qkv]_[AB])\b.*)"
+    r"^blocks\.(\d+)\.self_attn\.(?P<part>(?:a_proj|b_proj|gate_proj|A_log|dt_bias|phi_[qkvo]|lora_[qkv]_[AB])\b.*)"
 )
 FFN_ADAPTER = re.compile(r"^blocks\.(\d+)\.(?P<part>ffn\.\d+\.lora_[AB])$")
 """With `HYBRID_PART`, names of what a hybrid model has beyond the softmax one."""

@@ -12,12 +12,15 @@ from wan.ops.dispatch import rotation_by_kernel
 
 ROPE_THETA = 10000.0
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosine and sine of the rotation angle of every token and pair, each [L, D/2]."""
+Rotary = tuple[Tensor, ...]
+"""Cosine and sine of the rotation angle of every token and pair, each [L, D/2].
+
+Two further tensors of this kind may follow, for layers that rotate otherwise: see `arl2.hybrid_attention`.
+"""
 
 
 def _axis_angles(positions: Tensor, pairs: int) -> Tensor:
-    """Angles of `pairs` rotated pairs at integer `positions` [N], as [N, pairs] in float64."""
+    """Angles of `pairs` rotated pairs at `positions` [N], as [N, pairs] in float64."""
     exponent = torch.arange(pairs, dtype=torch.float64, device=positions.device) / pairs
     return positions.to(torch.float64)[:, None] * ROPE_THETA**-exponent
 
@@ -26,7 +29,7 @@ def rotary_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Rot
     """Rotation of the tokens of latent frames, in (frame, row, column) raster order.
 
     Args:
-        frames: absolute index of each latent frame, [F] integers; need not be consecutive.
+        frames: absolute index of each latent frame, [F]; need not be consecutive, nor whole.
         height, width: token grid of one frame.
         head_dim: channels of one attention head, even.
 
@@ -51,11 +54,15 @@ def rotary_angles(frames: Tensor, height: int, width: int, head_dim: int) -> Rot
 
 
 def rotate(x_BLHD: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate adjacent channel pairs of every head; computed in float32 at least, returned in x's dtype."""
-    by_kernel = rotation_by_kernel(x_BLHD, *rotary)
+    """Rotate adjacent channel pairs of every head; computed in float32 at least, returned in x's dtype.
+
+    Only the first two tensors of `rotary` count.
+    """
+    cos, sin = rotary[:2]
+    by_kernel = rotation_by_kernel(x_BLHD, cos, sin)
     if by_kernel is not None:
         return by_kernel
-    cos, sin = (part[:, None, :, None] for part in rotary)
+    cos, sin = cos[:, None, :, None], sin[:, None, :, None]
     pairs = x_BLHD.to(torch.promote_types(x_BLHD.dtype, torch.float32)).unflatten(-1, (-1, 2))
     # (even·cos - odd·sin, odd·cos + even·sin), in a form that stays one kernel when it is compiled.
     rotated = pairs * cos + pairs.flip(-1) * torch.cat([-sin, sin], dim=-1)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from arl2.evaluation.golden.vectors import Golden, Output, Precision
-from arl2.hybrid_attention import StateView
 from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block
+from arl2.state_memory import StateView
 from arl2.statement import found_settings
 from wan.checkpoints.loading import load_strict
 from wan.memory import Memory, MemorySpec

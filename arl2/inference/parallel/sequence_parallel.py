@@ -73,8 +73,7 @@ class SequenceParallel:
 
     def shard_rotary(self, rotary: Rotary, num_frames: int) -> Rotary:
         """Rotation of this rank's tokens."""
-        cos, sin = (self.shard(part[None], num_frames)[0] for part in rotary)
-        return cos, sin
+        return tuple(self.shard(part[None], num_frames)[0] for part in rotary)
 
     def gather(self, x_BLD: Tensor, num_frames: int) -> Tensor:
         """All tokens from every rank's, [B, L, D]; the inverse of `shard`."""

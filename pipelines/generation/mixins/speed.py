@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from arl2.inference.blocks import require_divisible
 from arl2.inference.cuda_graphs import GraphedModel
 from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
@@ -79,9 +80,10 @@ class SpeedMixin(PlacementMixin):
             exchange: how GPUs exchange tokens for heads.
 
         Raises:
-            InputError: the heads do not divide over the processes, the GPUs cannot exchange in this way, or the VAE
-                has a device of its own.
+            InputError: the heads do not divide over the processes, the GPUs cannot exchange in this way, the VAE has a
+                device of its own, or hybrid layers have states that cannot be divided.
         """
+        require_divisible(self.transformer.hybrid.state)
         self.require_one_device("parallelize, with which every process decodes a part of each frame,")
         self._parallel = new_sequence_parallel(self.transformer.config.num_heads, self.transformer.device, exchange)
         self.transformer.head_shards = self._parallel.size

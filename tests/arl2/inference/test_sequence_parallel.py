@@ -14,6 +14,7 @@ from arl2.inference.model import InferenceModel
 from arl2.inference.parallel.sequence_parallel import SequenceParallel, check_divides
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.rollout import predict_flow, remember_block
+from arl2.state_settings import Rotation, StateSettings
 from wan.model import FlowModel
 from wan.utils.errors import InputError
 
@@ -23,6 +24,7 @@ LAYERS = {
     "softmax": HybridSettings(),
     "hybrid": HybridSettings((0, 2), 3, 6.0, FFNLoRA.HYBRID),
     "without adapters": HybridSettings((0, 1, 2)),
+    "another rotation": HybridSettings((0, 2), 3, 6.0, state=StateSettings(Rotation.WRAPPED, 4)),
 }
 WINDOWS = ((None, 0), (6, 0), (7, 1))
 BATCHES = (1, 2)
@@ -38,6 +40,7 @@ def new_model(hybrid: HybridSettings) -> HybridWanModel:
         lora_rank=hybrid.lora_rank,
         lora_alpha=hybrid.lora_alpha,
         ffn_lora=hybrid.ffn_lora.value,
+        state=hybrid.state.as_plain(),
     )
     with torch.no_grad():
         for parameter in model.parameters():
