@@ -28,7 +28,7 @@ from arl2.model import HybridWanModel, keep_gates_in_float32
 from arl2.toyworld.probe.long_probe import STANDARD_LATENTS, Context
 from arl2.toyworld.probe.memory_benchmark import equal_memory_window
 from arl2.toyworld.study.long_rows import Layers, LongRow, Stage, Start, Window
-from arl2.toyworld.world.scenes import HEIGHT, WIDTH
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, HEIGHT, WIDTH
 from arl2.toyworld.world.worlds import World
 from pipelines.dtypes import choose_dtype
 from pipelines.provenance import ROOT, device_name, git_commit
@@ -51,6 +51,7 @@ CONFIGS = ROOT / "configs" / "toyworld"
 STAGE1_WEIGHTS = ROOT / "docs" / "results" / "distillation" / "study" / "stage1.safetensors"
 SHIPPED_HYBRID = "hybrid_75.safetensors"
 LONG_LATENTS = 4 * STANDARD_LATENTS
+SLOW_DECAY = "state.decay=slow"
 WORK = "--work"
 Result = dict[str, Any]
 
@@ -193,14 +194,21 @@ class LongStudy:
             Layers.ALL: list(range(self.sizes["num_layers"])),
         }[row.layers]
 
-    def window_of(self, row: LongRow) -> int | None:
-        """Latent frames of the window of a row's softmax layers; None for full memory."""
-        if row.window in (Window.FULL, Window.TRAINED) or row.is_short:
-            return None if row.window is Window.FULL or row.is_short else STANDARD_LATENTS
+    @cached_property
+    def tokens_per_frame(self) -> int:
+        """Tokens of a latent frame."""
         model = read_model(self.settings.model, self.settings.model, torch.device("cpu"))
         stride = spatial_stride(self.settings.model)
-        tokens = model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
-        return equal_memory_window(model, len(self.shipped_layers), STANDARD_LATENTS, tokens)
+        return model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
+
+    def window_of(self, row: LongRow) -> int | None:
+        """Latent frames of the window of a row's softmax layers; None for full memory."""
+        if row.is_short or row.window is Window.FULL:
+            return None
+        if row.window_frames is not None or row.window is Window.TRAINED:
+            return row.window_frames or STANDARD_LATENTS
+        model = read_model(self.settings.model, self.settings.model, torch.device("cpu"))
+        return equal_memory_window(model, len(self.shipped_layers), STANDARD_LATENTS, self.tokens_per_frame)
 
     def weights_before(self, row: LongRow) -> Path | None:
         """The file that a row's training begins with; None for the bundle's own.
@@ -223,13 +231,14 @@ class LongStudy:
 
     def config(self, row: LongRow) -> TrainingConfig:
         """A row's training: a config of configs/toyworld, and what the study changes."""
-        settings = self.settings
+        settings, block = self.settings, FRAMES_PER_BLOCK * self.tokens_per_frame
         kind: type[TrainingConfig] = Stage1Config if row.stage is Stage.ONE else Stage2Config
         folders = ", ".join(map(str, self.data(row.is_short)))
         changes = [
             *(f"model_folder={settings.model}", f"run_folder={self.path('runs', row.name)}", f"data=[{folders}]"),
             *("tracker=none", "sample_every=0", "keep=1", f"device={settings.device}", f"seed={settings.seed}"),
             *("optimizer.decay=cosine", "ema_decay=0.99"),
+            *([f"state.decay_block_tokens={block}"] if SLOW_DECAY in row.settings else []),
             *(self._stage2_changes(row) if row.stage is not Stage.ONE else []),
             *([f"steps={settings.steps}"] if settings.steps is not None else []),
         ]

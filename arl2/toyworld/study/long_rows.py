@@ -54,6 +54,7 @@ class LongRow:
         start: weights to begin with; or else
         after: name of a row whose weights it begins with.
         window: memory of the softmax layers.
+        window_frames: latent frames of that window, if it is another than `window` says.
         stage: how it is trained.
         trains_all: whether all parameters train, not those of the hybrid layers and adapters alone.
         settings: further settings of the training, `key=value`.
@@ -64,6 +65,7 @@ class LongRow:
     start: Start = Start.SHIPPED
     after: str = ""
     window: Window = Window.TRAINED
+    window_frames: int | None = None
     stage: Stage = Stage.LONG
     trains_all: bool = False
     settings: tuple[str, ...] = ()
@@ -87,6 +89,21 @@ def _softmax(name: str, window: Window) -> tuple[LongRow, LongRow]:
     return first, LongRow(second, **SOFTMAX, after=name, window=window, settings=(*SLOWER, *RESAMPLED))  # type: ignore[arg-type]
 
 
+def _variant(name: str, *settings: str, window_frames: int | None = None) -> tuple[LongRow, LongRow]:
+    """A variant of the state: stage 1 of all layers, then long training, from nothing like all the others."""
+    first = f"stage1_{name}"
+    return (
+        LongRow(first, Layers.ALL, Start.GENERATOR, stage=Stage.ONE, settings=settings),
+        LongRow(f"state_{name}", after=first, window_frames=window_frames, settings=settings),
+    )
+
+
+SMALLER_WINDOW = 12
+"""Latent frames of a window that leaves bytes for a second state, or for values of twice the channels, in the hybrid
+layers: a state takes 49 KB in each of six layers, a frame 18 KB in each of the two others."""
+SMALLEST_WINDOW = 6
+"""The same for a window of one block in the hybrid layers, with the inputs of its writes."""
+
 PARTS: dict[str, tuple[LongRow, ...]] = {
     "hybrids": (
         LongRow("hybrid_75"),
@@ -109,5 +126,18 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
         LongRow("hybrid_75_resampled_4", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=4")),
         LongRow("hybrid_75_longer", after="hybrid_75"),
     ),
+    "states": (
+        *_variant("paper"),
+        *_variant("slow_decay", "state.decay=slow"),
+        *_variant("no_rotation", "state.rotation=none"),
+        *_variant("spatial_rotation", "state.rotation=spatial"),
+        *_variant("wrapped_rotation", "state.rotation=wrapped", "state.rotation_period=21"),
+        *_variant("slow_rotation", "state.rotation=slow", "state.rotation_rate=0.25"),
+        *_variant("two_states", "state.num_states=2", window_frames=SMALLER_WINDOW),
+        *_variant("wide_values", "state.value_expansion=2", window_frames=SMALLER_WINDOW),
+        *_variant("local_window", "state.local_frames=3", window_frames=SMALLEST_WINDOW),
+        *_variant("small_window", window_frames=SMALLER_WINDOW),
+    ),
 }
-"""Rows in the order of what they decide. `hybrid_75_longer` tells what the second training alone is worth."""
+"""Rows in the order of what they decide. `hybrid_75_longer` tells what the second training alone is worth, and
+`state_small_window` what the bytes of a larger state cost elsewhere. Rows of "states" take about the same bytes."""

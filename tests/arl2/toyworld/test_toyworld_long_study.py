@@ -10,16 +10,17 @@ import torch
 
 from arl2.distillation.stage2 import Context, Trainable
 from arl2.model import HybridWanModel
+from arl2.state_settings import PAPER_STATE
 from arl2.toyworld.probe.long_report import report
 from arl2.toyworld.probe.passes import Answer
-from arl2.toyworld.study.long_rows import PARTS, Layers, LongRow, Stage
+from arl2.toyworld.study.long_rows import PARTS, Layers, Stage
 from arl2.toyworld.world.worlds import World
 from pipelines.config import MemoryKind
 from pipelines.provenance import ROOT
 from pipelines.toyworld import long_study
 from pipelines.toyworld.draw import DrawSettings, draw_latents
 from pipelines.toyworld.long_memory import read_model
-from pipelines.toyworld.long_study import LongStudy, LongStudySettings
+from pipelines.toyworld.long_study import Exam, LongStudy, LongStudySettings
 from pipelines.toyworld.long_table import write_tables
 from pipelines.training.config import Stage1Config, Stage2Config
 from wan.utils.errors import InputError
@@ -42,7 +43,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def study(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> LongStudy:
     """A study of videos of two blocks, which are drawn already."""
-    monkeypatch.setattr(long_study, "STANDARD_LATENTS", 6)
     monkeypatch.setattr(LongStudy, "data", lambda self, is_short: [drawn])
     return LongStudy(LongStudySettings(tmp_path, BUNDLE, torch.device("cpu"), steps=2, overrides=TINY))
 
@@ -57,7 +57,12 @@ def test_every_row_has_a_config_that_can_be_trained(study: LongStudy) -> None:
             )
             weights.write_bytes(source.read_bytes())
         config = study.config(row)
+        assert (config.state != PAPER_STATE) == any(setting.startswith("state.") for setting in row.settings)
+        if row.stage is Stage.ONE:
+            assert isinstance(config, Stage1Config)
+            continue
         assert isinstance(config, Stage2Config)
+        assert row.window_frames in (None, config.memory.window_frames)
         assert config.hybrid_layers == {Layers.NONE: [], Layers.SHIPPED: [0, 2, 4, 5, 6, 7]}.get(
             row.layers, list(range(8))
         )
@@ -67,8 +72,7 @@ def test_every_row_has_a_config_that_can_be_trained(study: LongStudy) -> None:
         assert (config.checkpoint_path is not None) == (bool(row.after) and row.trains_all)
         config.objective_settings()
     equal = study.config(ROWS["softmax_equal_sink"])
-    assert isinstance(equal, Stage2Config) and equal.memory.window == (6, 3), "of the bytes for six latents"
-    assert isinstance(study.config(LongRow("first", stage=Stage.ONE)), Stage1Config)
+    assert isinstance(equal, Stage2Config) and equal.memory.window == (9, 3)
 
 
 def test_videos_are_drawn_in_pieces_that_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +98,19 @@ def test_videos_are_drawn_in_pieces_that_do_not_overlap(tmp_path: Path, monkeypa
 def test_a_row_whose_start_is_missing_says_so(study: LongStudy) -> None:
     with pytest.raises(InputError, match="run the row hybrid_75 first"):
         study.config(ROWS["hybrid_75_resampled"])
+
+
+def test_a_variant_begins_with_nothing_and_all_take_about_the_same_bytes(study: LongStudy) -> None:
+    first, second = ROWS["stage1_two_states"], ROWS["state_two_states"]
+    study.train(first)
+    assert study.train(second)["steps"] == 2
+    sizes = {}
+    for row in (ROWS["hybrid_75"], second):
+        file = BUNDLE / "hybrid_75.safetensors" if row.after == "" else study.path("weights", row.name, ".safetensors")
+        model = read_model(BUNDLE, file, torch.device("cpu"))
+        assert model.hybrid.state.num_states == (2 if row is second else 1)
+        sizes[row.name] = study.memory_bytes(model, row, (Exam(16, World.STANDARD),))["16"]
+    assert sizes["state_two_states"] == pytest.approx(sizes["hybrid_75"], rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["hybrid_75", "hybrid_75_all"])
