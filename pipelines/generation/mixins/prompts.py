@@ -11,6 +11,7 @@ from pipelines.generation.mixins.placement import PlacementMixin
 from pipelines.prompts.files import check_prompt
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
+from wan.utils.ranges import typed
 
 
 class PromptMixin(PlacementMixin):
@@ -42,14 +43,28 @@ class PromptMixin(PlacementMixin):
             InputError: they cannot.
         """
         text_len = self.transformer.config.text_len
-        if max_sequence_length is not None and not 2 <= max_sequence_length <= text_len:
+        if (
+            max_sequence_length is not None
+            and not 2 <= typed(int, max_sequence_length, "max_sequence_length") <= text_len
+        ):
             raise InputError(f"max_sequence_length {max_sequence_length} is out of range: give 2 to {text_len} tokens")
+        for embeds in (texts.prompt_embeds, texts.negative_prompt_embeds):
+            if embeds is not None:
+                self._check_embeds(embeds)
         in_words = texts.prompts is not None or texts.negative_prompts is not None
         if in_words and (self.text_encoder is None or self.tokenizer is None):
             needed = "prompt_embeds and negative_prompt_embeds" if texts.is_guided else "prompt_embeds"
             raise InputError(f"this pipeline has no text encoder: pass {needed}")
         if max_sequence_length is not None and texts.prompts is None:
             raise InputError("max_sequence_length would do nothing to prompt_embeds: leave it out")
+
+    def _check_embeds(self, embeds_BTD: Tensor) -> None:
+        most, width = self.transformer.config.text_len, self.transformer.config.text_dim
+        if embeds_BTD.ndim != 3 or embeds_BTD.shape[2] != width or not 1 <= embeds_BTD.shape[1] <= most:
+            raise InputError(
+                f"text embeddings have the shape {list(embeds_BTD.shape)}: give [videos, tokens, {width}] with 1 to "
+                f"{most} tokens, as encode_prompt returns them"
+            )
 
     def encode_texts(self, texts: Texts, max_sequence_length: int | None) -> Tensor:
         """Embeddings of all texts, prompts first, then with guidance the negative ones."""
