@@ -11,8 +11,9 @@ Every entry is accounted for, or nothing is read. A change is scale · up · dow
 """
 
 import logging
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,8 @@ class LoRASource:
                 raise CheckpointError(f"{path} has {fault}: give the LoRA's file")
             path = found[0]
         if not path.is_file():
-            raise CheckpointError(f"no LoRA at {path}: check the path, or download it")
+            scale = "; a scale is a number behind a colon, FILE:0.8" if ":" in path.name else ""
+            raise CheckpointError(f"no LoRA at {path}: check the path, or download it{scale}")
         config = path.with_name(CONFIG_FILE)
         return [path, config] if path.stem == Path(LORA_FILES[0]).stem and config.is_file() else [path]
 
@@ -111,6 +113,20 @@ class LoRASource:
         names = ("sha256", "settings_sha256")
         hashes = {name: content_hash(file) for name, file in zip(names, self.files(), strict=False)}
         return hashes | {"scale": self.scale}
+
+
+def require_distinct(sources: Sequence[LoRASource]) -> None:
+    """Make sure that no LoRA is given twice, whose changes would be added twice.
+
+    Raises:
+        InputError: one is.
+    """
+    seen = set[str]()
+    for source in sources:
+        place = os.path.realpath(source.path)
+        if place in seen:
+            raise InputError(f"the LoRA {source.path} is given twice: give it once, with the scale that is meant")
+        seen.add(place)
 
 
 class LowRank(NamedTuple):
