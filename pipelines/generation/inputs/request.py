@@ -84,7 +84,7 @@ def read_texts(
     if has_negative and scale <= 1:
         why = "this model is distilled without guidance" if guidance_distilled else "guidance_scale is not above 1"
         raise InputError(f"a negative prompt would do nothing, since {why}: leave it out")
-    prompts = None if prompt is None else _as_list(prompt, "prompt")
+    prompts = None if prompt is None else as_list(prompt, "prompt")
     for one in prompts or ():
         check_prompt(one, "the prompt")
     batch = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def read_texts(
     negative = None
     if scale > 1 and negative_prompt_embeds is None:
         given = "" if negative_prompt is None else negative_prompt
-        negative = [given] * batch if isinstance(given, str) else _as_list(given, "negative_prompt")
+        negative = [given] * batch if isinstance(given, str) else as_list(given, "negative_prompt")
     count = batch if negative is None and negative_prompt_embeds is None else len(negative or negative_prompt_embeds)  # type: ignore[arg-type]
     if count != batch:
         raise InputError(f"{count} negative prompts for {batch} prompts: give one, or one per prompt")
@@ -106,7 +106,12 @@ def read_texts(
     )
 
 
-def _as_list(prompt: Prompts, name: str) -> list[str]:
+def as_list(prompt: Prompts, name: str) -> list[str]:
+    """Prompts as a list.
+
+    Raises:
+        InputError: one is no text; the message says `name`.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
     others = [type(one).__name__ for one in prompts if not isinstance(one, str)]
     if others:
@@ -286,7 +291,7 @@ def as_memory(memory: MemoryConfig | str | None) -> MemoryConfig:
     if memory is None:
         return MemoryConfig()
     if isinstance(memory, MemoryConfig):
-        return typed(MemoryConfig, asdict(memory), "memory")  # type: ignore[no-any-return]
+        return typed(MemoryConfig, asdict(memory), "memory")
     kinds = [kind.value for kind in MemoryKind]
     if memory not in kinds:
         raise InputError(f"memory {memory!r} is unknown: give {', '.join(kinds)}, or a MemoryConfig")

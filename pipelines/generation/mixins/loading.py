@@ -25,7 +25,7 @@ from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.saving import give_umask_mode
 from wan.text import load_text_encoder
-from wan.utils.device import wide_range_dtype
+from wan.utils.device import require_device, wide_range_dtype
 from wan.utils.errors import InputError
 from wan.utils.files import writing
 from wan.utils.ranges import declarations, typed
@@ -141,6 +141,9 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
 
         A fast form of the transformer is undone, and made anew on the new device before the next pass.
         """
+        for given in (*args, kwargs.get("device")):
+            if isinstance(given, str | torch.device):
+                _device(given, None)
         self.undo_fast_form()
         self._side = None
         if torch.float16 not in (*args, kwargs.get("dtype")):
@@ -183,22 +186,8 @@ def _device(device: torch.device | str | None, device_map: str | None) -> torch.
             f"device_map {name!r} is no device: give 'cuda', 'cuda:1' or 'cpu'; parts that do not fit together go to "
             "the GPU one after the other with enable_model_cpu_offload"
         ) from error
-    _require_device(found)
+    require_device(found)
     return found
-
-
-def _require_device(device: torch.device) -> None:
-    """Make sure that this machine has a device.
-
-    Raises:
-        InputError: it has not.
-    """
-    if device.type == "cpu":
-        return
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = 0 if here is None or here.type != device.type else torch.accelerator.device_count()
-    if (device.index or 0) >= count:
-        raise InputError(f"there is no device {device} here ({count} of its kind): give 'cpu', or one that there is")
 
 
 def _lora_sources(given: Sequence[LoRASource | str | Path]) -> list[LoRASource]:

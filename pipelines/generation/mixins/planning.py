@@ -1,5 +1,6 @@
 """From the arguments of a call to a plan of its videos, before anything is computed."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -30,6 +31,8 @@ from pipelines.generation.mixins.prompts import PromptMixin
 from pipelines.media.images import Picture, first_frames
 from wan.utils.errors import InputError
 from wan.utils.ranges import typed
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81}
 """Sizes of videos where neither a call nor the model's folder says them: those that Wan 2.1 T2V 1.3B was trained on."""
@@ -244,7 +247,16 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             assert given.video is not None
             whole = (given.video.num_frames - 1) // self.wan_vae.temporal_compression + 1
             per_block: int = self.config.frames_per_block
-            return max(whole // per_block, 1) * per_block
+            taken = max(whole // per_block, 1) * per_block
+            count = (taken - 1) * self.wan_vae.temporal_compression + 1
+            if count < given.video.num_frames:
+                log.warning(
+                    "of the given video the last %d of %d frames are left out: blocks hold %d latent frames each",
+                    given.video.num_frames - count,
+                    given.video.num_frames,
+                    per_block,
+                )
+            return taken
         if num_frames is None:
             if given.strength is not None:
                 raise InputError("a video that goes through the steps again has an end: give num_frames")
@@ -257,4 +269,6 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         assert given.video is not None
         needed = (latent_frames - 1) * self.wan_vae.temporal_compression + 1
         if (count := given.video.num_frames) < needed:
-            raise InputError(f"the given video has {count} frames, {needed} are needed: give a longer one, or fewer")
+            raise InputError(
+                f"the given video has {count} frames, {needed} are needed: give a longer one, or a smaller num_frames"
+            )

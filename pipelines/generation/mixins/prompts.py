@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from pipelines.generation.inputs.request import Texts
+from pipelines.generation.inputs.request import Prompts, Texts, as_list
 from pipelines.generation.mixins.placement import PlacementMixin
 from pipelines.prompts.files import check_prompt
 from wan.text import TextEncoder
@@ -21,20 +21,31 @@ class PromptMixin(PlacementMixin):
     tokenizer: PreTrainedTokenizerBase | None
     _known_cuts: set[str]
 
-    def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> Tensor:
+    def encode_prompt(self, prompts: Prompts, max_sequence_length: int | None = None) -> Tensor:
         """Text embeddings [B, text_len, text_dim]; rows of padding are zero.
 
         Args:
-            prompts: one per video.
+            prompts: one, or one per video.
             max_sequence_length: tokens after which prompts are cut, text_len by default. The rest is padding, which
                 Wan 2.1 attends to.
 
         Raises:
-            InputError: a prompt is empty, the text encoder was not loaded, or the model takes fewer tokens.
+            InputError: a prompt is empty or no text, the text encoder was not loaded, or the model takes fewer tokens.
         """
-        for prompt in prompts:
-            check_prompt(prompt, "the prompt")
-        return self._encode(prompts, max_sequence_length)
+        texts = as_list(prompts, "prompt")
+        if not texts:
+            raise InputError("there are no prompts: give at least one")
+        for text in texts:
+            check_prompt(text, "the prompt")
+        self._check_length(max_sequence_length)
+        return self._encode(texts, max_sequence_length)
+
+    def _check_length(self, max_sequence_length: int | None) -> None:
+        if max_sequence_length is None:
+            return
+        length, text_len = typed(int, max_sequence_length, "max_sequence_length"), self.transformer.config.text_len
+        if not 2 <= length <= text_len:
+            raise InputError(f"max_sequence_length {length} is out of range: give 2 to {text_len} tokens")
 
     def check_text(self, texts: Texts, max_sequence_length: int | None) -> None:
         """Make sure that texts can be encoded.
@@ -42,12 +53,7 @@ class PromptMixin(PlacementMixin):
         Raises:
             InputError: they cannot.
         """
-        text_len = self.transformer.config.text_len
-        if (
-            max_sequence_length is not None
-            and not 2 <= typed(int, max_sequence_length, "max_sequence_length") <= text_len
-        ):
-            raise InputError(f"max_sequence_length {max_sequence_length} is out of range: give 2 to {text_len} tokens")
+        self._check_length(max_sequence_length)
         for embeds in (texts.prompt_embeds, texts.negative_prompt_embeds):
             if embeds is not None:
                 self._check_embeds(embeds)

@@ -245,3 +245,13 @@ def test_numbers_of_other_libraries_count_as_numbers(shared_pipeline: CausalVide
 def test_what_a_callback_cannot_change_is_refused(shared_pipeline: CausalVideoPipeline) -> None:
     with pytest.raises(InputError, match="returned 'prompt_embeds', which would change nothing"):
         latents(shared_pipeline, callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(1)})
+
+
+def test_texts_are_encoded_one_by_one_or_together(shared_pipeline: CausalVideoPipeline) -> None:
+    encode = shared_pipeline.encode_prompt
+    assert torch.equal(encode(PROMPT), encode([PROMPT])), "a text is one prompt, not one per letter"
+    for wrong, words in (([], "no prompts"), (None, "holds a NoneType"), ([5], "holds a int")):
+        with pytest.raises(InputError, match=words):
+            encode(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_sequence_length 100000 is out of range"):
+        encode(PROMPT, max_sequence_length=100_000)

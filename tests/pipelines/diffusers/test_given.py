@@ -161,3 +161,12 @@ def test_latents_hold_the_given_frames_too(shared_pipeline: CausalVideoPipeline,
         with torch.no_grad():
             encoded = shared_pipeline.wan_vae.encode(pixels[None, :count])
         torch.testing.assert_close(found[:, : encoded.shape[1]], encoded)
+
+
+def test_frames_that_fill_no_block_are_named(
+    shared_pipeline: CausalVideoPipeline, pixels: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared_pipeline.stream(PROMPT, video=pixels[:9], strength=0.5)
+    assert not caplog.records
+    shared_pipeline.stream(PROMPT, video=pixels[:15], strength=0.5)
+    assert "the last 6 of 15 frames are left out" in caplog.text
