@@ -239,3 +239,16 @@ def test_weights_that_cannot_be_added_to_are_refused(
     pipeline.transformer.to("meta")  # where accelerate leaves weights that it brings layer by layer
     with pytest.raises(InputError, match="enable_sequential_cpu_offload keeps the weights away"):
         pipeline.load_lora_weights(entries(pairs))
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_loras_reach_weights_that_are_offloaded(kind: str, pipeline: CausalVideoPipeline) -> None:
+    before, pairs = state(pipeline), pairs_for(pipeline)
+    if kind == "model":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    else:
+        pipeline.enable_group_offload(torch.device("cpu"))
+    pipeline.load_lora_weights(entries(pairs))
+    require_sum(pipeline, before, (pairs, 1.0))
+    pipeline.unload_lora_weights()
+    assert same(state(pipeline), before)
