@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from arl2.model import HybridWanModel
 from wan.checkpoints.identify import is_hybrid_part
-from wan.checkpoints.lora import LoRA, LoRASource, read_lora
+from wan.checkpoints.lora import LoRA, LoRASource, read_lora, require_distinct
 from wan.checkpoints.tensors import describe_dtype, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 
@@ -48,7 +48,9 @@ def read_loras(tensors: Mapping[str, Tensor], sources: Sequence[LoRASource]) -> 
 
     Raises:
         CheckpointError: see `wan.checkpoints.lora.read_lora`.
+        InputError: one is given twice.
     """
+    require_distinct(sources)
     shapes = {name: value.shape for name, value in base_tensors(tensors).items()}
     loras = [(read_lora(source.path, shapes), source.scale) for source in sources]
     for lora, scale in loras:

@@ -81,6 +81,8 @@ refused("no prompt", lambda: pipe())
 refused("an empty prompt", lambda: pipe("  "))
 refused("an unknown output", lambda: pipe(PROMPT, output_type="gif"))
 refused("an unknown argument of the call", lambda: pipe(PROMPT, guidance_rescale=0.7))
+refused("a negative prompt in the place of frames", lambda: pipe(PROMPT, "blurry"))
+refused("a seed in the place of a list", lambda: pipe(PROMPT, seeds=7))
 
 # %% [markdown]
 # ## Batches, seeds, noise
@@ -103,7 +105,7 @@ refused(
 # %% [markdown]
 # ## Text
 #
-# Without a text encoder a pipeline takes embeddings. A cut prompt is padded as a short one is.
+# Without a text encoder a pipeline takes embeddings. `max_sequence_length` cuts prompts; padding follows the cut.
 
 # %%
 embeds = pipe.encode_prompt([PROMPT])
@@ -170,9 +172,9 @@ refused("a window without room for a block", lambda: pipe(PROMPT, memory=MemoryC
 # %% [markdown]
 # ## From a picture, from a video, through a video again
 #
-# A picture is the first latent frame. It stays as it is while the rest of its block is denoised beside it. A video to
-# continue is remembered block by block, and what does not fill a block is kept in the same way. With `strength`, the
-# blocks of a given video are noised and take the last steps again.
+# A picture is the first latent frame, and stays as it is while the other frames of its block are denoised. A video to
+# continue is remembered block by block; frames left over at its end begin the next block in the same way. With
+# `strength`, the blocks of a given video are noised and take the last steps again. Results hold the given frames too.
 
 # %%
 picture = Image.new("RGB", (96, 64), (240, 240, 240))
@@ -196,6 +198,13 @@ refused("a picture of floats", lambda: pipe(PROMPT, image=np.zeros((64, 96, 3)))
 # `load_lora_weights`, `set_adapters`, `fuse_lora` and so on, as in diffusers; see `docs/checkpoints.md`.
 
 # %%
+change = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.full((pipe.transformer.config.dim,), 0.1)}
+pipe.load_lora_weights(change, adapter_name="style")
+pipe.set_adapters("style", 0.5)
+refused("a weight of no number", lambda: pipe.set_adapters("style", "strong"))
+refused("one adapter twice", lambda: pipe.set_adapters(["style", "style"], [0.5, 1.0]))
+pipe.unload_lora_weights()
+
 refused("no LoRA is loaded", lambda: pipe.set_adapters("style"))
 
 # %% [markdown]

@@ -15,7 +15,7 @@ from arl2.trained_memory import TrainedMemory, describe_memory
 from pipelines.settings import load_config as load_config
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.fields import LoRAAlpha
-from wan.checkpoints.lora import LoRASource
+from wan.checkpoints.lora import LoRASource, require_distinct
 from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
@@ -445,9 +445,11 @@ class InferenceConfig(GeneratorSampling):
         """The LoRAs.
 
         Raises:
-            InputError: a scale is out of range.
+            InputError: a scale is out of range, or a file is given twice.
         """
-        return [LoRASource.from_text(text) for text in self.lora]
+        sources = [LoRASource.from_text(text) for text in self.lora]
+        require_distinct(sources)
+        return sources
 
     def refuse_lora(self) -> None:
         """Make sure that there are no LoRAs, for programs whose results are told by the hash of one checkpoint.

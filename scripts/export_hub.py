@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from pipelines.cli import entry_point
-from pipelines.config import InferenceConfig
+from pipelines.config import InferenceConfig, MemoryConfig
 from pipelines.dtypes import DTYPES
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config
 from pipelines.generation.hub.card import CardFacts, model_card, read_records
 from pipelines.generation.hub.loaded import HubVideoPipeline
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.settings import load_config
 from wan.utils.errors import InputError
 from wan.utils.files import atomic_folder, check_writable, write_text
@@ -58,9 +59,7 @@ def main() -> int:
     if target.exists():
         raise InputError(f"{target} is there already: choose another --output_folder, or delete it")
     check_writable(target.parent)
-    facts = CardFacts(
-        arguments.name or target.resolve().name, arguments.licence, arguments.base_model, _text_of(arguments.recipe)
-    )
+    recipe = _text_of(arguments.recipe)
     records = [] if arguments.records is None else read_records(arguments.records)
     pipeline = HubVideoPipeline.from_pretrained(
         config.model_folder,
@@ -75,11 +74,28 @@ def main() -> int:
         num_frames=(config.num_output_frames - 1) * temporal_stride(Path(config.model_folder)) + 1,
         **config.sampling(),
     )
+    memory = _memory_of_calls(config, pipeline)
+    name = arguments.name or target.resolve().name
+    facts = CardFacts(name, arguments.licence, arguments.base_model, recipe, memory, config.caveat)
     with atomic_folder(target) as temporary:
         pipeline.save_pretrained(temporary)
         write_text(temporary / "README.md", model_card(pipeline, facts, records))
     log.info("written to %s: upload it with `hf upload OWNER/NAME %s`", target, target)
     return 0
+
+
+def _memory_of_calls(config: InferenceConfig, pipeline: CausalVideoPipeline) -> MemoryConfig | None:
+    """The config's memory if a call of the pipeline takes another by default, with a warning; None otherwise."""
+    if config.caveat is not None:
+        log.warning("%s", config.caveat)
+    trained = pipeline.transformer.trained_memory
+    if config.memory.resolved(trained) == MemoryConfig().resolved(trained):
+        return None
+    log.warning(
+        "the folder does not store the memory of kind %s: give it with every call, as the model card says",
+        config.memory.kind.value,
+    )
+    return config.memory
 
 
 def _text_of(path: Path | None) -> str:

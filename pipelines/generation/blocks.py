@@ -43,6 +43,7 @@ class VideoBlock:
         latents_BFCHW: the block's latents, normalised.
         frames_BTHWC: the frames as bytes, on their way to the CPU.
         finite: whether latents and pixels are, and for the first block what they were made from; likewise.
+        given_BFCHW: for the first block, latents of the given frames before it, whose pixels it brings; None for none.
     """
 
     index: int
@@ -50,6 +51,7 @@ class VideoBlock:
     latents_BFCHW: Tensor
     frames_BTHWC: Transfer
     finite: FiniteCheck
+    given_BFCHW: Tensor | None = None
 
 
 @dataclass
@@ -58,7 +60,7 @@ class VideoOutput(BaseOutput):
 
     Attributes:
         frames: by output type: "pt" [B, T, 3, H, W] in [0, 1]; "np" [B, T, H, W, 3]; "pil" lists of images;
-            "latent" [B, F, C, h, w].
+            "latent" [B, F, C, h, w]. Given frames are among them.
     """
 
     frames: Any

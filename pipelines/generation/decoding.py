@@ -54,7 +54,7 @@ class BlockDecoder:
         self._height = latent_size[0] * vae.spatial_compression
         self._band = lockstep.band(latent_size[0]) if lockstep is not None and vae.decodes_bands else None
         self.divided = self._band is not None
-        self._head = list[Tensor]()
+        self._head, self._given = list[Tensor](), context_BFCHW
         with self._aside():
             self._stream = vae.decode_stream(self._band)
             if context_BFCHW is not None and (self.divided or lockstep is None or lockstep.leads):
@@ -74,7 +74,8 @@ class BlockDecoder:
             self._head.clear()
             self._unchecked.clear()
             frames = Transfer(to_uint8(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]))
-        return VideoBlock(block.index, pixels, latents, frames, finite)
+            given, self._given = self._given, None
+        return VideoBlock(block.index, pixels, latents, frames, finite, given)
 
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
         latents = latents_BFCHW.to(self._vae.device, self._vae.dtype)

@@ -427,6 +427,8 @@ def _frames_of_tensor(tensor: Tensor, batch: int, height: int, width: int, strid
         raise InputError(f"{len(frames)} images for {batch} videos: give one per video")
     if (frames.shape[1] - 1) % stride:
         raise InputError(f"{frames.shape[1]} given frames cannot be encoded: give 1 plus a multiple of {stride}")
+    if frames.is_meta:
+        raise InputError("an image tensor is without values (meta device): give one with values")
     if frames.dtype is torch.uint8:
         return frames.float() / 127.5 - 1
     if not frames.is_floating_point():
@@ -435,5 +437,12 @@ def _frames_of_tensor(tensor: Tensor, batch: int, height: int, width: int, strid
     if not (low >= -1 and high <= 1):  # NaN too
         raise InputError(
             f"an image tensor has values from {low:.9g} to {high:.9g}: give -1 to 1, such as x / 127.5 - 1"
+        )
+    if low >= 0 and high > low:  # diffusers' own pipelines take 0 to 1
+        log.warning(
+            "an image tensor has values from %.3g to %.3g, and 0 is middle grey here: if they are meant from 0 to 1, "
+            "give 2 * x - 1",
+            low,
+            high,
         )
     return frames

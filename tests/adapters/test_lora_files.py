@@ -1,5 +1,6 @@
 """LoRA files of every layout change weights by scale · B · A, and every other file is refused by name."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda s: s.update({f"diffusion_model.{Q}.alpha": torch.tensor(1e30)}),
         rf"alpha of {Q} is 1e\+30, it must be a number of at most",
     ),
+    "alpha of 0": (
+        lambda s: s.update({f"diffusion_model.{Q}.alpha": torch.zeros(1)}),
+        f"alpha of {Q} is 0, which says nothing",
+    ),
+    "a switch as alpha": (
+        lambda s: s.update({f"diffusion_model.{Q}.alpha": torch.tensor(True)}),
+        rf"{Q}.alpha is bool, not a number",
+    ),
     "alpha alone": (
         lambda s: s.update({"diffusion_model.blocks.1.ffn.0.alpha": torch.ones(1)}),
         "blocks.1.ffn.0 has alpha without lora_A",
@@ -267,7 +276,8 @@ def test_an_entry_that_does_not_fit_is_refused_by_name(name: str, model: HybridW
         *(("modules_to_save", ["head"]), ("layer_replication", [[0, 2]]), ("use_rslora", "yes")),
         *(("r", 0), ("r", None), ("r", 4), ("lora_alpha", None), ("lora_alpha", "5"), ("lora_alpha", 1e400)),
         *(("rank_pattern", {"q": 0}), ("rank_pattern", {"q": 5}), ("rank_pattern", 3)),
-        *(("alpha_pattern", {"(a+)+$": 1.0}), ("alpha_pattern", {"q": True})),
+        *(("alpha_pattern", {"(a+)+$": 1.0}), ("alpha_pattern", {"q": True}), ("alpha_pattern", {"q": 0})),
+        *(("lora_alpha", 0), ("init_lora_weights", "pissa_niter_16"), ("use_new_kind_of_lora", True)),
     ],
 )
 def test_settings_of_peft_are_honoured_or_refused_by_name(
@@ -384,3 +394,19 @@ def test_hybrid_layers_are_changed_in_what_softmax_layers_have_and_in_nothing_el
     fuse(base_parameters(model), read_loras(model.state_dict(), [LoRASource(file)]))
     require_changed(model, before, products(pairs, 1.0))
     assert all(torch.equal(model.get_parameter(name), value) for name, value in new.items())
+
+
+def test_a_pattern_of_no_layer_is_refused(model: HybridWanModel, tmp_path: Path) -> None:
+    pairs = named(new_pairs(shapes_of(model)), PEFT)
+    for name in ("attn1.to_q", "^blocks.1.ffn.0$"):  # spelled otherwise than in the file, and not adapted
+        folder = peft_folder(pairs, tmp_path, alpha_pattern={name: 1.0})
+        with pytest.raises(CheckpointError, match=f"a pattern names {re.escape(name)}, which .* does not adapt"):
+            read_lora(folder, shapes_of(model))
+
+
+def test_a_lora_that_changes_nothing_is_warned_of(model: HybridWanModel, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = new_pairs(shapes_of(model))
+    lora_of(named(pairs, NATIVE), shapes_of(model), "trained")
+    assert not caplog.records
+    lora_of(named({name: (a, 0 * b) for name, (a, b) in pairs.items()}, NATIVE), shapes_of(model), "untrained")
+    assert "untrained changes nothing" in caplog.text

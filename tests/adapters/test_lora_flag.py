@@ -76,7 +76,7 @@ def test_a_record_names_loras_and_another_lora_is_noticed(
     assert run_inference(monkeypatch, config, *PROMPT, "--lora", f"{moved}:0.5") == 0
     assert videos_in(out) == made, "the same LoRA in another place"
     capsys.readouterr()
-    others = [["--lora", str(moved)], ["--lora", f"{moved}:0.5", str(moved)], []]
+    others = [["--lora", str(moved)], ["--lora", f"{moved}:0.5", str(world / "b.safetensors")], []]
     others.append(["--lora", f"{shutil.copy(world / 'b.safetensors', lora)}:0.5"])
     for flags in others:
         assert run_inference(monkeypatch, config, *PROMPT, *flags) == 2
@@ -153,3 +153,27 @@ def test_programs_whose_results_name_one_checkpoint_take_no_loras(
     assert import_module(program).main() == 2
     error = capsys.readouterr().err
     assert "scripts/convert_checkpoint.py and its --lora" in error and error.count("\n") == 1
+
+
+def test_a_lora_that_is_given_twice_or_with_no_number_is_refused(world: Path, tmp_path: Path) -> None:
+    a, config = world / "a.safetensors", write_config(tmp_path, world / "model")
+    (tmp_path / "link.safetensors").symlink_to(a)
+    for flags, words in (
+        (("--lora", a, "--lora", f"{a}:0.5"), "is given twice: give it once"),
+        (("--lora", a, tmp_path / "link.safetensors"), "is given twice: give it once"),
+        (("--lora", f"{a}:0,8"), "a scale is a number behind a colon, FILE:0.8"),
+    ):
+        with pytest.raises(InputError, match=words):
+            planned(config, *PROMPT, *flags)
+    with pytest.raises(InputError, match="is given twice"):
+        CausalVideoPipeline.from_pretrained(world / "model", text_encoder=None, lora=[a, f"{a}:0.5"])
+
+
+def test_a_pipeline_takes_loras_as_the_command_line_does(world: Path) -> None:
+    load, a = CausalVideoPipeline.from_pretrained, world / "a.safetensors"
+    expected = load(world / "model", text_encoder=None, lora=[LoRASource(a, 0.5)]).transformer.state_dict()
+    for lora in ([f"{a}:0.5"], f"{a}:0.5"):
+        found = load(world / "model", text_encoder=None, lora=lora).transformer.state_dict()  # type: ignore[arg-type]
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(InputError, match="lora holds a int"):
+        load(world / "model", lora=[5])  # type: ignore[list-item]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lora_files import NATIVE, Pairs, named, new_pairs
@@ -135,8 +136,21 @@ def test_weights_and_names_that_do_not_fit_change_nothing(pipeline: CausalVideoP
         (lambda: pipeline.load_lora_weights(entries(pairs), "a"), "an adapter 'a' already"),
         (lambda: pipeline.set_adapters(["a", "b"]), "no adapter 'b': those loaded are a"),
         (lambda: pipeline.set_adapters("a", [1.0, 2.0]), "2 weights for 1 adapters"),
-        (lambda: pipeline.set_adapters("a", float("nan")), "the weight nan of adapter 'a' is out of range"),
-        (lambda: pipeline.set_adapters("a", 101), "the weight 101 of adapter 'a' is out of range"),
+        (lambda: pipeline.set_adapters("a", float("nan")), "the weight of adapter 'a', nan is out of range"),
+        (lambda: pipeline.set_adapters("a", 101), "the weight of adapter 'a', 101 is out of range"),
+        (lambda: pipeline.set_adapters("a", "0.5"), "the weight of adapter 'a', '0.5' does not fit"),
+        (lambda: pipeline.set_adapters("a", {"transformer": 0.5}), "weights of single parts"),  # type: ignore[arg-type]
+        (lambda: pipeline.set_adapters(["a", "a"], [0.5, 1.0]), "adapter 'a' is named twice"),
+        (lambda: pipeline.set_adapters(5), "names of adapters are or hold a int"),  # type: ignore[arg-type]
+        (lambda: pipeline.fuse_lora(lora_scale=float("nan")), "lora_scale nan is out of range"),
+        (lambda: pipeline.fuse_lora(lora_scale=1e30), "lora_scale 1e\\+30 is out of range"),
+        (lambda: pipeline.fuse_lora(lora_scale=0), "nothing to fuse: lora_scale is 0"),
+        (lambda: pipeline.fuse_lora(adapter_names=[]), "nothing to fuse: no adapter is switched on"),
+        (lambda: pipeline.fuse_lora(adapter_names="style"), "no adapter 'style'"),
+        (lambda: pipeline.fuse_lora(["text_encoder"]), "hold no LoRA"),
+        (lambda: pipeline.load_lora_weights(None), "a LoRA is a NoneType"),  # type: ignore[arg-type]
+        (lambda: pipeline.load_lora_weights(entries(pairs), 5), "adapter_name 5 is no name"),  # type: ignore[arg-type]
+        (lambda: pipeline.load_lora_weights(entries(pairs), weight_name="a"), "goes with a folder, not with tensors"),
         (lambda: pipeline.load_lora_weights(entries(pairs_for(pipeline, 1e21)), "c"), "leaves the range of float32"),
     ):
         with pytest.raises(InputError, match=words):
@@ -200,3 +214,41 @@ def test_loras_given_with_a_model_are_those_put_on_it(dtype: torch.dtype, stored
     assert merged.get_active_adapters() == []
     with pytest.raises(CheckpointError, match="does not have"):
         read_loras({"blocks.0.self_attn.q.weight": torch.ones(2, 2)}, [LoRASource(file)])
+
+
+def test_names_and_weights_as_users_of_diffusers_write_them(pipeline: CausalVideoPipeline, tmp_path: Path) -> None:
+    before, pairs = state(pipeline), pairs_for(pipeline)
+    stored(entries(pairs), tmp_path / "style.safetensors")
+    pipeline.load_lora_weights(tmp_path, "default_1", weight_name="style.safetensors")
+    pipeline.load_lora_weights(entries(pairs))  # finds a name that is free
+    assert sorted(pipeline.get_active_adapters()) == ["default_1", "default_2"]
+    pipeline.set_adapters(["default_1", "default_2"], [None, np.float32(0.5)])  # type: ignore[list-item]
+    require_sum(pipeline, before, (pairs, 1.0), (pairs, 0.5))
+    pipeline.fuse_lora(["transformer"], 2.0, "default_2")
+    require_sum(pipeline, before, (pairs, 1.0))
+
+
+def test_weights_that_cannot_be_added_to_are_refused(
+    pipeline: CausalVideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pairs_for(pipeline)
+    monkeypatch.setattr(pipeline.transformer, "hf_quantizer", object(), raising=False)
+    with pytest.raises(InputError, match="a LoRA cannot be added to quantised weights"):
+        pipeline.load_lora_weights(entries(pairs))
+    monkeypatch.undo()
+    pipeline.transformer.to("meta")  # where accelerate leaves weights that it brings layer by layer
+    with pytest.raises(InputError, match="enable_sequential_cpu_offload keeps the weights away"):
+        pipeline.load_lora_weights(entries(pairs))
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_loras_reach_weights_that_are_offloaded(kind: str, pipeline: CausalVideoPipeline) -> None:
+    before, pairs = state(pipeline), pairs_for(pipeline)
+    if kind == "model":
+        pipeline.enable_model_cpu_offload(device="cpu")
+    else:
+        pipeline.enable_group_offload(torch.device("cpu"))
+    pipeline.load_lora_weights(entries(pairs))
+    require_sum(pipeline, before, (pairs, 1.0))
+    pipeline.unload_lora_weights()
+    assert same(state(pipeline), before)

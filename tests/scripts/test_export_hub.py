@@ -112,3 +112,17 @@ def test_what_cannot_be_exported(
         assert export(monkeypatch, "--config", config, *flags) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and "\n" not in error and not (tmp_path / "x").exists()
+
+
+def test_what_a_folder_cannot_store_stands_on_its_card(
+    monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ("memory.kind=window", "memory.window_frames=6", "memory.sink_frames=0", "caveat=No anchors.")
+    flags = ("--config", config, "--output_folder")
+    assert export(monkeypatch, *flags, tmp_path / "a", *settings) == 0
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "memory=MemoryConfig(kind='window', window_frames=6, sink_frames=0)" in card and "No anchors." in card
+    assert "does not store the memory of kind window" in caplog.text and "No anchors." in caplog.text
+    caplog.clear()
+    assert export(monkeypatch, *flags, tmp_path / "b", "memory.kind=window") == 0  # as in training
+    assert "MemoryConfig" not in (tmp_path / "b" / "README.md").read_text() and "does not store" not in caplog.text

@@ -10,8 +10,10 @@ Every entry is accounted for, or nothing is read. A change is scale · up · dow
 (B) of [out, rank]; the scale is alpha / rank, and 1 where the file does not say alpha.
 """
 
+import logging
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +26,11 @@ from wan.checkpoints.identify import A_LORA, HYBRID_ALONE, IMAGE_BRANCH, LORA_FI
 from wan.checkpoints.loading import StateDict, as_state_dict, read_header, read_weights
 from wan.checkpoints.peft import CONFIG_FILE, MAX_ALPHA, PeftSettings, read_peft_settings, settings_in_header
 from wan.checkpoints.pickles import Opaque
-from wan.checkpoints.tensors import printable, require_finite, require_floating, summarize_names
+from wan.checkpoints.tensors import describe_dtype, printable, require_finite, require_floating, summarize_names
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.files import content_hash
+
+log = logging.getLogger(__name__)
 
 GENERATOR_LORA, CRITIC_LORA = "generator_lora", "critic_lora"
 MAX_SCALE = 100.0
@@ -99,7 +103,8 @@ class LoRASource:
                 raise CheckpointError(f"{path} has {fault}: give the LoRA's file")
             path = found[0]
         if not path.is_file():
-            raise CheckpointError(f"no LoRA at {path}: check the path, or download it")
+            scale = "; a scale is a number behind a colon, FILE:0.8" if ":" in path.name else ""
+            raise CheckpointError(f"no LoRA at {path}: check the path, or download it{scale}")
         config = path.with_name(CONFIG_FILE)
         return [path, config] if path.stem == Path(LORA_FILES[0]).stem and config.is_file() else [path]
 
@@ -108,6 +113,20 @@ class LoRASource:
         names = ("sha256", "settings_sha256")
         hashes = {name: content_hash(file) for name, file in zip(names, self.files(), strict=False)}
         return hashes | {"scale": self.scale}
+
+
+def require_distinct(sources: Sequence[LoRASource]) -> None:
+    """Make sure that no LoRA is given twice, whose changes would be added twice.
+
+    Raises:
+        InputError: one is.
+    """
+    seen = set[str]()
+    for source in sources:
+        place = os.path.realpath(source.path)
+        if place in seen:
+            raise InputError(f"the LoRA {source.path} is given twice: give it once, with the scale that is meant")
+        seen.add(place)
 
 
 class LowRank(NamedTuple):
@@ -185,6 +204,8 @@ def lora_of(
         parts[part] = value
     if len(adapters) > 1:
         raise CheckpointError(f"{source} holds several adapters, {summarize_names(adapters)}: save each on its own")
+    if settings is not None:
+        settings.require_known(written_as.values(), source)
     lora = LoRA(source)
     for module, parts in modules.items():
         scale = _scale(module, written_as[module], parts, settings, source)
@@ -194,7 +215,14 @@ def lora_of(
                 lora.low_rank[name] = change
             else:
                 lora.dense[name] = lora.dense[name] + change if name in lora.dense else change
+    _warn_of_nothing(lora)
     return lora
+
+
+def _warn_of_nothing(lora: LoRA) -> None:
+    """Say that a LoRA changes nothing, as an untrained one, whose B is still 0."""
+    if not any(change.any() for change in (*(pair.up for pair in lora.low_rank.values()), *lora.dense.values())):
+        log.warning("%s changes nothing: all its products are 0, as before training", lora.source)
 
 
 def _state_of(weights: Mapping[Any, Any], source: str) -> StateDict:
@@ -222,6 +250,9 @@ def _state_of(weights: Mapping[Any, Any], source: str) -> StateDict:
                     f"{source}: {printable(name)} belongs to {kind}, which is not supported: give a plain LoRA"
                 )
     require_floating({name: value for name, value in state.items() if not name.endswith(".alpha")}, source)
+    for name in (name for name in state if name.endswith(".alpha")):
+        if state[name].dtype is torch.bool or state[name].is_complex() or state[name].is_meta:
+            raise CheckpointError(f"{source}: {printable(name)} is {describe_dtype(state[name].dtype)}, not a number")
     require_finite({name: value.float() if name.endswith(".alpha") else value for name, value in state.items()}, source)
     return state
 
@@ -289,6 +320,9 @@ def _scale(module: str, written: str, parts: Mapping[str, Tensor], settings: Pef
         )
     if alpha is None:
         return 1.0 if settings is None else settings.scale(written, len(down), source)
+    if alpha.numel() == 1 and not float(alpha):
+        # Some programs read 0 as the rank, others as no change at all.
+        raise CheckpointError(f"{source}: alpha of {module} is 0, which says nothing: remove it, or give the number")
     if alpha.numel() != 1 or abs(float(alpha)) > MAX_ALPHA:
         found = f"is {float(alpha):g}" if alpha.numel() == 1 else f"has the shape {tuple(alpha.shape)}"
         raise CheckpointError(f"{source}: alpha of {module} {found}, it must be a number of at most {MAX_ALPHA:g}")

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
 }
 """Settings that change what an adapter computes, with the values under which they do not."""
+_CHANGE_THE_MODEL = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
+"""Ways of peft to begin an adapter that take its initial product off the model's own weights."""
+_WITHOUT_EFFECT = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("lora_dropout", "inference_mode", "task_type", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("peft_version", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "megatron_core"),
+)
+"""Settings that are read above, or that say where and how an adapter was trained, not what it computes."""
 _PLAIN_NAME = re.compile(r"\^?[\w.]+\$?")
 
 
@@ -54,6 +64,23 @@ class PeftSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     source: str = CONFIG_FILE
+
+    def require_known(self, modules: Iterable[str], weights: str) -> None:
+        """Make sure that the patterns are of layers that the weights have.
+
+        Args:
+            modules: their names in the file.
+            weights: where they come from, for messages.
+
+        Raises:
+            CheckpointError: a name of a pattern is none of theirs, so that its value would go unused.
+        """
+        known = set(modules)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(_is_of(key, module) for module in known):
+                raise CheckpointError(
+                    f"{self.source}: a pattern names {printable(key)}, which {weights} does not adapt: correct the name"
+                )
 
     def scale(self, module: str, rank: int, weights: str) -> float:
         """The scale of a layer.
@@ -108,6 +135,18 @@ def _checked(config: Mapping[str, Any], source: str) -> PeftSettings:
                 f"{source}: {name} {shown(config[name])} is not supported: merge the adapter with peft, or train "
                 "without it"
             )
+    unknown = [name for name in config if name not in _WITHOUT_EFFECT and name not in _NEUTRAL and config[name]]
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {printable(unknown[0])} {shown(config[unknown[0]])} is a setting that we do not know: merge "
+            "the adapter with peft, or remove it if it changes nothing"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGE_THE_MODEL.match(start):
+        raise CheckpointError(
+            f"{source}: init_lora_weights {shown(start)} changed the model's own weights too: save the adapter with "
+            "peft's path_initial_model_for_weight_conversion"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{source}: r is {shown(rank)}, it must be a positive integer")
@@ -124,8 +163,8 @@ def _checked(config: Mapping[str, Any], source: str) -> PeftSettings:
 
 
 def _number(value: Any, name: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        raise CheckpointError(f"{source}: {name} has {shown(value)}, it must be a number of at most {MAX_ALPHA:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= MAX_ALPHA:
+        raise CheckpointError(f"{source}: {name} has {shown(value)}, it must be a number up to {MAX_ALPHA:g}, not 0")
     return float(value)
 
 
@@ -145,8 +184,10 @@ def _pattern(config: Mapping[str, Any], name: str, source: str) -> dict[str, Any
 
 def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first name of a pattern that is the module's, or ends it."""
-    for key, value in pattern.items():
-        name = unwrapped_name(key.removeprefix("^").removesuffix("$"))
-        if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if _is_of(key, module)), default)
+
+
+def _is_of(key: str, module: str) -> bool:
+    """Whether a name of a pattern is the module's, or ends it."""
+    name = unwrapped_name(key.removeprefix("^").removesuffix("$"))
+    return module == name or (not key.startswith("^") and module.endswith(f".{name}"))

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from wan.utils.errors import InputError
+
 HALF = (torch.float16, torch.bfloat16)
 """Half precision: what tensor cores and kernels are made for."""
 
@@ -48,3 +50,17 @@ def use_deterministic_algorithms(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none of ours is read
+
+
+def require_device(device: torch.device) -> None:
+    """Make sure that this machine has a device.
+
+    Raises:
+        InputError: it has not.
+    """
+    if device.type == "cpu":
+        return
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if here is None or here.type != device.type else torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise InputError(f"there is no device {device} here ({count} of its kind): give 'cpu', or one that there is")

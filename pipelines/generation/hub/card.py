@@ -2,10 +2,12 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import MemoryConfig
 from pipelines.generation.pipeline import CausalVideoPipeline
 from wan.utils.errors import InputError
 from wan.utils.files import read_json
@@ -22,12 +24,16 @@ class CardFacts:
         licence: its identifier on the hub, such as "apache-2.0".
         base_model: repository of the model that this one was made from.
         recipe: how it was made, Markdown; empty if it is not told.
+        memory: to be given with every call, where it is not what a call takes by default; None otherwise.
+        caveat: what the model needs that this code lacks, if anything.
     """
 
     name: str
     licence: str
     base_model: str
     recipe: str = ""
+    memory: MemoryConfig | None = None
+    caveat: str | None = None
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -51,7 +57,9 @@ def model_card(pipeline: CausalVideoPipeline, facts: CardFacts, records: Sequenc
     Args:
         records: of videos that the model made, for its numbers; none leaves the table out.
     """
-    sections = [_front_matter(facts), f"# {facts.name}", _about(pipeline, facts), _usage(), _sampling(pipeline)]
+    sections = [_front_matter(facts), f"# {facts.name}", _about(pipeline, facts), _usage(facts), _sampling(pipeline)]
+    if facts.caveat:
+        sections.append(f"## What is missing\n\n{facts.caveat}")
     if facts.recipe:
         sections.append(f"## How it was made\n\n{facts.recipe.strip()}")
     sections += [_memory(pipeline), *([_numbers(records)] if records else [])]
@@ -79,8 +87,14 @@ def _about(pipeline: CausalVideoPipeline, facts: CardFacts) -> str:
     )
 
 
-def _usage() -> str:
-    return """## Use
+def _usage(facts: CardFacts) -> str:
+    imports, argument, why = "", "", ""
+    if facts.memory is not None:
+        fields = (f"{name}={value!r}" for name, value in _plain(facts.memory).items())
+        imports = "from pipelines.config import MemoryConfig\n"
+        argument = f", memory=MemoryConfig({', '.join(fields)})"
+        why = "\n\nThe folder does not store the `memory`: give it with every call."
+    return f"""## Use
 
 The folder holds weights and settings. The code is the `arl2` package: clone its repository, then `pip install -e .`
 there. Diffusers alone cannot run the model, since none of its pipelines keeps a memory between blocks.
@@ -88,14 +102,24 @@ there. Diffusers alone cannot run the model, since none of its pipelines keeps a
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
+{imports}
 pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True, torch_dtype=torch.bfloat16)
 pipe.to("cuda")
-frames = pipe("a cat on a windowsill", output_type="pil").frames[0]
-```
+frames = pipe("a cat on a windowsill", output_type="pil"{argument}).frames[0]
+```{why}
 
 `CausalVideoPipeline.from_pretrained("THIS_REPOSITORY")` of the package loads the same, and runs no code of this
 repository."""
+
+
+def _plain(memory: MemoryConfig) -> dict[str, Any]:
+    """The fields of a memory as plain values, those alone that are not the default's."""
+    fields, default = asdict(memory), asdict(MemoryConfig())
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in fields.items()
+        if value != default[name]
+    }
 
 
 def _sampling(pipeline: CausalVideoPipeline) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipelines.media.frames import UnusableVideoError
 from pipelines.media.images import Picture, first_frames
 from pipelines.media.reader import encode_frames, read_clip
 from pipelines.prompts.names import is_file, shown
@@ -91,7 +93,8 @@ class GivenVideo:
             path = Path(self.video)
             if not is_file(path):
                 raise InputError(f"no video at {shown(path)}: check the path")
-            yield from read_clip(path, self.height, self.width, self.fps)
+            with _named(path):
+                yield from read_clip(path, self.height, self.width, self.fps)
             return
         for picture in self.video:
             pixels = first_frames(picture, 1, self.height, self.width)[0, 0]
@@ -105,11 +108,15 @@ class GivenVideo:
             InputError: it cannot be read, or has none.
         """
         if isinstance(self.video, Tensor):
-            if self.video.ndim not in (4, 5):
+            if self.video.ndim not in (4, 5) or tuple(self.video.shape[-3:]) != (3, self.height, self.width):
                 raise InputError(
                     f"a video tensor has the shape {list(self.video.shape)}: give [T, 3, {self.height}, {self.width}]"
                 )
+            if not self.video.shape[-4]:
+                raise InputError("the video has no frames: give another one")
             return self.video.shape[-4]
+        if isinstance(self.video, np.ndarray) and self.video.ndim != 4:  # of one picture, rows would be frames
+            raise InputError(f"a video array has the shape {list(self.video.shape)}: give [T, H, W, 3]")
         if not isinstance(self.video, str | Path | Sequence | np.ndarray):
             raise InputError(
                 f"a video is a {type(self.video).__name__}: give a file, a list of pictures, a uint8 array "
@@ -117,7 +124,14 @@ class GivenVideo:
             )
         count = sum(1 for _ in self.pictures()) if isinstance(self.video, str | Path) else len(self.video)
         if not count:
-            raise InputError("the video has no frames: give another one")
+            name = f"the video {shown(self.video)}" if isinstance(self.video, str | Path) else "the video"
+            raise InputError(f"{name} has no frames, or is damaged: give another one")
+        other = [] if isinstance(self.video, str | Path) else [each for each in self.video if not _is_picture(each)]
+        if other:
+            raise InputError(
+                f"a video holds a {type(other[0]).__name__}: give pictures of PIL, uint8 arrays [H, W, 3], tensors or "
+                "files, one per frame"
+            )
         return count
 
     def encode(self, vae: WanVAE, batch: int, first: int, latent_frames: int) -> Tensor:
@@ -132,9 +146,27 @@ class GivenVideo:
             count = (latent_frames - 1) * vae.temporal_compression + 1
             frames = (self.video if self.video.ndim == 5 else self.video[None])[:, first : first + count]
             return encode_image(vae, frames, batch, self.height, self.width)
-        with torch.no_grad():
+        named = _named(Path(self.video)) if isinstance(self.video, str | Path) else nullcontext()
+        with torch.no_grad(), named:
             latents = encode_frames(vae, islice(self.pictures(), first, None), latent_frames)
         return latents[None].expand(batch, -1, -1, -1, -1)
+
+
+def _is_picture(given: object) -> bool:
+    return isinstance(given, Image.Image | np.ndarray | Tensor | str | Path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in what the reader says of it."""
+    try:
+        yield
+    except UnusableVideoError as error:
+        if str(error).startswith("the video "):
+            raise
+        raise UnusableVideoError(
+            f"the video {shown(path)} {error}: check that it is a video, or give another"
+        ) from error
 
 
 def frames_to_continue(total: int, stride: int, *, quiet: bool = False) -> tuple[int, int]:

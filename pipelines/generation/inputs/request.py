@@ -1,9 +1,10 @@
 """The arguments of a call, held against one another and the model before anything is computed."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from pipelines.config import GeneratorSampling, MemoryConfig, MemoryKind, Streng
 from pipelines.prompts.files import check_prompt
 from wan.flow import NUM_TRAIN_TIMESTEPS
 from wan.utils.errors import InputError
-from wan.utils.ranges import typed
+from wan.utils.ranges import Bounds, Seed, typed
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Prompts = str | Sequence[str]
@@ -24,6 +25,9 @@ StepCallback = Callable[[Any, int, float, dict[str, Tensor]], Mapping[str, Tenso
 CALLBACK_TENSORS = ("latents",)
 """Tensors that `callback_on_step_end` may ask for."""
 MAX_GUIDANCE = 100.0
+Guidance = Annotated[float, Bounds(0, MAX_GUIDANCE)]
+NumSteps = Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]
+NumVideos = Annotated[int, Bounds(1)]
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,16 @@ def read_texts(
         raise InputError("give a prompt or prompt_embeds" + (", not both" if prompt is not None else ""))
     if negative_prompt is not None and negative_prompt_embeds is not None:
         raise InputError("give negative_prompt or negative_prompt_embeds, not both")
-    if num_videos_per_prompt < 1:
-        raise InputError(f"num_videos_per_prompt is {num_videos_per_prompt}: give at least 1")
+    times: int = typed(NumVideos, num_videos_per_prompt, "num_videos_per_prompt")
+    for name, embeds in {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}.items():
+        if embeds is not None:
+            _require_floats(embeds, name, "embeddings from encode_prompt, [videos, tokens, channels]")
     scale = _guidance(guidance_scale, guidance_distilled)
     has_negative = negative_prompt is not None or negative_prompt_embeds is not None
     if has_negative and scale <= 1:
         why = "this model is distilled without guidance" if guidance_distilled else "guidance_scale is not above 1"
         raise InputError(f"a negative prompt would do nothing, since {why}: leave it out")
-    prompts = None if prompt is None else _as_list(prompt, "prompt")
+    prompts = None if prompt is None else as_list(prompt, "prompt")
     for one in prompts or ():
         check_prompt(one, "the prompt")
     batch = len(prompts) if prompts is not None else len(prompt_embeds)  # type: ignore[arg-type]
@@ -87,11 +93,10 @@ def read_texts(
     negative = None
     if scale > 1 and negative_prompt_embeds is None:
         given = "" if negative_prompt is None else negative_prompt
-        negative = [given] * batch if isinstance(given, str) else _as_list(given, "negative_prompt")
+        negative = [given] * batch if isinstance(given, str) else as_list(given, "negative_prompt")
     count = batch if negative is None and negative_prompt_embeds is None else len(negative or negative_prompt_embeds)  # type: ignore[arg-type]
     if count != batch:
         raise InputError(f"{count} negative prompts for {batch} prompts: give one, or one per prompt")
-    times = num_videos_per_prompt
     return Texts(
         None if prompts is None else [one for one in prompts for _ in range(times)],
         None if negative is None else [one for one in negative for _ in range(times)],
@@ -101,19 +106,23 @@ def read_texts(
     )
 
 
-def _as_list(prompt: Prompts, name: str) -> list[str]:
+def as_list(prompt: Prompts, name: str) -> list[str]:
+    """Prompts as a list.
+
+    Raises:
+        InputError: one is no text; the message says `name`.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
-    other = next((one for one in prompts if not isinstance(one, str)), None)
-    if other is not None:
-        raise InputError(f"{name} is or holds a {type(other).__name__}: give text, or a list of texts")
+    others = [type(one).__name__ for one in prompts if not isinstance(one, str)]
+    if others:
+        raise InputError(f"{name} is or holds a {others[0]}: give text, or a list of texts")
     return prompts
 
 
 def _guidance(scale: float | None, distilled: bool) -> float:
     if scale is None:
         return 1.0
-    if not 0 <= scale <= MAX_GUIDANCE:
-        raise InputError(f"guidance_scale {scale:g} is out of range: give 1 for none, up to {MAX_GUIDANCE:g}")
+    scale = float(typed(Guidance, scale, "guidance_scale"))
     if scale > 1 and distilled:
         raise InputError(
             f"guidance_scale {scale:g} cannot be had: this model is distilled, it predicts what guidance would give, "
@@ -130,7 +139,7 @@ def choose_sampler(
 
     Args:
         num_inference_steps: how many; n are 1000, 1000·(n - 1)/n, …, 1000/n.
-        timesteps: themselves, counted as `denoising_steps` are.
+        timesteps: themselves, whole numbers counted as `denoising_steps` are.
 
     Raises:
         InputError: both are given, or they are out of range.
@@ -140,12 +149,48 @@ def choose_sampler(
     if num_inference_steps is None and timesteps is None:
         return settings.sampler()
     if timesteps is None:
-        count = num_inference_steps or 0
-        if not 1 <= count <= NUM_TRAIN_TIMESTEPS:
-            raise InputError(f"num_inference_steps {count} is out of range: give 1 to {NUM_TRAIN_TIMESTEPS}")
+        count = typed(NumSteps, num_inference_steps, "num_inference_steps")
         timesteps = [round(NUM_TRAIN_TIMESTEPS * (count - index) / count) for index in range(count)]
-    steps = [int(step) for step in timesteps]
+    steps = [_whole_step(step) for step in _as_values(timesteps, "timesteps", "falling whole numbers")]
     return FewStepSampler.from_steps(steps, settings.timestep_shift, settings.warp_denoising_steps)
+
+
+def _whole_step(step: Any) -> int:
+    """A timestep as a whole number: 1000.0, as a tensor has it, but not 999.5, which would be another step.
+
+    Raises:
+        InputError: it is none.
+    """
+    is_whole = isinstance(step, float | np.floating) and float(step).is_integer()
+    return int(typed(int, int(step) if is_whole else step, "a timestep"))
+
+
+def _as_values(given: Any, name: str, wanted: str) -> list[Any]:
+    """The elements of a list, an array or a tensor of numbers.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise InputError(f"{name} is a {type(given).__name__}: give a list of {wanted}")
+    if isinstance(given, Tensor | np.ndarray):
+        if given.ndim != 1:
+            raise InputError(f"{name} has the shape {list(given.shape)}: give a list of {wanted}")
+        return list(given.tolist())
+    return list(given)
+
+
+def _require_floats(value: Any, name: str, wanted: str) -> None:
+    """Make sure that an argument is a dense tensor of floats.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} is a {type(value).__name__}: give a tensor, {wanted}")
+    if not value.is_floating_point() or value.is_meta:
+        what = "without values (meta device)" if value.is_meta else f"of {value.dtype}"
+        raise InputError(f"{name} is a tensor {what}: give floats, {wanted}")
 
 
 def check_strength(strength: float, sampler: FewStepSampler) -> None:
@@ -175,9 +220,11 @@ def choose_seeds(seeds: Sequence[int] | None, generator: Generators | None, batc
         if len(generator) != batch:
             raise InputError(f"{len(generator)} generators for {batch} videos: give one, or one per video")
         return [_draw(1, one)[0] for one in generator]
-    found = _draw(batch, generator) if seeds is None else list(seeds)  # type: ignore[arg-type]
+    if seeds is None:
+        return _draw(batch, generator)  # type: ignore[arg-type]
+    found: list[int] = typed(list[Seed], _as_values(seeds, "seeds", "whole numbers, one per video"), "seeds")
     if len(found) != batch:
-        raise InputError(f"{len(found)} seeds for {batch} videos: give one a video")
+        raise InputError(f"{len(found)} seeds for {batch} videos: give one per video")
     return found
 
 
@@ -225,6 +272,7 @@ def check_latents(latents: Tensor | None, strength: float | None, shape: Sequenc
         raise InputError("latents and strength both say what blocks start from: leave one of them out")
     if shape[1] is None:
         raise InputError("latents need a number of frames: give num_frames")
+    _require_floats(latents, "latents", "[videos, latent frames, channels, height, width], such as torch.randn")
     if tuple(latents.shape) != tuple(shape):
         raise InputError(
             f"latents have the shape {list(latents.shape)}: give noise for all frames of the video, {list(shape)} "
@@ -243,7 +291,7 @@ def as_memory(memory: MemoryConfig | str | None) -> MemoryConfig:
     if memory is None:
         return MemoryConfig()
     if isinstance(memory, MemoryConfig):
-        return memory
+        return typed(MemoryConfig, asdict(memory), "memory")
     kinds = [kind.value for kind in MemoryKind]
     if memory not in kinds:
         raise InputError(f"memory {memory!r} is unknown: give {', '.join(kinds)}, or a MemoryConfig")
@@ -256,6 +304,10 @@ def with_tensors(callback: StepCallback | None, names: Sequence[str]) -> StepCal
     Raises:
         InputError: it cannot have them, or is no function.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InputError(
+            f"callback_on_step_end_tensor_inputs is a {type(names).__name__}: give a list such as {[*CALLBACK_TENSORS]}"
+        )
     unknown = [name for name in names if name not in CALLBACK_TENSORS]
     if unknown:
         raise InputError(
@@ -277,13 +329,18 @@ def changed_latents(returned: Mapping[str, Tensor] | None, latents_BFCHW: Tensor
         latents_BFCHW: that it was given.
 
     Raises:
-        InputError: it returned something else, or latents of another shape.
+        InputError: it returned something else, further names, or latents of another shape.
     """
     if returned is None:
         return latents_BFCHW
     if not isinstance(returned, Mapping):
         raise InputError(
             f"callback_on_step_end returned a {type(returned).__name__}: return its tensors by name, or nothing"
+        )
+    if unknown := [name for name in returned if name not in CALLBACK_TENSORS]:
+        raise InputError(
+            f"callback_on_step_end returned {unknown[0]!r}, which would change nothing: return "
+            f"{', '.join(CALLBACK_TENSORS)}, or nothing"
         )
     latents = returned.get("latents", latents_BFCHW)
     if not isinstance(latents, Tensor) or latents.shape != latents_BFCHW.shape:

@@ -126,7 +126,9 @@ class CallMixin(PlanningMixin):
             for block in self.generate(plan):
                 # Frames wait on the CPU, so that the GPU's memory does not grow with the video.
                 pixels.append(block.pixels_BTCHW.float().cpu())
-                latents.append(block.latents_BFCHW)
+                latents += (
+                    [block.latents_BFCHW] if block.given_BFCHW is None else [block.given_BFCHW, block.latents_BFCHW]
+                )
                 bar.update(block.pixels_BTCHW.shape[1])
         if output_type == "latent":
             return torch.cat(latents, dim=1)

@@ -25,7 +25,7 @@ from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.lora import LoRASource
 from wan.checkpoints.saving import give_umask_mode
 from wan.text import load_text_encoder
-from wan.utils.device import wide_range_dtype
+from wan.utils.device import require_device, wide_range_dtype
 from wan.utils.errors import InputError
 from wan.utils.files import writing
 from wan.utils.ranges import declarations, typed
@@ -59,7 +59,7 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         device_map: str | None = None,
         vae_device: torch.device | None = None,
         seed: int = 0,
-        lora: Sequence[LoRASource] = (),
+        lora: Sequence[LoRASource | str | Path] = (),
         optimize: bool | SpeedConfig = True,
         quantization_config: Any = None,
         transformer: HybridWanModel | None = None,
@@ -85,7 +85,8 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             device, device_map: of all parts, the CPU by default; the two names mean the same here.
             vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
-            lora: LoRAs that become a part of the transformer, without a way back; see `load_lora_weights` for others.
+            lora: LoRAs that become a part of the transformer, without a way back: "FILE" or "FILE:SCALE"; see
+                `load_lora_weights` for others.
             optimize: whether the first call on a CUDA device optimizes, see `SpeedMixin`; or how, at once.
             quantization_config: of diffusers, for the transformer; see `pipelines.generation.inputs.quantised`.
             transformer, vae, text_encoder, tokenizer: parts that are there already, and are taken as they are. None for
@@ -99,7 +100,9 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         """
         begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(torch_dtype)
         _check_settings(cls, sampling)
-        is_plain = (checkpoint_path, use_ema, hybrid, tuple(lora)) == (None, False, HybridSettings(), ())
+        _check_parts(transformer, vae, text_encoder, tokenizer, optimize)
+        sources = _lora_sources(lora)
+        is_plain = (checkpoint_path, use_ema, hybrid, sources) == (None, False, HybridSettings(), [])
         _check_transformer(transformer, quantization_config, is_plain)
         without = {
             "transformer": transformer is not None or checkpoint_path is not None,
@@ -114,7 +117,7 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             transformer = load_quantised(folder, quantization_config, dtype, place)
         elif transformer is None:
             weights = read_generator(folder, checkpoint_path, use_ema)
-            loras = read_loras(weights.state, lora)
+            loras = read_loras(weights.state, sources)
             dtype = weights.state["patch_embedding.weight"].dtype if dtype is None else dtype
             sizes = transformer_config(folder)
             transformer, _ = build_hybrid(weights, sizes, hybrid, dtype=dtype, device=place, seed=seed)
@@ -138,6 +141,9 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
 
         A fast form of the transformer is undone, and made anew on the new device before the next pass.
         """
+        for given in (*args, kwargs.get("device")):
+            if isinstance(given, str | torch.device):
+                _device(given, None)
         self.undo_fast_form()
         self._side = None
         if torch.float16 not in (*args, kwargs.get("dtype")):
@@ -174,12 +180,50 @@ def _device(device: torch.device | str | None, device_map: str | None) -> torch.
     if name is None:
         return CPU
     try:
-        return torch.device(name)
+        found = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"device_map {name!r} is no device: give 'cuda', 'cuda:1' or 'cpu'; parts that do not fit together go to "
             "the GPU one after the other with enable_model_cpu_offload"
         ) from error
+    require_device(found)
+    return found
+
+
+def _lora_sources(given: Sequence[LoRASource | str | Path]) -> list[LoRASource]:
+    """LoRAs, each given as it is, as a file, or as FILE:SCALE.
+
+    Raises:
+        InputError: something else, or a scale out of range.
+    """
+    if isinstance(given, str | Path | LoRASource):
+        given = [given]
+    for one in given:
+        if not isinstance(one, LoRASource | str | Path):
+            raise InputError(f"lora holds a {type(one).__name__}: give files, as 'FILE' or 'FILE:SCALE'")
+    return [one if isinstance(one, LoRASource) else LoRASource.from_text(str(one)) for one in given]
+
+
+def _check_parts(transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any, optimize: Any) -> None:
+    """Make sure that parts are objects, not names, and that `optimize` says what it may.
+
+    Raises:
+        InputError: one is not.
+    """
+    kinds = {
+        "transformer": (transformer, HybridWanModel),
+        "vae": (vae, AutoencoderKLWan),
+        "text_encoder": (text_encoder, UMT5EncoderModel),
+        "tokenizer": (tokenizer, PreTrainedTokenizerBase),
+    }
+    for name, (part, kind) in kinds.items():
+        is_left_out = part is None or (part == LOAD and name in ("text_encoder", "tokenizer"))
+        if not is_left_out and not isinstance(part, kind):
+            raise InputError(
+                f"{name} is a {type(part).__name__}: give a {kind.__name__} that is loaded, or leave it out"
+            )
+    if not isinstance(optimize, bool | SpeedConfig):
+        raise InputError(f"optimize is a {type(optimize).__name__}: give True, False or a SpeedConfig")
 
 
 def _dtype(given: torch.dtype | str) -> torch.dtype | None:

@@ -1,9 +1,12 @@
 """LoRAs on a pipeline, under the names that diffusers' pipelines have for it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 from torch import Tensor
 
 from arl2.adapters import AdapterStack, Weighted, base_parameters, fuse
@@ -12,6 +15,12 @@ from pipelines.config import SpeedConfig
 from pipelines.provenance import part_fingerprint
 from wan.checkpoints.lora import MAX_SCALE, lora_of, read_lora
 from wan.utils.errors import InputError
+from wan.utils.ranges import Bounds, typed
+
+Weight = Annotated[float, Bounds(-MAX_SCALE, MAX_SCALE)]
+
+
+TRANSFORMER = "transformer"
 
 
 class LoRAPipelineMixin:
@@ -57,6 +66,8 @@ class LoRAPipelineMixin:
         self,
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
         adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
     ) -> None:
         """Put a LoRA on the transformer, with weight 1, beside those that are on it.
 
@@ -64,18 +75,29 @@ class LoRAPipelineMixin:
             pretrained_model_name_or_path_or_dict: a file or folder, see `wan.checkpoints.lora`, or names to tensors;
                 never asks a hub.
             adapter_name: "default_0" and so on by default.
+            weight_name: of the file, in a folder.
 
         Raises:
             CheckpointError: no LoRA, damaged, or not for this model; the model is as before.
-            InputError: the name is taken, or LoRAs are fused.
+            InputError: the name is taken, LoRAs are fused, or the weights are quantised or not there.
         """
         self._require_not_fused()
+        self._require_plain_weights()
         given = pretrained_model_name_or_path_or_dict
+        if not isinstance(given, str | Path | Mapping):
+            raise InputError(f"a LoRA is a {type(given).__name__}: give a file, a folder, or names to tensors")
+        if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name):
+            raise InputError(f"adapter_name {adapter_name!r} is no name: give text, or leave it out")
+        if weight_name is not None:
+            if isinstance(given, Mapping):
+                raise InputError("weight_name goes with a folder, not with tensors: leave it out")
+            given = Path(given) / weight_name
         shapes = {name: parameter.shape for name, parameter in base_parameters(self.transformer).items()}
         lora = lora_of(given, shapes, "the LoRA") if isinstance(given, Mapping) else read_lora(Path(given), shapes)
         with self._plain_form():
             stack = self._adapters = self._adapters or AdapterStack(self.transformer)
-            stack.add(f"default_{len(stack.weights)}" if adapter_name is None else adapter_name, lora)
+            numbers = (number for number in count(len(stack.weights)) if f"default_{number}" not in stack.weights)
+            stack.add(f"default_{next(numbers)}" if adapter_name is None else adapter_name, lora)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -84,21 +106,15 @@ class LoRAPipelineMixin:
 
         Args:
             adapter_names: one or several.
-            adapter_weights: one for all or one each; 1 by default.
+            adapter_weights: one for all or one each; 1 by default, and for None.
 
         Raises:
-            InputError: no such LoRA, another number of weights, or LoRAs are fused.
+            InputError: no such LoRA, one named twice, another number of weights, or LoRAs are fused.
             CheckpointError: a weight leaves the range of its type; the model is as before.
         """
         self._require_not_fused()
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = 1.0 if adapter_weights is None else adapter_weights
-        weights = [float(given)] * len(names) if isinstance(given, int | float) else list(given)
-        if len(weights) != len(names):
-            raise InputError(f"{len(weights)} weights for {len(names)} adapters: give one each, or one for all")
-        for name, weight in zip(names, weights, strict=True):
-            if not abs(weight) <= MAX_SCALE:
-                raise InputError(f"the weight {weight:g} of adapter {name!r} is out of range: give up to {MAX_SCALE:g}")
+        names = _names(adapter_names)
+        weights = _weights(adapter_weights, names)
         with self._plain_form():
             self._stack().set_weights(dict(zip(names, weights, strict=True)))
 
@@ -107,22 +123,34 @@ class LoRAPipelineMixin:
         weights = {} if self._adapters is None else self._adapters.weights
         return [name for name, weight in weights.items() if weight]
 
-    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+    def fuse_lora(
+        self,
+        components: Sequence[str] = (TRANSFORMER,),
+        lora_scale: float = 1.0,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
         """Make the LoRAs a part of the model: `unload_lora_weights` then forgets them and keeps what they changed.
 
         Args:
-            lora_scale: multiplies their weights.
+            components: parts whose LoRAs are fused: the transformer, which alone has any.
+            lora_scale: multiplies their weights; not 0.
             adapter_names: those to fuse, the others are switched off; by default all that are switched on.
 
         Raises:
-            InputError: no such LoRA, or they are fused already.
+            InputError: no such LoRA, none to fuse, a scale out of range, or they are fused already.
             CheckpointError: a weight leaves the range of its type; the model is as before.
         """
         self._require_not_fused()
         before = self._stack().weights
-        names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
-        wanted = {name: lora_scale * (before.get(name) or 1.0) for name in names}
-        if lora_scale != 1 or adapter_names is not None:
+        if list(components) != [TRANSFORMER]:
+            raise InputError(f"components {components!r} hold no LoRA: give ['{TRANSFORMER}'], or leave it out")
+        names = self.get_active_adapters() if adapter_names is None else _names(adapter_names)
+        scale = float(typed(Weight, lora_scale, "lora_scale"))
+        if not names or not scale:
+            why = "no adapter is switched on" if not names else "lora_scale is 0"
+            raise InputError(f"there is nothing to fuse: {why}; unload_lora_weights takes adapters off")
+        wanted = {name: float(typed(Weight, scale * (before.get(name) or 1.0), f"{name}: weight")) for name in names}
+        if scale != 1 or adapter_names is not None:
             with self._plain_form():
                 self._stack().set_weights(wanted)
         self._before_fusing = before
@@ -150,6 +178,23 @@ class LoRAPipelineMixin:
             raise InputError("no adapter is loaded: call load_lora_weights first")
         return self._adapters
 
+    def _require_plain_weights(self) -> None:
+        """Make sure that the transformer's weights are there as numbers, to be added to.
+
+        Raises:
+            InputError: they are quantised, or brought layer by layer.
+        """
+        # Diffusers notes it on models that one of its quantisers has changed.
+        if getattr(self.transformer, "hf_quantizer", None) is not None:
+            raise InputError(
+                "a LoRA cannot be added to quantised weights: add it first, save_pretrained, and quantise that folder"
+            )
+        if any(value.is_meta for value in self.transformer.parameters()):
+            raise InputError(
+                "a LoRA cannot be added while enable_sequential_cpu_offload keeps the weights away: load it before, or "
+                "call remove_all_hooks first"
+            )
+
     def _require_not_fused(self) -> None:
         if self._before_fusing is not None:
             raise InputError("the adapters are fused: call unfuse_lora, or unload_lora_weights to keep them for good")
@@ -165,3 +210,37 @@ class LoRAPipelineMixin:
         finally:
             if speed is not None:
                 self.optimize_for_inference(speed)
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    """Names of adapters, each once.
+
+    Raises:
+        InputError: something else.
+    """
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Collection) else [given]
+    other = [type(name).__name__ for name in names if not isinstance(name, str)]
+    if other:
+        raise InputError(f"names of adapters are or hold a {other[0]}: give text, or a list of texts")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"adapter {twice!r} is named twice: give it one weight")
+    return names
+
+
+def _weights(given: Any, names: Sequence[str]) -> list[float]:
+    """The weight of every adapter: one for all, or one each, 1 for None.
+
+    Raises:
+        InputError: another number of them, or one that is no number in range.
+    """
+    if isinstance(given, Mapping):
+        raise InputError("weights of single parts or blocks are not supported: give one number per adapter")
+    is_list = isinstance(given, Collection) and not isinstance(given, str | Tensor | np.ndarray)
+    weights = list(given) if is_list else [given] * len(names)
+    if len(weights) != len(names):
+        raise InputError(f"{len(weights)} weights for {len(names)} adapters: give one each, or one for all")
+    return [
+        1.0 if weight is None else float(typed(Weight, weight, f"the weight of adapter {name!r},"))
+        for name, weight in zip(names, weights, strict=True)
+    ]

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline
 
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.model import HybridWanModel
+from wan.utils.device import require_device
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
 
@@ -104,6 +105,7 @@ class PlacementMixin(DiffusionPipeline):
                 "offload_to_disk_path does not go with this text encoder, whose embedding has two names: diffusers "
                 "reads it back wrong; leave it out, or give exclude_modules='text_encoder'"
             )
+        require_device(torch.device(onload_device))
         self._require_can_offload("enable_group_offload")
         super().enable_group_offload(
             torch.device(onload_device),
@@ -124,6 +126,8 @@ class PlacementMixin(DiffusionPipeline):
         self._require_can_offload(name)
         if device is None and not torch.accelerator.is_available():
             raise InputError(f"{name} needs a GPU, none is found: leave it out")
+        if device is not None:
+            require_device(torch.device(device))  # found missing later, it would leave some parts with hooks
         enable(gpu_id, device) if device is None else enable(gpu_id, torch.device(device))
         self._offloading = name
 

@@ -1,5 +1,6 @@
 """From the arguments of a call to a plan of its videos, before anything is computed."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler, num_blocks
-from pipelines.config import GeneratorSampling, MemoryConfig, check_size
+from pipelines.config import Frames, GeneratorSampling, MemoryConfig, Pixels, check_size
 from pipelines.generation.inputs.given import GivenVideo, Video, frames_to_continue
 from pipelines.generation.inputs.request import (
     CALLBACK_TENSORS,
+    STORED,
     Generators,
     Prompts,
     StepCallback,
@@ -28,6 +30,9 @@ from pipelines.generation.inputs.request import (
 from pipelines.generation.mixins.prompts import PromptMixin
 from pipelines.media.images import Picture, first_frames
 from wan.utils.errors import InputError
+from wan.utils.ranges import typed
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = {"height": 480, "width": 832, "num_frames": 81}
 """Sizes of videos where neither a call nor the model's folder says them: those that Wan 2.1 T2V 1.3B was trained on."""
@@ -163,8 +168,8 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         Raises:
             InputError: they do not fit the model or one another.
         """
-        height = self.default_of("height") if height is None else height
-        width = self.default_of("width") if width is None else width
+        height = self.default_of("height") if height is None else typed(Pixels, height, "height")
+        width = self.default_of("width") if width is None else typed(Pixels, width, "width")
         size, settings = self.latent_size(height, width), self.sampling_settings()
         texts = read_texts(
             prompt,
@@ -238,19 +243,32 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         return frames, num_blocks(frames - given.latent_frames // per_block * per_block, per_block)
 
     def _latent_frames_of(self, num_frames: int | Stored | None, given: Given) -> int | None:
-        if given.strength is not None and num_frames == "stored":
+        if given.strength is not None and num_frames == STORED:
             assert given.video is not None
             whole = (given.video.num_frames - 1) // self.wan_vae.temporal_compression + 1
             per_block: int = self.config.frames_per_block
-            return max(whole // per_block, 1) * per_block
+            taken = max(whole // per_block, 1) * per_block
+            count = (taken - 1) * self.wan_vae.temporal_compression + 1
+            if count < given.video.num_frames:
+                log.warning(
+                    "of the given video the last %d of %d frames are left out: blocks hold %d latent frames each",
+                    given.video.num_frames - count,
+                    given.video.num_frames,
+                    per_block,
+                )
+            return taken
         if num_frames is None:
             if given.strength is not None:
                 raise InputError("a video that goes through the steps again has an end: give num_frames")
             return None
-        return self.latent_frames(self.default_of("num_frames") if isinstance(num_frames, str) else num_frames)
+        # A text beside "stored" would be a negative prompt that is given by position, as other pipelines take it.
+        frames = self.default_of("num_frames") if num_frames == STORED else typed(Frames, num_frames, "num_frames")
+        return self.latent_frames(frames)
 
     def _require_long_enough(self, given: Given, latent_frames: int) -> None:
         assert given.video is not None
         needed = (latent_frames - 1) * self.wan_vae.temporal_compression + 1
         if (count := given.video.num_frames) < needed:
-            raise InputError(f"the given video has {count} frames, {needed} are needed: give a longer one, or fewer")
+            raise InputError(
+                f"the given video has {count} frames, {needed} are needed: give a longer one, or a smaller num_frames"
+            )

@@ -2,6 +2,7 @@
 
 from pipelines.generation.mixins.placement import PlacementMixin
 from wan.utils.errors import InputError
+from wan.utils.ranges import typed
 
 
 class DecodingMixin(PlacementMixin):
@@ -19,7 +20,7 @@ class DecodingMixin(PlacementMixin):
             InputError: bands of less than a latent's rows, or a tiny decoder, which decodes whole frames.
         """
         least = self.wan_vae.spatial_compression
-        if tile_sample_min_height is not None and tile_sample_min_height < least:
+        if tile_sample_min_height is not None and typed(int, tile_sample_min_height, "tile_sample_min_height") < least:
             raise InputError(f"tile_sample_min_height {tile_sample_min_height} is too small: give at least {least}")
         if self.wan_vae.tiny is not None:
             raise InputError(

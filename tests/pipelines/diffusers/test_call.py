@@ -184,3 +184,74 @@ def test_a_callback_that_returns_something_else(shared_pipeline: CausalVideoPipe
     for returned, message in ((3, "returned a int"), ({"latents": torch.zeros(1)}, "keep the shape")):
         with pytest.raises(InputError, match=message):
             latents(shared_pipeline, callback_on_step_end=lambda *_, value=returned: value)
+
+
+NOISE = torch.zeros(1, 6, 16, 2, 4)
+WRONG_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "a negative prompt by position": ({"num_frames": "blurry"}, "num_frames 'blurry' does not fit"),
+    "a fraction of frames": ({"num_frames": 9.5}, "num_frames 9.5 does not fit"),
+    "height as text": ({"height": "16"}, "height '16' does not fit"),
+    "width of floats": ({"width": 32.0}, "width 32.0 does not fit"),
+    "videos per prompt as text": ({"num_videos_per_prompt": "2"}, "num_videos_per_prompt '2' does not fit"),
+    "steps of floats": ({"num_inference_steps": 2.5}, "num_inference_steps 2.5 does not fit"),
+    "steps as a switch": ({"num_inference_steps": True}, "num_inference_steps true does not fit"),
+    "fractions of timesteps": ({"timesteps": [999.5]}, "timestep 999.5 does not fit"),
+    "no number among timesteps": ({"timesteps": torch.tensor([float("nan")])}, "timestep nan does not fit"),
+    "timesteps in rows": ({"timesteps": torch.tensor([[1000, 500]])}, r"timesteps has the shape \[1, 2\]"),
+    "one timestep": ({"timesteps": 500}, "timesteps is a int"),
+    "timesteps as text": ({"timesteps": "500"}, "timesteps is a str"),
+    "one seed": ({"seeds": 5}, "seeds is a int"),
+    "seeds as text": ({"seeds": "5"}, "seeds is a str"),
+    "a seed that is none": ({"seeds": [None]}, r"seeds\[0\] null does not fit"),
+    "a seed of floats": ({"seeds": [1.5]}, r"seeds\[0\] 1.5 does not fit"),
+    "a seed beyond 64 bits": ({"seeds": [2**70]}, r"seeds\[0\] .* is out of range"),
+    "noise of NumPy": ({"latents": NOISE.numpy()}, "latents is a ndarray"),
+    "noise in a list": ({"latents": [NOISE]}, "latents is a list"),
+    "noise of integers": ({"latents": NOISE.long()}, "latents is a tensor of torch.int64"),
+    "noise without values": ({"latents": NOISE.to("meta")}, "latents is a tensor without values"),
+    "a prompt that is none": ({"prompt": [None]}, "prompt is or holds a NoneType"),
+    "embeddings of NumPy": ({"prompt": None, "prompt_embeds": np.zeros((1, 2, 3))}, "prompt_embeds is a ndarray"),
+    "embeddings without a batch": ({"prompt": None, "prompt_embeds": torch.zeros(2, 3)}, r"shape \[2, 3\]: give"),
+    "embeddings without tokens": (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 0, 64)},
+        r"shape \[1, 0, 64\]: give",
+    ),
+    "guidance as text": ({"guidance_scale": "5"}, "guidance_scale '5' does not fit"),
+    "tokens as text": ({"max_sequence_length": "4"}, "max_sequence_length '4' does not fit"),
+    "a window as text": ({"memory": MemoryConfig(MemoryKind.window, "6")}, "memory.window_frames '6' does not fit"),  # type: ignore[arg-type]
+    "one name of a tensor": ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs is a str"),
+    "no names of tensors": ({"callback_on_step_end_tensor_inputs": None}, "tensor_inputs is a NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_a_value_of_another_kind_is_refused_by_name(name: str, shared_pipeline: CausalVideoPipeline) -> None:
+    options, words = WRONG_KINDS[name]
+    with pytest.raises(InputError, match=words) as error:
+        shared_pipeline.stream(**({"prompt": PROMPT} | options))  # nothing is computed before the first block
+    assert str(error.value).isprintable()
+
+
+def test_numbers_of_other_libraries_count_as_numbers(shared_pipeline: CausalVideoPipeline) -> None:
+    own = latents(shared_pipeline)
+    for steps in (torch.tensor([1000.0, 500.0]), np.array([1000, 500])):
+        assert torch.equal(latents(shared_pipeline, timesteps=steps, seeds=np.array([1])), own)
+    window = MemoryConfig("window", np.int64(6), 0)  # type: ignore[arg-type]
+    assert torch.equal(
+        latents(shared_pipeline, memory=window), latents(shared_pipeline, memory=MemoryConfig(MemoryKind.window, 6, 0))
+    )
+
+
+def test_what_a_callback_cannot_change_is_refused(shared_pipeline: CausalVideoPipeline) -> None:
+    with pytest.raises(InputError, match="returned 'prompt_embeds', which would change nothing"):
+        latents(shared_pipeline, callback_on_step_end=lambda *_: {"prompt_embeds": torch.zeros(1)})
+
+
+def test_texts_are_encoded_one_by_one_or_together(shared_pipeline: CausalVideoPipeline) -> None:
+    encode = shared_pipeline.encode_prompt
+    assert torch.equal(encode(PROMPT), encode([PROMPT])), "a text is one prompt, not one per letter"
+    for wrong, words in (([], "no prompts"), (None, "holds a NoneType"), ([5], "holds a int")):
+        with pytest.raises(InputError, match=words):
+            encode(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_sequence_length 100000 is out of range"):
+        encode(PROMPT, max_sequence_length=100_000)

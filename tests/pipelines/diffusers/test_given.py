@@ -124,3 +124,49 @@ def test_a_video_that_cannot_be_used(case: str, shared_pipeline: CausalVideoPipe
     with pytest.raises(InputError, match=message) as caught:
         shared_pipeline.stream(PROMPT, **({"video": pixels, "seeds": [1]} | options))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_video_is_refused_by_name(shared_pipeline: CausalVideoPipeline, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
+    (tmp_path / "b.mp4").write_text("no video")
+    picture = Image.new("RGB", (32, 16))
+    for video, words in (
+        (tmp_path / "a.png", r"the video .*a\.png cannot be read"),
+        (tmp_path / "b.mp4", r"the video .*b\.mp4 cannot be read"),
+        (np.zeros((16, 32, 3), np.uint8), r"shape \[16, 32, 3\]: give \[T, H, W, 3\]"),
+        (np.zeros((1, 5, 16, 32, 3), np.uint8), r"give \[T, H, W, 3\]"),
+        (torch.zeros(3, 5, 16, 32), r"shape \[3, 5, 16, 32\]: give \[T, 3, 16, 32\]"),
+        (torch.zeros(0, 3, 16, 32), "has no frames"),
+        ([picture, None], "a video holds a NoneType"),
+        ([[picture]], "a video holds a list"),
+    ):
+        with pytest.raises(InputError, match=words) as error:
+            shared_pipeline.stream(PROMPT, 21, video=video)  # nothing is computed before the first block
+        assert str(error.value).count(": ") <= 2 and str(error.value).isprintable()
+
+
+def test_a_picture_from_0_to_1_is_warned_of(
+    shared_pipeline: CausalVideoPipeline, pixels: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared_pipeline.stream(PROMPT, image=pixels[0])
+    assert not caplog.records
+    shared_pipeline.stream(PROMPT, image=(pixels[0] + 1) / 2)
+    assert "give 2 * x - 1" in caplog.text
+
+
+def test_latents_hold_the_given_frames_too(shared_pipeline: CausalVideoPipeline, pixels: Tensor) -> None:
+    for count in (1, 9, 13):  # a part of a block, a block, and a part more
+        found = latents(shared_pipeline, num_frames=21, image=pixels[None, :count])
+        assert found.shape[1] == 6
+        with torch.no_grad():
+            encoded = shared_pipeline.wan_vae.encode(pixels[None, :count])
+        torch.testing.assert_close(found[:, : encoded.shape[1]], encoded)
+
+
+def test_frames_that_fill_no_block_are_named(
+    shared_pipeline: CausalVideoPipeline, pixels: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared_pipeline.stream(PROMPT, video=pixels[:9], strength=0.5)
+    assert not caplog.records
+    shared_pipeline.stream(PROMPT, video=pixels[:15], strength=0.5)
+    assert "the last 6 of 15 frames are left out" in caplog.text

@@ -272,3 +272,18 @@ def test_a_gpu_optimizes_by_default(model: Path) -> None:
     pipeline.to("cpu")
     assert not is_fast(pipeline)
     torch.testing.assert_close(video(pipeline), plain.cpu(), rtol=1e-2, atol=1e-2)
+
+
+def test_names_in_the_place_of_parts_and_devices_that_are_not_there(model: Path) -> None:
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "a transformer": ({"transformer": "x"}, "transformer is a str: give a HybridWanModel"),
+        "a VAE": ({"vae": "x"}, "vae is a str: give a AutoencoderKLWan"),
+        "a text encoder": ({"text_encoder": "umt5"}, "text_encoder is a str: give a UMT5EncoderModel"),
+        "a tokenizer": ({"tokenizer": "umt5"}, "tokenizer is a str: give a PreTrainedTokenizerBase"),
+        "a speed": ({"optimize": "yes"}, "optimize is a str"),
+        "a GPU": ({"device_map": "cuda:99"}, r"no device cuda:99 here \("),
+        "no values": ({"device_map": "meta"}, "no device meta here"),
+    }
+    for options, words in wrong.values():
+        with pytest.raises(InputError, match=words):
+            load(model, **options)

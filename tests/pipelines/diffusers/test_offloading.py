@@ -209,3 +209,16 @@ def test_bits_by_bitsandbytes(bits: int, model: Path) -> None:
     )
     expected = video(CausalVideoPipeline.from_pretrained(model), **options)
     assert 0 < (video(small, **options).float().cpu() - expected).norm() / expected.norm() < 0.5
+
+
+def test_a_device_that_is_not_there_leaves_all_as_it_was(pipeline: CausalVideoPipeline) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    for move in (
+        lambda: pipeline.to("cuda:99"),
+        lambda: pipeline.enable_model_cpu_offload(device="cuda:99"),
+        lambda: pipeline.enable_sequential_cpu_offload(device="cuda:99"),
+        lambda: pipeline.enable_group_offload(torch.device("cuda:99")),
+    ):
+        with pytest.raises(InputError, match="no device cuda:99 here"):
+            move()
+    pipeline("a red shape", 9, seeds=[1], output_type="latent")
