@@ -42,7 +42,7 @@ class KnownSuite:
         samples: videos per prompt.
         extended: extended prompts, line by line.
         keys: the short prompts of these lines; None if they are the lines of `file`.
-        count: prompts of `file`.
+        count: prompts that `file` lists, if that is known.
     """
 
     folder: str | None
@@ -116,6 +116,16 @@ def read_suite_file(path: Path, repeats: bool = False) -> Suite:
             entries = _without_repeats(path, entries)
     _check_distinct(entries)
     return Suite(path.stem, tuple(entries))
+
+
+def num_listed(path: Path) -> int:
+    """Prompts that a file lists, each as often as it comes.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    records = _vbench_records(path) if path.suffix.lower() == ".json" else None
+    return len(read_lines(path, cure=CURE)) if records is None else len(records)
 
 
 def with_extended(suite: Suite, path: Path, keys: Path | None) -> Suite:
