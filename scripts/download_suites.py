@@ -4,8 +4,8 @@
 
 Every file is checked before it gets its name: its size, that it is what its suite reads, and how many prompts it holds.
 source.json beside them says where they came from, with hashes. Files that are there and whole are kept; --again fetches
-them anew. Prompts keep the licences of their authors (docs/evaluation.md). There is no public list of interactive scripts:
-LongLive's cannot be released (issue 22 of NVlabs/LongLive); `--suite interactive` of sample_suite.py takes ours.
+them anew. Prompts keep the licences of their authors (docs/evaluation.md). LongLive's interactive prompts cannot be
+released (issue 22 of NVlabs/LongLive); `--suite interactive` of sample_suite.py takes our own.
 """
 
 from wan.utils.signals import end_on_signals
@@ -99,8 +99,8 @@ def fetch(url: str) -> bytes:
             if attempt == ATTEMPTS:
                 reason = str(error) or type(error).__name__
                 raise InputError(
-                    f"cannot fetch {url} ({reason}): check the network; without one, fetch the file elsewhere and put it "
-                    "into the folder by hand"
+                    f"cannot fetch {url} ({reason}): check the network; without one, fetch the file elsewhere and put "
+                    "it into the folder by hand"
                 ) from error
         time.sleep(PAUSE_SECONDS * attempt)
     raise AssertionError("the last attempt returns or raises")

@@ -6,8 +6,8 @@
     python scripts/sample_suite.py --suite hundred --samples 1 --limit 12 …      # prompts of our own; a part of them
 
 Short prompts name the videos, extended ones condition the model. manifest.json says of every video its prompt, index,
-seed and hash, and what made them all. A run that is started again goes on; other settings are refused. docs/evaluation.md
-says what a run of each suite takes.
+seed and hash, and what made them all. A run that is started again goes on; other settings are refused.
+docs/evaluation.md says what a run of each suite takes.
 """
 
 from wan.utils.signals import end_on_signals
@@ -85,7 +85,7 @@ def warn_of_length(run: InferenceRun, suite: str) -> None:
     seconds = frames / run.config.fps
     if suite in ("vbench", "vbench-long") and (seconds < SHORT_SECONDS) == (suite == "vbench-long"):
         log.warning(
-            "videos of %d frames take %.2f s: VBench is for less than %g s and VBench-Long for the others; say in results "
+            "videos of %d frames take %.2f s: VBench is for less than %g s, VBench-Long for the others; say in results "
             "which one was used",
             frames,
             seconds,

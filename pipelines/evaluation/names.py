@@ -1,8 +1,8 @@
 """File names of a suite's videos: VBench's `{prompt}-{index}.mp4` where that can be a file name, else a safe one.
 
-VBench finds a video by the short prompt and an index from 0, and nothing else: `vbench/__init__.py` of vbench 0.1.5 looks
-for exactly that name in a flat folder. A prompt is text that others wrote, so it may be no file name, or lead out of the
-folder. Such a prompt gets a name of letters, digits and a hash; the manifest says which.
+VBench finds a video by the short prompt and an index from 0, and nothing else: `vbench/__init__.py` of vbench 0.1.5
+looks for exactly that name in a flat folder. A prompt is text that others wrote, so it may be no file name, or lead out
+of the folder. Such a prompt gets a name of letters, digits and a hash; the manifest says which.
 """
 
 import re

@@ -1,10 +1,9 @@
 """Reads suites: those that are known by name, and files.
 
-| ending | content |
-|---|---|
-| `.json` | VBench's list of `{"prompt_en", "dimension", "auxiliary_info"}`, as in vbench/VBench_full_info.json of 0.1.5 |
-| `.jsonl` with `prompts` | several prompts per video: a list of texts, as LongLive's `MultiTextDataset` reads them, or of `{"prompt", "frame"}` or `{"prompt", "second"}` |
-| anything else | a prompt file (`pipelines.prompts.files`), whose fields `extended` and `dimensions` are used |
+- `.json`: VBench's list of `{"prompt_en", "dimension", "auxiliary_info"}`, as in `VBench_full_info.json` of vbench 0.1.5.
+- `.jsonl` with the field `prompts`: several prompts per video, a list of texts, as LongLive's `MultiTextDataset` reads
+  it, or of `{"prompt", "frame"}` or `{"prompt", "second"}`.
+- Anything else is a prompt file (`pipelines.prompts.files`), of which `extended` and `dimensions` are used.
 
 A second file may hold extended prompts, line by line, as Self Forcing's `prompts/vbench/all_dimension_extended.txt`
 does for VBench's `prompts/all_dimension.txt`.
@@ -14,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ def _check_order(switches: Sequence[Switch], where: str) -> None:
     if not times:
         return
     is_one_unit = len(switches) in (len(frames), len(seconds))
-    if not is_one_unit or times[0] != 0 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if not is_one_unit or times[0] != 0 or any(b <= a for a, b in pairwise(times)):
         raise InputError(f"{where}: prompts must begin at 0 and follow each other, all in frames or all in seconds")
 
 

@@ -42,6 +42,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
     results = ("--output_folder", "out", "--metrics_dir", "metrics", "--device", "cpu")
     inference = ("--config_path", f"{world}/inference.yaml", *results, "--data_path", f"{world}/prompts.txt")
     data = ("--config", f"{world}/data.yaml", "--device", "cpu")
+    suite = ("--config", f"{world}/inference.yaml", "--suite", f"{world}/prompts.txt", *results[:2], *results[-2:])
     gates = ("--method", "gates", "--training", f"{world}/gates.yaml", "--yaml", "layers.yaml")
     export = ("--method", "replacement", "--checkpoint_path", f"{world}/stage1/run/export", "--videos", "4")
     scores = (*export, "--data_path", f"{world}/prompts.txt", "--json", "scores.json", "--yaml", "layers.yaml")
@@ -49,6 +50,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
     return [
         Scenario("inference, full memory", (Command("inference.py", inference),)),
         Scenario("inference, window", (Command("inference.py", (*inference, "--memory", "window")),)),
+        Scenario("sample_suite", (Command("scripts/sample_suite.py", suite),)),
         _training("stage 1", "train_stage1.py", "--config", f"{world}/stage1.yaml"),
         _training("stage 2", "train_stage2.py", "--config", f"{world}/stage2.yaml"),
         _training("layer gates", select, "--config", f"{world}/data.yaml", *gates),

@@ -19,7 +19,7 @@ from wan.utils.errors import InputError
 
 sample_suite = import_module("sample_suite")
 Sample = Callable[..., int]
-LINES = [
+LINES: list[dict[str, Any]] = [
     {"prompt": "A red ring, turning.", "extended": "A thin red ring turns slowly in front of a grey wall."},
     {"prompt": "up/../../down", "dimensions": ["paths"]},
 ]

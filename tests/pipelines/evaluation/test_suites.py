@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_a_limit_is_spread_over_the_dimensions() -> None:
     for part in parts[5:9]:
         counts = [sum(name in entry.dimensions for entry in part) for name in sizes]
         assert max(counts) - min(counts) <= 1, counts
-    assert all(set(a) <= set(b) for a, b in zip(parts, parts[1:], strict=False)), "a larger part holds the smaller"
+    assert all(set(a) <= set(b) for a, b in pairwise(parts)), "a larger part holds the smaller"
     assert list(parts[20]) == [entry for entry in suite.entries if entry in parts[20]]
     assert limited(Suite("y", (SuiteEntry("1"), SuiteEntry("2"))), 1).entries[0].prompt in "12"
     assert {entry.prompt for entry in of_dimensions(suite, ["c"]).entries} == {"c 0", "c 1", "c 2"}
