@@ -1,6 +1,6 @@
 """Reads suites: those that are known by name, and files.
 
-- `.json`: VBench's list of `{"prompt_en", "dimension", "auxiliary_info"}`, as in `VBench_full_info.json` of vbench 0.1.5.
+- `.json`: VBench's list of `{"prompt_en", "dimension", "auxiliary_info"}`, as in vbench 0.1.5.
 - `.jsonl` with the field `prompts`: several prompts per video, a list of texts, as LongLive's `MultiTextDataset` reads
   it, or of `{"prompt", "frame"}` or `{"prompt", "second"}`.
 - Anything else is a prompt file (`pipelines.prompts.files`), of which `extended` and `dimensions` are used.

@@ -101,9 +101,9 @@ def is_finished(
     video: Path,
     record: Path,
     made_with: Mapping[str, Any],
+    asked: Mapping[str, Any],
     frames: int,
     *,
-    asked: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> bool:
     """Whether a whole video is there that was made with some settings. A damaged one is not, with a warning.
@@ -111,8 +111,8 @@ def is_finished(
     Args:
         video, record: the files.
         made_with: settings, weights and image.
-        frames: that the video should have.
         asked: prompt and seed, see `asked_of`; they matter where a request names its file.
+        frames: that the video should have.
         quiet: do not warn; for a video that was looked at before.
 
     Raises:
@@ -131,11 +131,11 @@ def is_finished(
         )
     try:
         found = _read_record(record)
-        before = {name: found[name] for name in asked or {} if name in found}
-        now = {name: value for name, value in (asked or {}).items() if name in found}
-        cure = "give another --output_folder, or delete it"
-        require_same_settings(found["settings"] | before, {**made_with, **now}, f"{video} was made", cure)
+        made, cure = f"{video} was made", "give another --output_folder, or delete it"
+        require_same_settings(found["settings"], made_with, made, cure)
         _require_whole(video, found, frames)
+        # Last: a record of another video does not fit the file, which is damage and no other request.
+        require_same_settings({name: found.get(name) for name in asked}, asked, made, cure)
     except _DamagedError as error:
         if not quiet:
             log.warning("%s: made again", error)

@@ -180,7 +180,7 @@ class _Maker:
             return False
         paths = video_path(self.run, job), record_path(self.run, job)
         frames = num_pixel_frames(self.run, self.pipeline)
-        finished = is_finished(*paths, self.made_with(job), frames, asked=asked_of(job), quiet=quiet)
+        finished = is_finished(*paths, self.made_with(job), asked_of(job), frames, quiet=quiet)
         if finished and lock_path(self.run, job).exists():
             # Of a process that was killed at its very end, or is at it.
             with suppress(LockedError), self._lock(job):
