@@ -74,8 +74,9 @@ def plan(arguments: argparse.Namespace) -> tuple[Suite, list[SuiteVideo]]:
         part = limited(part, arguments.limit)
     if arguments.samples is not None:
         part = with_samples(part, arguments.samples)
-    check_writable(arguments.output_folder)
-    return part, plan_videos(whole, part, arguments.seed, ignores_case(arguments.output_folder))
+    videos: Path = arguments.output_folder / VIDEOS
+    check_writable(videos)
+    return part, plan_videos(whole, part, arguments.seed, ignores_case(videos))
 
 
 def warn_of_length(run: InferenceRun, suite: str) -> None:

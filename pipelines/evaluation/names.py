@@ -6,13 +6,11 @@ of the folder. Such a prompt gets a name of letters, digits and a hash; the mani
 """
 
 import re
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.prompts.jobs import output_name
-from wan.utils.files import writing
 
 MAX_SAMPLES = 9999
 MAX_STEM_BYTES = 255 - len("..lock") - len(f"-{MAX_SAMPLES}")
@@ -70,10 +68,10 @@ def _safe_stem(prompt: str, taken: set[str], ignores_case: bool) -> str:
 
 
 def ignores_case(folder: Path) -> bool:
-    """Whether names in a folder that differ in case alone are one file.
+    """Whether names that differ in case alone are one file where a folder lies.
 
-    Raises:
-        InputError: the folder cannot be written.
+    Args:
+        folder: one that is there; its name holds a letter.
     """
-    with writing(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".case-a") as file:
-        return Path(file.name.replace(".case-a", ".case-A")).exists()
+    other = folder.with_name(folder.name.swapcase())
+    return other.exists() and other.samefile(folder)

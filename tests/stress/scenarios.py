@@ -50,7 +50,6 @@ def single_scenarios(world: Path) -> list[Scenario]:
     return [
         Scenario("inference, full memory", (Command("inference.py", inference),)),
         Scenario("inference, window", (Command("inference.py", (*inference, "--memory", "window")),)),
-        Scenario("sample_suite", (Command("scripts/sample_suite.py", suite),)),
         _training("stage 1", "train_stage1.py", "--config", f"{world}/stage1.yaml"),
         _training("stage 2", "train_stage2.py", "--config", f"{world}/stage2.yaml"),
         _training("layer gates", select, "--config", f"{world}/data.yaml", *gates),
@@ -58,6 +57,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
         Scenario("encode_videos", (_clips(world, "clips.tsv"),)),
         *(_conversion(world, ending) for ending in (".pt", ".safetensors", "")),
         _training("select_layers, replacement", select, *data, *scores),
+        Scenario("sample_suite", (Command("scripts/sample_suite.py", suite),)),
     ]
 
 
