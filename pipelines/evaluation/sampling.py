@@ -159,4 +159,6 @@ def _entry(video: SuiteVideo) -> Mapping[str, Any]:
         found["extended"] = entry.extended
     if entry.dimensions:
         found["dimensions"] = list(entry.dimensions)
+    if entry.switches:
+        found["left_out"] = [switch.prompt for switch in entry.switches]
     return found

@@ -86,9 +86,10 @@ def read_suite(name: str, downloads: Path, extended: Path | None = None) -> Suit
     if known.folder is not None and not (folder / known.file).is_file():
         raise InputError(f"no {folder / known.file}: run scripts/download_suites.py --suite {known.folder}")
     suite = replace(read_suite_file(folder / known.file, repeats=known.folder is not None), name=name)
-    if extended is not None or known.extended is not None:
-        keys = None if known.keys is None else folder / known.keys
-        suite = with_extended(suite, extended or folder / str(known.extended), keys or folder / known.file)
+    if known.extended is not None:
+        suite = with_extended(suite, extended or folder / known.extended, folder / (known.keys or known.file))
+    elif extended is not None:
+        suite = with_extended(suite, extended, None)
     samples = {FLICKERING: FLICKERING_SAMPLES} if known is _VBENCH else {}
     entries = (
         replace(entry, samples=max([known.samples, *(samples.get(each, 0) for each in entry.dimensions)]))

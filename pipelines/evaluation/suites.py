@@ -149,21 +149,18 @@ def with_samples(suite: Suite, samples: int) -> Suite:
     return replace(suite, entries=tuple(replace(entry, samples=samples) for entry in suite.entries))
 
 
-def without_switches(suite: Suite, first_prompt: bool) -> Suite:
-    """The suite as this engine can make it: every video from one prompt.
+def check_switches(suite: Suite, first_prompt: bool) -> None:
+    """Make sure that the engine can make the videos of a suite, which takes one prompt per video.
 
     Args:
-        first_prompt: whether a video of several prompts may be made from its first.
+        first_prompt: whether a video of several prompts is to be made from its first.
 
     Raises:
-        InputError: a video has several prompts, and may not.
+        InputError: a video has several prompts, and is not.
     """
     several = next((entry for entry in suite.entries if entry.switches), None)
-    if several is None:
-        return suite
-    if not first_prompt:
+    if several is not None and not first_prompt:
         raise InputError(
             f"{several.where} has {len(several.switches) + 1} prompts for one video, and a prompt cannot be switched "
             "inside of a video yet: give --first_prompt to sample every video from its first prompt alone"
         )
-    return replace(suite, entries=tuple(replace(entry, switches=()) for entry in suite.entries))

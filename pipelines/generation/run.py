@@ -185,8 +185,6 @@ class _Maker:
             # Of a process that was killed at its very end, or is at it.
             with suppress(LockedError), self._lock(job):
                 pass
-        if finished:
-            self._tell(job)
         return finished
 
     def _tell(self, job: PromptJob) -> None:
@@ -203,7 +201,12 @@ class _Maker:
             InputError: as for `is_finished`, and what cannot be written.
         """
         run, pipeline = self.run, self.pipeline
-        todo = [job for job in jobs if not self.is_finished(job)]
+        todo = []
+        for job in jobs:
+            if self.is_finished(job):
+                self._tell(job)
+            else:
+                todo.append(job)
         if len(todo) < len(jobs):
             on_interruption_say(GO_ON_WITH_VIDEOS)
             log.info("%d of %d videos are finished already: skipped", len(jobs) - len(todo), len(jobs))
@@ -241,6 +244,7 @@ class _Maker:
         with self._lock(job, on_wait):
             if self.is_finished(job, quiet=True):
                 log.info("%s was finished by another process", video_path(self.run, job))
+                self._tell(job)
                 return
             blocks = progress.add_task(job.name[:40], total=generated_blocks(self.run))
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference_world import flags_of
+from inference_world import flags_of, planned
 
 from pipelines.evaluation.sampling import Manifest, plan_videos
 from pipelines.evaluation.suites import Suite, SuiteEntry
@@ -107,6 +107,27 @@ def test_ranks_share_the_videos_and_the_manifest(
         assert sample("--output_folder", tmp_path / "both") == 0
         shares.append(len(list((tmp_path / "both" / "videos").glob("*.mp4"))) - before)
     assert shares == [1, 1] and manifest(tmp_path / "both") == manifest(tmp_path / "alone")
+
+
+def test_videos_of_the_other_length_are_warned_of(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """81 frames take 5.06 s."""
+    for suite, frames, warned in (
+        ("vbench", 20, False),
+        ("vbench", 21, True),
+        ("vbench-long", 20, True),
+        ("vbench-long", 21, False),
+        ("moviegen", 21, False),
+    ):
+        caplog.clear()
+        run = planned(config, "--prompt", "x", f"num_output_frames={frames}", "frames_per_block=1")
+        sample_suite.warn_of_length(run, suite)
+        assert ("VBench-Long" in caplog.text) == warned, (suite, frames)
+
+
+def test_what_a_video_of_several_prompts_leaves_out_is_written_down(sample: Sample, tmp_path: Path) -> None:
+    (tmp_path / "several.jsonl").write_text('{"prompts": ["a fox", "it leaps"]}')
+    assert sample("--suite", tmp_path / "several.jsonl", "--first_prompt", "num_output_frames=3") == 0
+    assert manifest(tmp_path / "out")["videos"]["a fox-0.mp4"]["left_out"] == ["it leaps"]
 
 
 def test_seeds_and_names_do_not_depend_on_the_part() -> None:

@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.evaluation.names import MAX_STEM_BYTES, can_be_name, file_stems, ignores_case
+from pipelines.evaluation.sampling import plan_videos
 from pipelines.evaluation.suite_files import KNOWN, OWN, read_suite, read_suite_file, with_extended
-from pipelines.evaluation.suites import (
-    Suite,
-    SuiteEntry,
-    Switch,
-    limited,
-    of_dimensions,
-    with_samples,
-    without_switches,
-)
+from pipelines.evaluation.suites import Suite, SuiteEntry, Switch, check_switches, limited, of_dimensions, with_samples
 from wan.utils.errors import InputError
 
 VBENCH = [
@@ -63,6 +56,8 @@ def test_vbench_is_read_as_vbench_reads_it(tmp_path: Path) -> None:
     write(folder / "all_dimension_extended.txt", "Bench.\nShanghai 1.\nShanghai 2.\n")
     suite = read_suite("vbench", tmp_path)
     assert [(entry.extended, entry.samples) for entry in suite.entries] == [("Shanghai 1.", 5), ("Bench.", 25)]
+    own = write(tmp_path / "own.txt", "".join(f"{number}\n" for number in range(100)))
+    assert read_suite("hundred", tmp_path, own).entries[99].extended == "99"
     other = write(tmp_path / "other.txt", "B.\nS.\nT.\n")
     assert read_suite("vbench", tmp_path, other).entries[0].conditioning == "S."
 
@@ -114,8 +109,10 @@ def test_videos_of_several_prompts_are_refused_or_made_from_the_first(tmp_path: 
     suite = read_suite_file(write(tmp_path / "a.jsonl", line))
     assert suite.entries[0].switches == (Switch("b", None, 2.5),) and suite.dimensions == ("x",)
     with pytest.raises(InputError, match=r"line 1 has 2 prompts for one video.*--first_prompt"):
-        without_switches(suite, first_prompt=False)
-    assert without_switches(suite, first_prompt=True).entries[0].switches == ()
+        check_switches(suite, first_prompt=False)
+    check_switches(suite, first_prompt=True)
+    (video,) = plan_videos(suite, suite, 0, ignores_case=False)
+    assert video.job.prompt == "a" and video.job.name == "a-0"
     assert len(read_suite("interactive", tmp_path).entries) >= 4
 
 
