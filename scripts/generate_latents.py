@@ -1,7 +1,7 @@
 """Make training data: rollouts of the teacher as latents, with text embeddings, in resumable shards.
 
     python scripts/generate_latents.py --config configs/causal_forcing_dmd_chunkwise.yaml \\
-        --data_path prompts/test.txt --output_folder data/rollouts
+        --data_path prompts/hundred.jsonl --output_folder data/rollouts
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
 The VAE is not needed: nothing is decoded.

@@ -1,7 +1,7 @@
 """Choose which layers to convert, and write the sets for 25, 50 and 75 % of them as YAML.
 
     python scripts/select_layers.py --config configs/causal_forcing_dmd_chunkwise.yaml --method replacement \\
-        --checkpoint_path runs/stage1/export --data_path prompts/test.txt --json scores.json --yaml layers.yaml
+        --checkpoint_path runs/stage1/export --data_path prompts/hundred.jsonl --json scores.json --yaml layers.yaml
     python scripts/select_layers.py --config … --method stage1_error --scores runs/stage1 --yaml layers.yaml
     python scripts/select_layers.py --config … --method gates --training configs/gates.yaml --yaml layers.yaml
     python scripts/select_layers.py --config … --method random --seed 1 --yaml layers.yaml

@@ -18,7 +18,14 @@ ENTRY_POINTS = [path for path in PROGRAMS if path.name != "setup.py"]
 FLOORS = {
     "wan": (("utils",), ("ops", "checkpoints"), (".", "vae")),
     "arl2": (("ops",), (".",), ("inference", "distillation", "evaluation"), ("layer_selection",), ("toyworld",)),
-    "pipelines": ((".", "prompts"), ("media",), ("generation",), ("training",), ("benchmark",), ("toyworld",)),
+    "pipelines": (
+        (".", "prompts"),
+        ("media",),
+        ("generation",),
+        ("training", "evaluation"),
+        ("benchmark",),
+        ("toyworld",),
+    ),
 }
 """Rooms of a package from the ground up; "." are the modules that lie in the package itself."""
 FORMER_PLACES = ("pipelines.text_to_video", "pipelines.video")

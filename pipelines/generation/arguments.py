@@ -1,6 +1,7 @@
 """The command line of inference.py, checked before any weights are read."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def inference_parser() -> Parser:
         InferenceConfig,
         reads_config=True,
     )
-    add, setting, group = parser.add_argument, parser.add_setting, parser.add_argument_group
+    add = parser.add_argument
     add(
         "--output_folder",
         type=as_path,
@@ -67,7 +68,14 @@ def inference_parser() -> Parser:
     add("--i2v", action="store_true", help="start from an image")
     add("--video", type=as_path, metavar="PATH", help="a video that every output continues, or goes through again")
     again = "take --video through this fraction of the steps, in place of continuing it"
-    setting("--strength", "strength", again)
+    parser.add_setting("--strength", "strength", again)
+    add_generation_flags(parser)
+    return parser
+
+
+def add_generation_flags(parser: Parser) -> None:
+    """Add the flags that say how videos are made: seed, length, model, memory, speed, processes and device."""
+    setting, group = parser.add_setting, parser.add_argument_group
     parser.add_seed()
     video = group("video")
     frames = "latent frames, the given one included; F make 4F - 3 frames"
@@ -89,9 +97,9 @@ def inference_parser() -> Parser:
     add_memory_flags(parser)
     add_speed_flags(parser)
     about = "under torchrun: divide the prompts over the processes, or let all compute every video together"
-    add("--parallel", choices=("prompts", "video"), default="prompts", help=f"{about} (default prompts)")
+    choices = ("prompts", "video")
+    parser.add_argument("--parallel", choices=choices, default="prompts", help=f"{about} (default prompts)")
     parser.add_device()
-    return parser
 
 
 def add_memory_flags(parser: Parser) -> None:
@@ -162,8 +170,14 @@ class InferenceRun:
     over_video: bool = False
 
 
-def plan_run(arguments: argparse.Namespace) -> InferenceRun:
+def plan_run(
+    arguments: argparse.Namespace, read_jobs: Callable[[argparse.Namespace], list[PromptJob]] = requested_jobs
+) -> InferenceRun:
     """Check everything that can be checked before models load.
+
+    Args:
+        arguments: those of `inference_parser`.
+        read_jobs: finds the videos to make; called once the settings are known to work.
 
     Raises:
         InputError: the cause and the cure in one line.
@@ -179,7 +193,7 @@ def plan_run(arguments: argparse.Namespace) -> InferenceRun:
     if over_video:
         check_parallel(config, rank_and_world_size()[1])
     check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
-    jobs = requested_jobs(arguments)
+    jobs = read_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
         check_writable(folder)

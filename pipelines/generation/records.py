@@ -92,18 +92,32 @@ def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> d
     return {"frames": frames, "height": height, "width": width, "fps": fps, "sha256": content_hash(path)}
 
 
-def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames: int, *, quiet: bool = False) -> bool:
+def asked_of(job: PromptJob) -> dict[str, Any]:
+    """Prompt and seed of a job, as records have them beside the settings."""
+    return {"prompt": job.prompt, "seed": job.seed}
+
+
+def is_finished(
+    video: Path,
+    record: Path,
+    made_with: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    frames: int,
+    *,
+    quiet: bool = False,
+) -> bool:
     """Whether a whole video is there that was made with some settings. A damaged one is not, with a warning.
 
     Args:
         video, record: the files.
         made_with: settings, weights and image.
+        asked: prompt and seed, see `asked_of`; they matter where a request names its file.
         frames: that the video should have.
         quiet: do not warn; for a video that was looked at before.
 
     Raises:
-        InputError: the record tells of other settings, weights or image, cannot be read, or is not there; or a folder
-            has a file's name.
+        InputError: the record tells of another prompt, other settings, weights or image, cannot be read, or is not
+            there; or a folder has a file's name.
     """
     for path in (video, record):
         if path.is_dir():
@@ -117,10 +131,11 @@ def is_finished(video: Path, record: Path, made_with: Mapping[str, Any], frames:
         )
     try:
         found = _read_record(record)
-        require_same_settings(
-            found["settings"], made_with, f"{video} was made", "give another --output_folder, or delete it"
-        )
+        made, cure = f"{video} was made", "give another --output_folder, or delete it"
+        require_same_settings(found["settings"], made_with, made, cure)
         _require_whole(video, found, frames)
+        # Last: a record of another video does not fit the file, which is damage and no other request.
+        require_same_settings({name: found.get(name) for name in asked}, asked, made, cure)
     except _DamagedError as error:
         if not quiet:
             log.warning("%s: made again", error)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pipelines.generation.inputs.given import GivenVideo
 from pipelines.generation.lockstep import Lockstep, join_processes
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
+    asked_of,
     given_of,
     identity_of,
     is_finished,
@@ -79,8 +81,24 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
     return pipeline
 
 
+class VideoLog(Protocol):
+    """What wants to know which videos of a run are finished."""
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Take note of what all videos depend on, see `identity_of`, before the first is made."""
+
+    def add(self, job: PromptJob, video: Path, record: Path) -> None:
+        """Take note of a finished video and its record, new or found whole."""
+
+
 def generate(
-    run: InferenceRun, pipeline: CausalVideoPipeline, rank: int = 0, world_size: int = 1, *, anew: bool = False
+    run: InferenceRun,
+    pipeline: CausalVideoPipeline,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    anew: bool = False,
+    video_log: VideoLog | None = None,
 ) -> int:
     """Generate this rank's part of the videos, or all of them together with the others; finished ones are skipped.
 
@@ -89,6 +107,7 @@ def generate(
 
     Args:
         anew: make finished ones too.
+        video_log: told of every finished video of this rank; with --parallel video only that of the leading process is.
 
     Returns:
         how many videos failed.
@@ -103,9 +122,11 @@ def generate(
     if lockstep is not None and not lockstep.leads:
         follow(run, pipeline, lockstep)
         return 0
-    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew, lockstep)
+    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew, lockstep, video_log)
+    if video_log is not None:
+        video_log.begin(maker.identity)
     mine = run.jobs if run.over_video else shard_jobs(run.jobs, rank, world_size)
-    with announced(run.output_folder, maker.identity, {job.name: given_of(run, job) for job in mine}):
+    with announced(run.output_folder, maker.identity, {job.name: given_of(run, job) | asked_of(job) for job in mine}):
         maker.make_all(mine, quiet=rank != 0)
     if lockstep is not None:
         lockstep.tell(None)
@@ -130,6 +151,7 @@ class _Maker:
         identity: see `identity_of`.
         anew: make finished videos too.
         lockstep: of the processes that make every video together.
+        video_log: told of every finished video.
         failed: videos that could not be made so far.
     """
 
@@ -138,6 +160,7 @@ class _Maker:
     identity: dict[str, Any]
     anew: bool = False
     lockstep: Lockstep | None = None
+    video_log: VideoLog | None = None
     failed: int = 0
 
     def made_with(self, job: PromptJob) -> dict[str, Any]:
@@ -156,12 +179,17 @@ class _Maker:
         if self.anew:
             return False
         paths = video_path(self.run, job), record_path(self.run, job)
-        finished = is_finished(*paths, self.made_with(job), num_pixel_frames(self.run, self.pipeline), quiet=quiet)
+        frames = num_pixel_frames(self.run, self.pipeline)
+        finished = is_finished(*paths, self.made_with(job), asked_of(job), frames, quiet=quiet)
         if finished and lock_path(self.run, job).exists():
             # Of a process that was killed at its very end, or is at it.
             with suppress(LockedError), self._lock(job):
                 pass
         return finished
+
+    def _tell(self, job: PromptJob) -> None:
+        if self.video_log is not None:
+            self.video_log.add(job, video_path(self.run, job), record_path(self.run, job))
 
     def make_all(self, jobs: list[PromptJob], quiet: bool) -> None:
         """Make what is not finished of some jobs; what another process makes comes last.
@@ -173,7 +201,12 @@ class _Maker:
             InputError: as for `is_finished`, and what cannot be written.
         """
         run, pipeline = self.run, self.pipeline
-        todo = [job for job in jobs if not self.is_finished(job)]
+        todo = []
+        for job in jobs:
+            if self.is_finished(job):
+                self._tell(job)
+            else:
+                todo.append(job)
         if len(todo) < len(jobs):
             on_interruption_say(GO_ON_WITH_VIDEOS)
             log.info("%d of %d videos are finished already: skipped", len(jobs) - len(todo), len(jobs))
@@ -211,6 +244,7 @@ class _Maker:
         with self._lock(job, on_wait):
             if self.is_finished(job, quiet=True):
                 log.info("%s was finished by another process", video_path(self.run, job))
+                self._tell(job)
                 return
             blocks = progress.add_task(job.name[:40], total=generated_blocks(self.run))
             try:
@@ -221,6 +255,7 @@ class _Maker:
                 log.error("%s: %s; going on with the next video", job.name, error)
             else:
                 on_interruption_say(GO_ON_WITH_VIDEOS)
+                self._tell(job)
             finally:
                 progress.remove_task(blocks)
 

@@ -5,7 +5,8 @@
 - A table (CSV, TSV or semicolons): the first line names the columns.
 
 The fields of an object and the columns of a table are `prompt`, and optionally `seed` (of the noise), `image` (the
-first frame) and `name` (of the output files). Other fields are refused.
+first frame), `name` (of the output files) and `extended` (the prompt at length, which then conditions the model in its
+place). An object may have `dimensions` (what the prompt tests, for suites). Other fields are refused.
 
 A file whose name ends in .jsonl, .ndjson, .json, .csv or .tsv must be what the ending says. Any other file is text
 unless all of it is of another kind. Text that begins as JSON or as a table, and is none, is refused. The encoding is
@@ -34,6 +35,8 @@ SEED_LIMIT = 2**63
 MAX_NAME_BYTES = 200
 """Longest name of a request: file systems take 255 bytes, and endings and temporary names need some."""
 MAX_FILE_BYTES = 2**28
+DIMENSIONS = "dimensions"
+"""A field of JSON objects alone: a cell of a table holds no list."""
 FILE_CURE = "give a text file with one prompt per line, JSON lines or a CSV"
 LINE_SUFFIXES, TABLE_SUFFIXES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 RESERVED_NAMES = {
@@ -51,10 +54,12 @@ class PromptRequest:
     """One line of a prompt file, checked.
 
     Attributes:
-        prompt: what the video shows.
+        prompt: what the video shows; the extended form, if the file gives one.
         seed: of its noise; None to derive it from the prompt and the seed of the run.
         image: its first frame.
         name: of its files, without an ending; None to derive it from the prompt and the seed.
+        short: the prompt that the extended form stands for, if there is one.
+        dimensions: what it tests, for suites.
         where: file and line, for messages.
     """
 
@@ -62,6 +67,8 @@ class PromptRequest:
     seed: int | None = None
     image: Path | None = None
     name: str | None = None
+    short: str | None = None
+    dimensions: tuple[str, ...] = ()
     where: str = field(default="the prompt", compare=False)
 
 
@@ -327,27 +334,46 @@ def _text_record(path: Path, number: int, line: str, with_images: bool) -> _Reco
 def _request(path: Path, record: _Record) -> PromptRequest:
     """A checked request."""
     where, values = f"{shown(path)} {record.place}", record.values
-    unknown = [shown(name) or "(no name)" for name in values if name not in FIELDS]
+    unknown = [shown(name) or "(no name)" for name in values if name not in (*FIELDS, DIMENSIONS)]
     if unknown:
         raise InputError(
             f"{where} has unknown fields ({', '.join(unknown)}): the fields are {', '.join(FIELDS)}; remove the others"
         )
-    prompt, image = values.get("prompt"), values.get("image")
+    prompt, image, extended = values.get("prompt"), values.get("image"), values.get("extended")
     if prompt is None:
         raise InputError(f"{where} has no prompt: write what the video should show")
-    for name, value in (("prompt", prompt), ("image", image)):
+    for name, value in (("prompt", prompt), ("image", image), ("extended", extended)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where} has the {name} {json.dumps(value)[:40]}, which is not text: put it in quotes")
     if image is not None and (not image.strip() or "\0" in image):
         raise InputError(f"{where} has an image without a name: give a path, or leave the field out")
     check_prompt(prompt, where)
+    if extended is not None:
+        check_prompt(extended, f"{where}, extended")
     return PromptRequest(
-        prompt=prompt,
+        prompt=prompt if extended is None else extended.strip(),
         seed=_checked_seed(values.get("seed"), where),
         image=None if image is None else find_file(image, (path.parent, Path())),
         name=_checked_name(values.get("name"), where),
+        short=None if extended is None else prompt,
+        dimensions=checked_dimensions(values.get(DIMENSIONS), where),
         where=where,
     )
+
+
+def checked_dimensions(value: Any, where: str) -> tuple[str, ...]:
+    """The dimensions of a prompt; none for None.
+
+    Raises:
+        InputError: not a list of different names.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name.strip() for name in value):
+        raise InputError(f'{where} has the dimensions {json.dumps(value)[:40]}: write a list of names, ["…"]')
+    if len(set(value)) < len(value):
+        raise InputError(f"{where} names a dimension twice: remove one")
+    return tuple(value)
 
 
 def check_prompt(prompt: str, where: str) -> None:

@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Sequence
 
-FIELDS = ("prompt", "seed", "image", "name")
+FIELDS = ("prompt", "seed", "image", "name", "extended")
 DELIMITERS = ",\t;"
 OTHER_NAMES = {
     *("caption", "captions", "description", "negative_prompt", "prompts", "sentence", "text"),

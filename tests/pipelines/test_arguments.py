@@ -216,6 +216,10 @@ def test_training_takes_the_common_flags(monkeypatch: pytest.MonkeyPatch, capsys
 
 NUMBERS = {
     "generate_latents": ["--data_path x --folder y --videos_per_prompt 0", "--data_path x --folder y fps=0"],
+    "sample_suite": [
+        "--suite hundred --output_folder y --samples 10000",
+        "--suite hundred --output_folder y --limit 0",
+    ],
     "encode_videos": ["--videos x --folder y fps=0", "--data_path x --output_folder y --fps 3"],
     "select_layers": ["--method random --yaml y --videos 0", "--method random --yaml y --batch -1"],
     "probe_memory": [

@@ -6,6 +6,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from pipelines.prompts.files import PromptRequest, read_prompt_file
 from pipelines.prompts.jobs import (
@@ -375,3 +376,20 @@ def test_a_name_is_escaped_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "name": "a\\u0007b"}\n')
     with pytest.raises(InputError, match=r"the name 'a\\x07b' "):
         read_requests(tmp_path / "a.jsonl")
+
+
+def test_an_extended_prompt_conditions_in_the_place_of_the_short_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,extended\nred,"A red ring, turning."\nblue,\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "red", "extended": "A red ring, turning.", "dimensions": ["x"]}\n{"prompt": "blue"}'
+    )
+    dimensions: tuple[str, ...]
+    for name, dimensions in (("a.csv", ()), ("a.jsonl", ("x",))):
+        requests = read_requests(tmp_path / name)
+        assert requests == [
+            PromptRequest("A red ring, turning.", short="red", dimensions=dimensions),
+            PromptRequest("blue"),
+        ]
+        assert plan_jobs(requests, 0)[0].prompt == "A red ring, turning."
+    hundred = read_requests(ROOT / "prompts/hundred.jsonl")
+    assert len(hundred) == 100 and all(len(request.prompt.split()) >= 60 for request in hundred)

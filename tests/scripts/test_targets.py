@@ -40,6 +40,8 @@ SCRIPTS = [
     ),
     Script("toyworld_samples", "--folder {target}", "first_video"),
     Script("toyworld_study", "--device cpu --part data --work {target}", "run_part"),
+    Script("sample_suite", f"--config {TOY} --device cpu --suite hundred --output_folder {{target}}", "load_pipeline"),
+    Script("download_suites", "--suite vbench --output_folder {target}", "fetch"),
     Script("make_random_model", "--size toy --layout diffusers --folder {target}", "random_pipeline"),
 ]
 LOCKED = [

@@ -42,6 +42,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
     results = ("--output_folder", "out", "--metrics_dir", "metrics", "--device", "cpu")
     inference = ("--config_path", f"{world}/inference.yaml", *results, "--data_path", f"{world}/prompts.txt")
     data = ("--config", f"{world}/data.yaml", "--device", "cpu")
+    suite = ("--config", f"{world}/inference.yaml", "--suite", f"{world}/prompts.txt", *results[:2], *results[-2:])
     gates = ("--method", "gates", "--training", f"{world}/gates.yaml", "--yaml", "layers.yaml")
     export = ("--method", "replacement", "--checkpoint_path", f"{world}/stage1/run/export", "--videos", "4")
     scores = (*export, "--data_path", f"{world}/prompts.txt", "--json", "scores.json", "--yaml", "layers.yaml")
@@ -56,6 +57,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
         Scenario("encode_videos", (_clips(world, "clips.tsv"),)),
         *(_conversion(world, ending) for ending in (".pt", ".safetensors", "")),
         _training("select_layers, replacement", select, *data, *scores),
+        Scenario("sample_suite", (Command("scripts/sample_suite.py", suite),)),
     ]
 
 

@@ -141,6 +141,20 @@ def test_a_damaged_video_of_other_settings_is_refused(
     assert not any(video_path(run, job).stat().st_size for job in run.jobs)
 
 
+@pytest.mark.parametrize("change", [{"prompt": "violet"}, {"seed": 8}])
+def test_a_named_file_of_another_prompt_or_seed_is_refused(
+    change: dict[str, object], pipeline: CausalVideoPipeline, config: Path
+) -> None:
+    request = {"prompt": "green", "seed": 7, "name": "mine"}
+    path = config.parent / "named.jsonl"
+    path.write_text(json.dumps(request))
+    assert generate(planned(config, "--data_path", path), pipeline) == 0
+    path.write_text(json.dumps(request | change))
+    (name,) = change
+    with pytest.raises(InputError, match=f"mine.mp4 was made with other settings .{name} was {request[name]}"):
+        generate(planned(config, "--data_path", path), pipeline)
+
+
 def test_a_record_that_cannot_be_read_is_an_error(
     run: InferenceRun, pipeline: CausalVideoPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """Write a model folder with random weights, of real or toy size: to measure speed and memory without the real ones.
 
-python scripts/make_random_model.py --size 1.3B --output_folder wan_models/random-1.3B          # 20 GB, as released
-python scripts/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
+python scripts/profiling/make_random_model.py --size 1.3B --output_folder wan_models/random-1.3B   # 20 GB, as released
+python scripts/profiling/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
 """
 
 from wan.utils.signals import end_on_signals

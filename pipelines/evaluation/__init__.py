@@ -1,0 +1,1 @@
+"""Evaluation: suites of prompts, and the videos that are sampled from them."""
