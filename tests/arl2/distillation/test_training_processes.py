@@ -96,8 +96,8 @@ def stop_in_the_second_write() -> None:
     """Make the process stand still for good in the middle of its second checkpoint."""
     save = training_state.save_file
 
-    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-        save(tensors, path)
+    def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+        save(tensors, path, header)
         while "step-00000004" in str(path):
             time.sleep(1)
 

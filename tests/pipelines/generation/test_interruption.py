@@ -117,7 +117,6 @@ def test_lost_memory(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("pipelines.generation.pipeline.remember_block", fail)
     monkeypatch.setattr("arl2.rollout.remember_block", fail)
     assert run_inference(monkeypatch, config, "--prompt", "red") == 1
     line = capsys.readouterr().err
