@@ -14,7 +14,7 @@ import torch
 from paths import ROOT
 from training_world import build_world, command, free_port, losses, run, write_toy_videos
 
-STEPS = 60
+STEPS = 16
 
 
 class Agents:
