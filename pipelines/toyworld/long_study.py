@@ -36,6 +36,7 @@ from pipelines.records import claimed, open_records, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.toyworld.draw import DrawSettings, draw_latents
 from pipelines.toyworld.long_memory import LongProbeSettings, read_model, run_rows
+from pipelines.toyworld.study import OutOfTimeError
 from pipelines.training.config import Stage1Config, Stage2Config, TrainingConfig
 from pipelines.training.export import EXPORT
 from pipelines.training.run import train
@@ -54,10 +55,6 @@ LONG_LATENTS = 4 * STANDARD_LATENTS
 SLOW_DECAY = "state.decay=slow"
 WORK = "--work"
 Result = dict[str, Any]
-
-
-class OutOfTimeError(Exception):
-    """The time of this session is over; everything is kept, and the next one goes on."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +192,15 @@ class LongStudy:
         }[row.layers]
 
     @cached_property
+    def generator(self) -> HybridWanModel:
+        """The bundle's softmax model, for its sizes."""
+        return read_model(self.settings.model, self.settings.model, torch.device("cpu"))
+
+    @property
     def tokens_per_frame(self) -> int:
         """Tokens of a latent frame."""
-        model = read_model(self.settings.model, self.settings.model, torch.device("cpu"))
         stride = spatial_stride(self.settings.model)
-        return model.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
+        return self.generator.tokens_per_frame(HEIGHT // stride, WIDTH // stride)
 
     def window_of(self, row: LongRow) -> int | None:
         """Latent frames of the window of a row's softmax layers; None for full memory."""
@@ -207,8 +208,7 @@ class LongStudy:
             return None
         if row.window_frames is not None or row.window is Window.TRAINED:
             return row.window_frames or STANDARD_LATENTS
-        model = read_model(self.settings.model, self.settings.model, torch.device("cpu"))
-        return equal_memory_window(model, len(self.shipped_layers), STANDARD_LATENTS, self.tokens_per_frame)
+        return equal_memory_window(self.generator, len(self.shipped_layers), STANDARD_LATENTS, self.tokens_per_frame)
 
     def weights_before(self, row: LongRow) -> Path | None:
         """The file that a row's training begins with; None for the bundle's own.
@@ -217,7 +217,7 @@ class LongStudy:
             InputError: the row that should have made it is not done.
         """
         if row.after:
-            with self._claimed(row.after, wait=True):
+            with self._claimed(self.path("", row.after).name, wait=True):
                 pass  # another process may be training it
             file = self.path("weights", row.after, ".safetensors")
             if not file.is_file():
@@ -231,14 +231,14 @@ class LongStudy:
 
     def config(self, row: LongRow) -> TrainingConfig:
         """A row's training: a config of configs/toyworld, and what the study changes."""
-        settings, block = self.settings, FRAMES_PER_BLOCK * self.tokens_per_frame
+        settings = self.settings
         kind: type[TrainingConfig] = Stage1Config if row.stage is Stage.ONE else Stage2Config
         folders = ", ".join(map(str, self.data(row.is_short)))
         changes = [
             *(f"model_folder={settings.model}", f"run_folder={self.path('runs', row.name)}", f"data=[{folders}]"),
             *("tracker=none", "sample_every=0", "keep=1", f"device={settings.device}", f"seed={settings.seed}"),
             *("optimizer.decay=cosine", "ema_decay=0.99"),
-            *([f"state.decay_block_tokens={block}"] if SLOW_DECAY in row.settings else []),
+            *self._decay_changes(row),
             *(self._stage2_changes(row) if row.stage is not Stage.ONE else []),
             *([f"steps={settings.steps}"] if settings.steps is not None else []),
         ]
@@ -246,6 +246,12 @@ class LongStudy:
         config = load_config(kind, CONFIGS / files[row.stage], [*changes, *row.settings, *settings.overrides])
         config.report_every = config.steps
         return config
+
+    def _decay_changes(self, row: LongRow) -> list[str]:
+        """The size of a block, where half-lives are counted in blocks."""
+        if SLOW_DECAY not in row.settings:
+            return []
+        return [f"state.decay_block_tokens={FRAMES_PER_BLOCK * self.tokens_per_frame}"]
 
     def _stage2_changes(self, row: LongRow) -> list[str]:
         """Weights to begin with, layers, memory, and what trains."""

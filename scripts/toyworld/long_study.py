@@ -27,8 +27,9 @@ from arl2.toyworld.study.long_rows import PARTS
 from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.provenance import ROOT
-from pipelines.toyworld.long_study import LongStudy, LongStudySettings, OutOfTimeError, rows_of
+from pipelines.toyworld.long_study import LongStudy, LongStudySettings, rows_of
 from pipelines.toyworld.long_table import write_tables
+from pipelines.toyworld.study import OutOfTimeError
 from wan.utils.files import check_writable
 from wan.utils.ranges import NotNegative
 

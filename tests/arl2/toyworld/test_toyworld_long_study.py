@@ -22,6 +22,7 @@ from pipelines.toyworld.draw import DrawSettings, draw_latents
 from pipelines.toyworld.long_memory import read_model
 from pipelines.toyworld.long_study import Exam, LongStudy, LongStudySettings
 from pipelines.toyworld.long_table import write_tables
+from pipelines.toyworld.study import OutOfTimeError
 from pipelines.training.config import Stage1Config, Stage2Config
 from wan.utils.errors import InputError
 from wan.utils.files import read_json
@@ -117,7 +118,7 @@ def test_a_variant_begins_with_nothing_and_all_take_about_the_same_bytes(study: 
 def test_weights_are_kept_whole_and_a_broken_training_goes_on(name: str, study: LongStudy) -> None:
     row = ROWS[name]
     stopped = LongStudy(vars_of(study, deadline=0.0))
-    with pytest.raises(long_study.OutOfTimeError):
+    with pytest.raises(OutOfTimeError):
         stopped.train(row)
     assert study.train(row)["steps"] == 2
     weights = study.path("weights", name, ".safetensors")
