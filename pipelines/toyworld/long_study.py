@@ -81,6 +81,7 @@ EXAMS = (
     *(Exam(times, World.LONG) for times in (4, 16)),
     *(Exam(times, world, Context.TRUE) for world in World for times in (4, 16)),
 )
+"""A row takes those of its world."""
 CURVES = tuple(Exam(64, world) for world in World)
 """For curves, of the rows that are asked for."""
 
@@ -93,8 +94,8 @@ class LongStudySettings:
         work: folder of everything.
         model: the toy world's bundle.
         device: where to compute.
-        long_videos, short_videos: drawn for training, of four times the standard length and of that length; the long
-            ones are of both worlds in turn.
+        long_videos: drawn for training of each world, of four times the standard length.
+        short_videos: drawn of the standard world and length.
         pieces: in how many parts they are drawn, each by one process.
         exam_videos: of every exam.
         exam_batch: videos at once; affects only speed.
@@ -144,16 +145,19 @@ class LongStudy:
 
     # Data.
 
-    def data(self, is_short: bool) -> list[Path]:
+    def data(self, world: World, is_short: bool = False) -> list[Path]:
         """Folders of the training videos; draws those that no process has drawn, and waits for the others.
+
+        Args:
+            world: kind of their scenes.
+            is_short: whether they have the standard length.
 
         Raises:
             OutOfTimeError: the session ended before.
         """
         settings = self.settings
-        name, latents = ("short", STANDARD_LATENTS) if is_short else ("long", LONG_LATENTS)
+        name, latents = (f"{world}_short", STANDARD_LATENTS) if is_short else (f"{world}_long", LONG_LATENTS)
         videos = settings.short_videos if is_short else settings.long_videos
-        worlds = (World.STANDARD,) if is_short else tuple(World)
         size = -(-videos // settings.pieces)
         folders = [settings.work / "data" / name / str(piece) for piece in range(settings.pieces)]
         for wait in (False, True):  # first what nobody is at
@@ -164,7 +168,7 @@ class LongStudy:
                         if settings.is_over():
                             raise OutOfTimeError
                         # Videos of the exams have seeds of their own, see `arl2.toyworld.probe.long_probe`.
-                        draw = DrawSettings(worlds, size, latents, seed=piece * size)
+                        draw = DrawSettings((world,), size, latents, seed=piece * size)
                         dtype = choose_dtype(None, settings.device)
                         draw_latents(draw, settings.model, folder, settings.device, dtype)
                         done.touch()
@@ -233,7 +237,7 @@ class LongStudy:
         """A row's training: a config of configs/toyworld, and what the study changes."""
         settings = self.settings
         kind: type[TrainingConfig] = Stage1Config if row.stage is Stage.ONE else Stage2Config
-        folders = ", ".join(map(str, self.data(row.is_short)))
+        folders = ", ".join(map(str, self.data(row.world, row.is_short)))
         changes = [
             *(f"model_folder={settings.model}", f"run_folder={self.path('runs', row.name)}", f"data=[{folders}]"),
             *("tracker=none", "sample_every=0", "keep=1", f"device={settings.device}", f"seed={settings.seed}"),
@@ -293,12 +297,12 @@ class LongStudy:
     # Examining.
 
     def examine(self, row: LongRow, exams: tuple[Exam, ...] = EXAMS) -> Result:
-        """Figures of a row by exam, with its bytes of memory.
+        """Figures of a row by those of the exams that are of its world, with its bytes of memory.
 
         Raises:
             OutOfTimeError: the session ended before.
         """
-        settings = self.settings
+        settings, exams = self.settings, tuple(exam for exam in exams if exam.world is row.world)
         model = read_model(settings.model, self.path("weights", row.name, ".safetensors"), settings.device)
         sampler, window = load_config(Stage2Config, CONFIGS / "long.yaml", []).sampler(), self.window_of(row)
         setup = EvalSetup(model, sampler, window, row.window.sink_frames)

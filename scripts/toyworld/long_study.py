@@ -6,8 +6,8 @@
     python scripts/toyworld/long_study.py --work runs/long_study --part curves --only hybrid_75 softmax_full
     python scripts/toyworld/long_study.py --work runs/long_study --part table
 
-Parts: data draws the training videos; hybrids, softmax and contexts train and examine models, row by row
-(arl2/toyworld/study/long_rows.py says what each is); curves examines rows at 64 times the length; table writes
+Parts: data draws the training videos; hybrids, softmax, contexts, states and long_world train and examine models, row
+by row (arl2/toyworld/study/long_rows.py says what each is); curves examines rows at 64 times the length; table writes
 WORK/long_study.md. Every row is a JSON in WORK/results and is skipped when it is there. A run that is killed, or that
 stops when --budget_seconds are over, goes on at the same step, and in exams at the same batch of videos. The same
 command may run several times at once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no
@@ -24,6 +24,7 @@ import logging
 import time
 
 from arl2.toyworld.study.long_rows import PARTS
+from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
 from pipelines.flags import Parser, as_path
 from pipelines.provenance import ROOT
@@ -36,7 +37,7 @@ from wan.utils.ranges import NotNegative
 log = logging.getLogger(__name__)
 
 FLAGS = {
-    "long_videos": "drawn for training, of four times the standard length",
+    "long_videos": "drawn for training of each world, of four times the standard length",
     "short_videos": "drawn for training, of the standard length",
     "pieces": "in how many parts videos are drawn, each by one process",
     "exam_videos": "of every exam",
@@ -66,8 +67,8 @@ def parse() -> argparse.Namespace:
 def run_part(study: LongStudy, part: str, only: list[str]) -> None:
     """Everything of a part that is missing."""
     if part == "data":
-        for is_short in (False, True):
-            log.info("training videos are in %s", study.data(is_short)[0].parent)
+        for world, is_short in ((World.STANDARD, False), (World.STANDARD, True), (World.LONG, False)):
+            log.info("training videos are in %s", study.data(world, is_short)[0].parent)
     elif part == "table":
         log.info("tables are in %s", write_tables(study.settings.work))
     elif part == "curves":

@@ -1,9 +1,10 @@
 """Rows of the study of long training: models trained on long videos, and how they differ."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK
+from arl2.toyworld.world.worlds import World
 
 
 class Start(StrEnum):
@@ -58,6 +59,7 @@ class LongRow:
         stage: how it is trained.
         trains_all: whether all parameters train, not those of the hybrid layers and adapters alone.
         settings: further settings of the training, `key=value`.
+        world: kind of the scenes that it is trained on and examined with.
     """
 
     name: str
@@ -69,6 +71,7 @@ class LongRow:
     stage: Stage = Stage.LONG
     trains_all: bool = False
     settings: tuple[str, ...] = ()
+    world: World = World.STANDARD
 
     @property
     def is_short(self) -> bool:
@@ -76,17 +79,21 @@ class LongRow:
         return self.stage is not Stage.LONG
 
 
-RESAMPLED = ("context=resampled",)
+RESAMPLED = ("context=resampled", "resample_steps=4")
+"""All blocks are made from noise, as in inference; see `arl2.distillation.stage2.Context`."""
 SLOWER = ("optimizer.lr=3.0e-4",)
 """All parameters train at a lower rate than adapters."""
-SOFTMAX = {"layers": Layers.NONE, "start": Start.GENERATOR, "trains_all": True}
 
 
-def _softmax(name: str, window: Window) -> tuple[LongRow, LongRow]:
-    """A softmax model, trained as the hybrids are, all of its parameters: on the data, then on its own errors."""
-    first = LongRow(name, **SOFTMAX, window=window, settings=SLOWER)  # type: ignore[arg-type]
-    second = f"{name}_resampled"
-    return first, LongRow(second, **SOFTMAX, after=name, window=window, settings=(*SLOWER, *RESAMPLED))  # type: ignore[arg-type]
+def _twice(row: LongRow) -> tuple[LongRow, LongRow]:
+    """A model trained on the data, and one that goes on with its own errors in memory."""
+    return row, replace(row, name=f"{row.name}_resampled", after=row.name, settings=(*row.settings, *RESAMPLED))
+
+
+def _softmax(name: str, window: Window, world: World = World.STANDARD) -> tuple[LongRow, LongRow]:
+    """A softmax model, trained as the hybrids are, all of its parameters."""
+    start = Start.GENERATOR
+    return _twice(LongRow(name, Layers.NONE, start, window=window, trains_all=True, settings=SLOWER, world=world))
 
 
 def _variant(name: str, *settings: str, window_frames: int | None = None) -> tuple[LongRow, LongRow]:
@@ -98,6 +105,12 @@ def _variant(name: str, *settings: str, window_frames: int | None = None) -> tup
     )
 
 
+def _in_long_world(name: str, layers: Layers = Layers.SHIPPED, after: str = "") -> tuple[LongRow, LongRow]:
+    """A hybrid of the long world. All of its parameters train: the generator knows the standard world alone."""
+    row = LongRow(name, layers, after=after, trains_all=True, settings=SLOWER, world=World.LONG)
+    return _twice(row)
+
+
 SMALLER_WINDOW = 12
 """Latent frames of a window that leaves bytes for a second state, or for values of twice the channels, in the hybrid
 layers: a state takes 49 KB in each of six layers, a frame 18 KB in each of the two others."""
@@ -106,25 +119,24 @@ SMALLEST_WINDOW = 6
 
 PARTS: dict[str, tuple[LongRow, ...]] = {
     "hybrids": (
-        LongRow("hybrid_75"),
-        LongRow("hybrid_75_resampled", after="hybrid_75", settings=RESAMPLED),
+        *_twice(LongRow("hybrid_75")),
         LongRow("hybrid_100_short", Layers.ALL, Start.STAGE1, stage=Stage.SHORT),
-        LongRow("hybrid_100", Layers.ALL, after="hybrid_100_short"),
-        LongRow("hybrid_100_resampled", Layers.ALL, after="hybrid_100", settings=RESAMPLED),
-        LongRow("hybrid_75_all", trains_all=True, settings=SLOWER),
-        LongRow("hybrid_75_all_resampled", after="hybrid_75_all", trains_all=True, settings=(*SLOWER, *RESAMPLED)),
+        *_twice(LongRow("hybrid_100", Layers.ALL, after="hybrid_100_short")),
     ),
     "softmax": (
-        *_softmax("softmax_window", Window.TRAINED),
         *_softmax("softmax_equal", Window.EQUAL),
         *_softmax("softmax_equal_sink", Window.EQUAL_WITH_SINK),
+        *_softmax("softmax_window", Window.TRAINED),
         *_softmax("softmax_full", Window.FULL),
     ),
     "contexts": (
-        LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
-        LongRow("hybrid_75_resampled_2", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
-        LongRow("hybrid_75_resampled_4", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=4")),
+        LongRow("hybrid_75_resampled_at_once", settings=RESAMPLED),
+        LongRow("hybrid_75_resampled_1", after="hybrid_75", settings=("context=resampled", "resample_steps=1")),
+        LongRow("hybrid_75_resampled_2", after="hybrid_75", settings=("context=resampled", "resample_steps=2")),
         LongRow("hybrid_75_longer", after="hybrid_75"),
+        LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
+        LongRow("hybrid_100_resampled_at_once", Layers.ALL, after="hybrid_100_short", settings=RESAMPLED),
+        *_twice(LongRow("hybrid_75_all", trains_all=True, settings=SLOWER)),
     ),
     "states": (
         *_variant("paper"),
@@ -137,6 +149,14 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
         *_variant("wide_values", "state.value_expansion=2", window_frames=SMALLER_WINDOW),
         *_variant("local_window", "state.local_frames=3", window_frames=SMALLEST_WINDOW),
         *_variant("small_window", window_frames=SMALLER_WINDOW),
+    ),
+    "long_world": (
+        *_in_long_world("long_world_hybrid_75"),
+        *_softmax("long_world_softmax_equal", Window.EQUAL, World.LONG),
+        *_softmax("long_world_softmax_equal_sink", Window.EQUAL_WITH_SINK, World.LONG),
+        *_in_long_world("long_world_hybrid_100", Layers.ALL, "hybrid_100_short"),
+        *_softmax("long_world_softmax_window", Window.TRAINED, World.LONG),
+        *_softmax("long_world_softmax_full", Window.FULL, World.LONG),
     ),
 }
 """Rows in the order of what they decide. `hybrid_75_longer` tells what the second training alone is worth, and

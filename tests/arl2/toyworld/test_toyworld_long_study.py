@@ -44,7 +44,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def study(tmp_path: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch) -> LongStudy:
     """A study of videos of two blocks, which are drawn already."""
-    monkeypatch.setattr(LongStudy, "data", lambda self, is_short: [drawn])
+    monkeypatch.setattr(LongStudy, "data", lambda self, world, is_short=False: [drawn])
     return LongStudy(LongStudySettings(tmp_path, BUNDLE, torch.device("cpu"), steps=2, overrides=TINY))
 
 
@@ -69,7 +69,7 @@ def test_every_row_has_a_config_that_can_be_trained(study: LongStudy) -> None:
         )
         assert (config.trainable is Trainable.ALL) == row.trains_all
         assert (config.context is Context.RESAMPLED) == ("resampled" in row.name)
-        assert (config.memory.kind is MemoryKind.full) == (row.name.startswith("softmax_full") or row.is_short)
+        assert (config.memory.kind is MemoryKind.full) == ("softmax_full" in row.name or row.is_short)
         assert (config.checkpoint_path is not None) == (bool(row.after) and row.trains_all)
         config.objective_settings()
     equal = study.config(ROWS["softmax_equal_sink"])
@@ -88,11 +88,11 @@ def test_videos_are_drawn_in_pieces_that_do_not_overlap(tmp_path: Path, monkeypa
 
     study = LongStudy(LongStudySettings(tmp_path, BUNDLE, torch.device("cpu"), 5, 4, pieces=2))
     for _ in range(2):
-        assert [folder.name for folder in study.data(False)] == ["0", "1"]
-    study.data(True)
-    assert [(one.seed, one.num_videos, one.latent_frames, len(one.world)) for one in wanted] == [
-        *((0, 3, 84, 2), (3, 3, 84, 2)),
-        *((0, 2, 21, 1), (2, 2, 21, 1)),
+        assert [folder.name for folder in study.data(World.LONG)] == ["0", "1"]
+    study.data(World.STANDARD, is_short=True)
+    assert [(one.seed, one.num_videos, one.latent_frames, one.world) for one in wanted] == [
+        *((0, 3, 84, (World.LONG,)), (3, 3, 84, (World.LONG,))),
+        *((0, 2, 21, (World.STANDARD,)), (2, 2, 21, (World.STANDARD,))),
     ]
 
 
@@ -147,10 +147,10 @@ def test_results_become_a_table(study: LongStudy, monkeypatch: pytest.MonkeyPatc
         study.run_row(ROWS["hybrid_75"])
         study.run_curves(ROWS["hybrid_75"])
     page = read_json(study.settings.work / "results" / "hybrid_75.json")
-    assert page["exams"]["long_16x_own"]["after_last"]["both"]["objects"] == 1
+    assert page["exams"]["standard_16x_own"]["after_last"]["both"]["objects"] == 1
     text = write_tables(study.settings.work).read_text()
     assert text.count("| hybrid_75 |") == 2 and "0.0 (0 to 79), colour 100, 1 objects" in text
-    assert (study.settings.work / "passes_long.png").is_file()
+    assert (study.settings.work / "passes_standard.png").is_file()
 
 
 def test_an_unknown_row_is_refused(
