@@ -9,8 +9,9 @@ where q̂ = l2norm(RoPE(φ_q(norm_q(W_q·x + Δ_q·x)))), k̂ is formed in the s
 
 With S = 0 the layer equals the teacher's attention on the first block exactly.
 
-`arl2.state_settings.StateSettings` has variants of the state. With several states per head, or values of more channels
-than a head has, each state adds its own gated read, and a read is mapped back to the channels of a head:
+`arl2.state_settings.StateSettings` has variants of the state, and ablations of reads, writes and gate. With several
+states per head, or values of more channels than a head has, each state adds its own gated read, and a read is mapped
+back to the channels of a head:
 
     out = W_o( softmax(…) + Σ_n sigmoid(W_gate,n·x) ⊙ φ_o(D^-½·q̂ᵀS_n) )
 
@@ -27,11 +28,12 @@ from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
+from arl2.ops.token_reads import read_while_written
 from arl2.state_memory import BlockwiseView as BlockwiseView  # imported from here by what was written before
 from arl2.state_memory import LocalBlocksView, LocalMemory, LocalWindow, joined, padded_in_front
 from arl2.state_memory import StateMemory as StateMemory
 from arl2.state_memory import StateView as StateView
-from arl2.state_settings import PAPER_STATE, Decay, Rotation, StateSettings
+from arl2.state_settings import PAPER_STATE, Decay, Gate, Reads, Rotation, StateSettings, Writes
 from wan.memory import ConcatView, LayerMemory, MemorySpec
 from wan.model import SelfAttention
 from wan.ops.attention import attention
@@ -125,7 +127,7 @@ class HybridAttention(SelfAttention):
         states = state.num_states * num_heads
         self.a_proj = nn.Linear(dim, states, bias=False)
         self.b_proj = nn.Linear(dim, states, bias=False)
-        self.gate_proj = nn.Linear(dim, states, bias=False)
+        self.gate_proj = nn.Linear(dim, states, bias=False) if state.gate is Gate.HEADWISE else None
         self.A_log = nn.Parameter(torch.empty(states))
         self.dt_bias = nn.Parameter(torch.empty(states))
         self.phi_q = HeadMap(dim, num_heads)
@@ -169,7 +171,7 @@ class HybridAttention(SelfAttention):
         if self.phi_o is not None:
             own = torch.eye(self.head_dim, self.state.value_expansion * self.head_dim)
             self.phi_o.weight.copy_(own.repeat(self.num_heads, 1)[..., None])
-        for projection in (self.a_proj, self.b_proj, self.gate_proj):
+        for projection in filter(None, (self.a_proj, self.b_proj, self.gate_proj)):
             nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
         self._init_decay()
 
@@ -202,7 +204,9 @@ class HybridAttention(SelfAttention):
             return super().new_memory(spec)
         heads, frames = self.num_heads // spec.head_shards, self.state.local_frames
         shape = self._state_shape(spec.batch_size, heads)
-        return LocalMemory(spec, shape, heads, self.head_dim, frames) if frames else StateMemory(spec, shape)
+        if frames:
+            return LocalMemory(spec, shape, heads, self.head_dim, frames)
+        return StateMemory(spec, shape, takes_noisy=self.state.writes is Writes.NOISY)
 
     def _state_shape(self, batch: int, heads: int) -> tuple[int, int, int, int]:
         """Shape of the states of some heads: the first of every head, then the second of every head."""
@@ -238,7 +242,12 @@ class HybridAttention(SelfAttention):
             return None, update
         q = self.q(x_BLD)
         local = self.local_attention(q, k, v, rotary, None, view.softmax if isinstance(view, LocalWindow) else None)
-        remembered = self.read(view.state_BHKV, self.state_query(x_BLD, q, rotary))
+        queries = self.state_query(x_BLD, q, rotary)
+        if self.state.reads is Reads.TOKEN:
+            segments = self.delta_inputs(x_BLD, k, v, rotary).segments(1)
+            remembered = self._read_by_token(view.state_BHKV[:, None], queries[:, None], segments)
+        else:
+            remembered = self.read(view.state_BHKV, queries)
         return self.o(combine(local, remembered, self.output_gate(x_BLD)).flatten(2)), update
 
     def _forward_blockwise(
@@ -257,7 +266,14 @@ class HybridAttention(SelfAttention):
             local = self.local_attention(q, k, v, rotary, layout.tokens_per_block)
             states = self._states_between(self.delta_inputs(*written), layout, view.state_BHKV, remember)
             update = states[:, -1] if remember else None
-        remembered = self.read_blocks(states[:, : layout.num_blocks], self.state_query(x_BLD, q, rotary), layout)
+        states, queries = states[:, : layout.num_blocks], self.state_query(x_BLD, q, rotary)
+        if self.state.reads is Reads.TOKEN:
+            passes = layout.halves * layout.num_blocks
+            segments = self.delta_inputs(x_BLD, k, v, rotary).segments(passes)
+            of_passes = states.repeat(1, layout.halves, 1, 1, 1), queries.unflatten(1, (passes, -1))
+            remembered = self._read_by_token(*of_passes, segments)
+        else:
+            remembered = self.read_blocks(states, queries, layout)
         mixed = combine(local, remembered, self.output_gate(x_BLD))
         return self.o(mixed.flatten(2)), update
 
@@ -370,6 +386,11 @@ class HybridAttention(SelfAttention):
         queries = q_BLHK.unflatten(1, (layout.halves, layout.num_blocks, layout.tokens_per_block))
         return self.read(states_BNHKV[:, None], queries).flatten(1, 3)
 
+    def _read_by_token(self, states_BNHKV: Tensor, q_BNLHK: Tensor, segments: DeltaInputs) -> Tensor:
+        """Read for the tokens of N passes while they are written, [B, N·L, H, D]; see `Reads.TOKEN`."""
+        read = read_while_written(states_BNHKV, q_BNLHK, segments) * self.head_dim**-0.5
+        return read.to(q_BNLHK.dtype).flatten(1, 2)
+
     def write(self, state_BHKV: Tensor, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> Tensor:
         """State after writing these tokens; `k_BLD` and `v_BLD` are the teacher's projections of `x_BLD`."""
         return self._written(state_BHKV, self.delta_inputs(x_BLD, k_BLD, v_BLD, rotary))
@@ -442,7 +463,9 @@ class HybridAttention(SelfAttention):
         return 2 * b_BLH.to(torch.promote_types(b_BLH.dtype, torch.float32)).sigmoid()
 
     def output_gate(self, x_BLD: Tensor) -> Tensor:
-        """Output gate sigmoid(W_gate·x), [B, L, states·H]: weight of each state's read."""
+        """Output gate sigmoid(W_gate·x), [B, L, states·H]: weight of each state's read; 1 without a gate."""
+        if self.gate_proj is None:
+            return x_BLD.new_ones(*x_BLD.shape[:2], len(self.A_log))
         return self.gate_proj(x_BLD).sigmoid()
 
     def _adapted(

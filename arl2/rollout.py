@@ -15,9 +15,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from arl2.state_memory import StateMemory
 from wan.flow import FlowSchedule, add_noise, flow_to_x0
 from wan.memory import Memory
-from wan.model import FlowModel, TextKV
+from wan.model import CausalWanModel, FlowModel, TextKV
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds, typed
 
@@ -159,6 +160,9 @@ def predict_flow(
 ) -> Tensor:
     """Predict the velocity of a block at one timestep; a pure read of the memory.
 
+    Of a hybrid whose states take noisy passes too (`arl2.state_settings.Writes.NOISY`), the pass is then written to the
+    states, and to nothing else.
+
     Args:
         model, text, memory, start_frame: as in `denoise_block`.
         latents_BFCHW: noisy latents of the block.
@@ -167,9 +171,23 @@ def predict_flow(
     positions, frames = _positions(start_frame, latents_BFCHW)
     views = memory.read(_block_tokens(model, latents_BFCHW))
     timesteps = timestep.expand(latents_BFCHW.shape[0], frames)
-    flow = model(latents_BFCHW, timesteps, text, views, positions).flow
-    assert flow is not None
+    written = layers_of_noisy_writes(memory)
+    if not written:
+        flow = model(latents_BFCHW, timesteps, text, views, positions).flow
+        assert flow is not None
+        return flow
+    if not isinstance(model, CausalWanModel):
+        raise InputError("states of writes noisy take every pass, which a fast form only lets attend: compute plainly")
+    flow, updates = model(latents_BFCHW, timesteps, text, views, positions, remember=True, attend=True)
+    assert flow is not None and updates is not None
+    for layer in written:
+        memory.layers[layer].commit(updates[layer])
     return flow
+
+
+def layers_of_noisy_writes(memory: Memory) -> list[int]:
+    """Layers of a memory that every pass is written to."""
+    return [place for place, layer in enumerate(memory.layers) if isinstance(layer, StateMemory) and layer.takes_noisy]
 
 
 def denoise_block(
@@ -186,7 +204,7 @@ def denoise_block(
     first_step: int = 0,
     on_step: Callable[[int, float, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Turn noise into one block of clean latents. The memory is only read.
+    """Turn noise into one block of clean latents. The memory is only read, except as in `predict_flow`.
 
     Args:
         model: predicts the velocity.

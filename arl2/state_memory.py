@@ -42,9 +42,11 @@ class StateMemory:
     Args:
         spec: requirements shared by all memories of a model.
         shape: [B, H, key dim, value dim]; H counts the states of all heads.
+        takes_noisy: whether denoising passes are written too, see `arl2.rollout.predict_flow`.
     """
 
-    def __init__(self, spec: MemorySpec, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, spec: MemorySpec, shape: tuple[int, int, int, int], takes_noisy: bool = False) -> None:
+        self.takes_noisy = takes_noisy
         self._differentiable = spec.differentiable
         dtype = torch.promote_types(spec.dtype, torch.float32)
         self._state = torch.zeros(shape, device=spec.device, dtype=dtype)

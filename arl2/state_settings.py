@@ -47,6 +47,36 @@ class Decay(StrEnum):
     SLOW = "slow"
 
 
+class Gate(StrEnum):
+    """Weight of a read in the layer's output: sigmoid(W_gate·x) per head, or 1 (an ablation)."""
+
+    HEADWISE = "headwise"
+    NONE = "none"
+
+
+class Reads(StrEnum):
+    """State that a token of block b reads.
+
+    - `BLOCK`: the state after block b - 1, for every token.
+    - `TOKEN`: that state after tokens 1 … t of the same pass were written to it, for token t. This is the read of Gated
+      DeltaNet (arXiv 2412.06464), an ablation. What a pass writes for its own reads is not kept.
+    """
+
+    BLOCK = "block"
+    TOKEN = "token"
+
+
+class Writes(StrEnum):
+    """Passes of a block that are written to the state.
+
+    - `CLEAN`: the clean pass.
+    - `NOISY`: every denoising pass too, after it has read; the clean pass is written on top (an ablation).
+    """
+
+    CLEAN = "clean"
+    NOISY = "noisy"
+
+
 @dataclass(frozen=True)
 class StateSettings:
     """How the states of all hybrid layers of a model work.
@@ -62,6 +92,9 @@ class StateSettings:
         num_states: states per head. They share keys, queries and values, and differ in decay, write strength and gate.
         local_frames: latent frames before a block that its softmax sees. They are written to the state when they leave
             this window, see `arl2.state_memory`; 0 for none, as in the paper.
+        gate: see `Gate`. Without one the layer has no `gate_proj`.
+        reads: see `Reads`.
+        writes: see `Writes`.
 
     Raises:
         InputError: a setting that another one needs is missing, or one is given that does nothing.
@@ -75,8 +108,21 @@ class StateSettings:
     value_expansion: ValueExpansion = 1
     num_states: NumStates = 1
     local_frames: LocalFrames = 0
+    gate: Gate = Gate.HEADWISE
+    reads: Reads = Reads.BLOCK
+    writes: Writes = Writes.CLEAN
 
     def __post_init__(self) -> None:
+        if self.reads is Reads.TOKEN and not (self.has_one_plain_state and not self.local_frames):
+            raise InputError(
+                f"{STATE_VARIANT}.reads token is for one state of the paper's size without a window: drop "
+                f"{STATE_VARIANT}.value_expansion, num_states and local_frames, or it"
+            )
+        if self.writes is Writes.NOISY and self.local_frames:
+            raise InputError(
+                f"{STATE_VARIANT}.writes noisy would do nothing with {STATE_VARIANT}.local_frames, whose window delays "
+                "every write: drop one of them"
+            )
         pairs = (
             ("rotation", self.rotation, Rotation.WRAPPED, "rotation_period", self.rotation_period),
             ("rotation", self.rotation, Rotation.SLOW, "rotation_rate", self.rotation_rate),
@@ -100,7 +146,7 @@ class StateSettings:
         """
         check_settings({STATE_VARIANT: settings}, {STATE_VARIANT: StateRecord | None}, source)
         plain = dict(settings or {})
-        for name, kind in (("rotation", Rotation), ("decay", Decay)):
+        for name, kind in ENUMS.items():
             if name in plain:
                 plain[name] = kind(plain[name])
         try:
@@ -125,7 +171,8 @@ class StateSettings:
     @property
     def has_fused_form(self) -> bool:
         """Whether `arl2.inference` has a form of such layers that is faster than the plain one."""
-        return self.has_one_plain_state and not self.local_frames
+        as_usual = self.gate is Gate.HEADWISE and self.reads is Reads.BLOCK and self.writes is Writes.CLEAN
+        return self.has_one_plain_state and not self.local_frames and as_usual
 
     def rotation_frames(self, frames_F: Tensor) -> Tensor:
         """Indices of latent frames as the state's rotation takes them; zeros where time does not rotate."""
@@ -136,6 +183,14 @@ class StateSettings:
         return frames_F if self.rotation is Rotation.ABSOLUTE else torch.zeros_like(frames_F)
 
 
+ENUMS: dict[str, type[StrEnum]] = {
+    "rotation": Rotation,
+    "decay": Decay,
+    "gate": Gate,
+    "reads": Reads,
+    "writes": Writes,
+}
+"""Fields whose plain values are names."""
 PAPER_STATE = StateSettings()
 """The state of the paper."""
 

@@ -2,6 +2,7 @@
 
 - A hybrid layer is whole: all of `LAYER_PARTS`, and of `ADAPTER_PARTS` all or none, as every other hybrid layer of the
   model. Or it has nothing of the hybrid's. Anything between is an error that names the parameter.
+- Of `GATE_PARTS`, all hybrid layers have all, unless the state is said to have no gate.
 - Of `EXPANDED_PARTS`, all hybrid layers have all, if the state is said to have expanded values, or none.
 - Feed-forward adapters come in pairs, on both linears of a block, and sit on all blocks or on the hybrid ones.
 - What config.json claims (hybrid_layers, lora_rank, ffn_lora, sizes) is what the weights hold. A claim alone converts
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings, check_layers
-from arl2.state_settings import PAPER_STATE, StateSettings, stated_state
+from arl2.state_settings import PAPER_STATE, Gate, StateSettings, stated_state
 from arl2.trained_memory import TrainedMemory
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import TRAINED_MEMORY, UNTRAINED, LoRAAlpha
@@ -40,11 +41,13 @@ from wan.utils.ranges import shown
 log = logging.getLogger(__name__)
 
 GATES = ("A_log", "dt_bias")
+GATE_PARTS = ("gate_proj.weight",)
+"""Parameters of the output gate."""
 LAYER_PARTS = (
-    *("a_proj.weight", "b_proj.weight", "gate_proj.weight", *GATES),
+    *("a_proj.weight", "b_proj.weight", *GATE_PARTS, *GATES),
     *("phi_q.weight", "phi_k.weight", "phi_v.weight"),
 )
-"""Parameters that every hybrid self-attention has, and a softmax one has not."""
+"""Parameters that every hybrid self-attention has, and a softmax one has not; `GATE_PARTS` only with a gate."""
 EXPANDED_PARTS = ("phi_o.weight",)
 """Parameters of a hybrid self-attention whose states have expanded values."""
 ADAPTER_PARTS = tuple(f"lora_{name}_{letter}" for name in "qkv" for letter in "AB")
@@ -65,12 +68,12 @@ def found_settings(state: StateDict, source: str | Path = "the checkpoint") -> H
     """
     parts = _parts_by_block(state, HYBRID_PART)
     layers = sorted(parts)
-    adapted, expanded = (
-        {layer for layer in layers if parts[layer] & set(names)} for names in (ADAPTER_PARTS, EXPANDED_PARTS)
+    gated, adapted, expanded = (
+        any(parts[layer] & set(names) for layer in layers) for names in (GATE_PARTS, ADAPTER_PARTS, EXPANDED_PARTS)
     )
+    expected = set(LAYER_PARTS) if gated else set(LAYER_PARTS) - set(GATE_PARTS)
+    expected |= (set(ADAPTER_PARTS) if adapted else set()) | (set(EXPANDED_PARTS) if expanded else set())
     for layer in layers:
-        expected = set(LAYER_PARTS) | (set(ADAPTER_PARTS) if adapted else set())
-        expected |= set(EXPANDED_PARTS) if expanded else set()
         _require_whole(layer, "self_attn.", parts[layer], expected, source)
     ffn_parts = _parts_by_block(state, FFN_ADAPTER)
     for block in ffn_parts:
@@ -214,6 +217,13 @@ def state_of(
         held = "have" if expanded else "lack"
         raise CheckpointError(
             f"{source}: the config says value_expansion {said.value_expansion}, the weights {held} phi_o: they are of "
+            "two models, or one is damaged; download or convert them again together"
+        )
+    gated = any(parts & set(GATE_PARTS) for parts in layers.values())
+    if layers and gated != (said.gate is Gate.HEADWISE):
+        name = f"blocks.{min(layers)}.self_attn.{GATE_PARTS[0]}"
+        raise CheckpointError(
+            f"{source}: the config says gate {said.gate}, the weights {'have' if gated else 'lack'} {name}: they are of "
             "two models, or one is damaged; download or convert them again together"
         )
     return said

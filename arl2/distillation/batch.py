@@ -52,6 +52,15 @@ class BatchNoise:
         levels, noise = (x.to(device, non_blocking=True) for x in (self.levels_BNP, self.noise_BNPFCHW))
         return type(self)(levels, noise, self.seeds)
 
+    def in_order_of_sampling(self) -> Self:
+        """The same comparisons of every block, from the noisiest to the cleanest, as a sampler goes through them."""
+        order = self.levels_BNP.argsort(dim=2, descending=True)
+        levels, noise = self.levels_BNP.gather(2, order), self.noise_BNPFCHW.clone()
+        of_comparisons = noise[:, :, : self.num_noise_levels]
+        places = order.view(*order.shape, *(1,) * (noise.ndim - 3)).expand_as(of_comparisons)
+        noise[:, :, : self.num_noise_levels] = of_comparisons.gather(2, places)
+        return type(self)(levels, noise, self.seeds)
+
     def of_rollout(self, block: int, step: int) -> Tensor:
         """Noise of a block before a step of the self-rollout, [B, F, C, h, w]."""
         return self.noise_BNPFCHW[:, block, self.num_noise_levels + step]

@@ -25,6 +25,7 @@ from arl2.distillation.objective import ForwardMode, LayerReports, Objective, Ob
 from arl2.model import HybridWanModel
 from arl2.ops.offload import checkpoint_on_host
 from arl2.rollout import FewStepSampler, denoise_block, num_blocks, predict_flow, remember_block
+from arl2.state_settings import Writes
 from wan.memory import Memory, check_window
 from wan.model import TextKV
 from wan.teacher_forcing import teacher_forced_flow, teacher_forced_segment
@@ -177,6 +178,19 @@ def _nothing_cached(device: str) -> torch.autocast:
     return torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False)
 
 
+def _require_passes_in_order(settings: Stage2Settings) -> None:
+    """Make sure that noisy passes can be written as in inference: one after the other, and the data's clean pass last.
+
+    Raises:
+        InputError: blocks are computed at once, or what is remembered is not the data.
+    """
+    if settings.forward_mode is not ForwardMode.SEQUENTIAL or settings.context is not Context.DATA:
+        raise InputError(
+            "state.writes noisy trains block by block on the data: set forward_mode=sequential and context=data, or "
+            "state.writes=clean"
+        )
+
+
 class Stage2(Objective):
     """Objective of stage 2.
 
@@ -192,6 +206,8 @@ class Stage2(Objective):
         self._sampler = sampler
         self._error: list[Tensor] = []
         self._target_mean_square: list[Tensor] = []
+        if model.hybrid.layers and model.hybrid.state.writes is Writes.NOISY:
+            _require_passes_in_order(settings)
         if settings.context is not Context.DATA and sampler is None:
             raise InputError(f"context {settings.context} needs the steps of the student's sampler")
         if sampler is not None and settings.resample_steps > len(sampler.sigmas):
@@ -231,6 +247,8 @@ class Stage2(Objective):
     def _loop(self, batch: VideoBatch, noise: BatchNoise) -> Iterator[Tensor]:
         self._error, self._target_mean_square = [], []
         settings, model = self.settings, self.model
+        if model.hybrid.state.writes is Writes.NOISY:
+            noise = noise.in_order_of_sampling()
         teacher_memory = None
         with frozen_teacher(model):
             text = model.embed_text(batch.text_BTD)

@@ -20,7 +20,7 @@ from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
 from arl2.state_memory import StateView
-from arl2.state_settings import StateSettings
+from arl2.state_settings import StateSettings, Writes
 from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
@@ -151,7 +151,7 @@ class FastHybridBlock(FastBlock):
     def parts(self) -> dict[str, nn.Linear]:
         """See `FastBlock.parts`; attending needs the first ones, and remembering the last ones."""
         layer = self.attention
-        assert isinstance(layer, HybridAttention)
+        assert isinstance(layer, HybridAttention) and layer.gate_proj is not None
         small = {"gate": layer.gate_proj, "decay": layer.a_proj, "beta": layer.b_proj}
         if not self.adapted:
             written = {"v_state": mapped_linear(layer.v, layer.v.weight, layer.phi_v), "decay": small["decay"]}
@@ -339,17 +339,22 @@ class BatchedStateWrites:
         return list(states.chunk(len(self._states)))
 
 
+NOISY_WRITES = "states of writes noisy take every pass, which the fast form only lets attend"
+
+
 def fast_block(block: Block, form: BlockForm) -> FastBlock | PlainBlock:
     """Inference form of a block, hybrid if its hybrid layer is enabled now.
 
     Raises:
-        InputError: see `require_divisible`.
+        InputError: see `require_divisible`; or passes both attend and write.
     """
     layer = block.self_attn
     if not (isinstance(layer, HybridAttention) and layer.enabled):
         return FastBlock(block, form)
     if layer.state.has_fused_form:
         return FastHybridBlock(block, form)
+    if layer.state.writes is Writes.NOISY:
+        raise InputError(f"{NOISY_WRITES}: compute plainly")
     if form.parallel is not None:
         require_divisible(layer.state)
     return PlainBlock(block)

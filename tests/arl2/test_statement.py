@@ -76,7 +76,7 @@ def nothing(state: StateDict) -> None:
     ("change", "settings", "words"),
     [
         (without("0.self_attn.A_log"), {}, "lacks blocks.0.self_attn.A_log"),
-        (without("gate_proj.weight"), {}, "lacks blocks.0.self_attn.gate_proj.weight"),
+        (without("gate_proj.weight"), {}, "gate headwise, the weights lack blocks.0.self_attn.gate_proj.weight"),
         (without("lora_q_B"), {}, "lacks blocks.0.self_attn.lora_q_B"),
         (without("0.ffn.0.lora_B"), {}, "lacks blocks.0.ffn.0.lora_B"),
         (without("2.ffn.0.lora_A", "2.ffn.0.lora_B", "2.ffn.2.lora_A", "2.ffn.2.lora_B"), {}, "see blocks.2"),

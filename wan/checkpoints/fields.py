@@ -70,6 +70,9 @@ class StateRecord:
     value_expansion: ValueExpansion = 1
     num_states: NumStates = 1
     local_frames: LocalFrames = 0
+    gate: Literal["headwise", "none"] = "headwise"
+    reads: Literal["block", "token"] = "block"
+    writes: Literal["clean", "noisy"] = "clean"
 
 
 OPTIONAL_HYBRID: dict[str, Any] = {

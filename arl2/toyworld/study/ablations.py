@@ -24,7 +24,8 @@ from torch import Tensor
 from arl2.hybrid_attention import BlockwiseView, HybridAttention, StateMemory, StateView, combine
 from arl2.model import HybridWanModel
 from arl2.ops.gated_delta import DeltaInputs
-from arl2.toyworld.study.delta_segments import read_while_written, states_before
+from arl2.ops.token_reads import read_while_written
+from arl2.toyworld.study.delta_segments import states_before
 from wan.memory import LayerMemory, MemorySpec
 from wan.ops.rope import Rotary
 from wan.parallel import ParallelLayout

@@ -8,8 +8,10 @@ import torch
 from accelerate.hooks import CpuOffload
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
+from arl2.inference.blocks import NOISY_WRITES
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.model import HybridWanModel
+from arl2.state_settings import Writes
 from wan.utils.device import require_device
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
@@ -49,6 +51,8 @@ class PlacementMixin(DiffusionPipeline):
         # Diffusers notes it on models that one of its quantisers has changed.
         if getattr(self.transformer, "hf_quantizer", None) is not None:
             return "they are quantised; leave quantization_config out, or compute plainly"
+        if self.transformer.hybrid.state.writes is Writes.NOISY:
+            return f"{NOISY_WRITES}; compute plainly"
         return None
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:

@@ -22,7 +22,7 @@ from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import WriteBackend, write_recurrent
 from arl2.rollout import predict_flow, remember_block
-from arl2.state_settings import Decay, Rotation, StateSettings
+from arl2.state_settings import Decay, Gate, Reads, Rotation, StateSettings
 from pipelines.config import SpeedConfig
 from pipelines.generation.random_model import random_pipeline
 from wan.checkpoints.fields import STATE_VARIANT, StateRecord
@@ -48,6 +48,8 @@ VARIANTS = {
     "window": StateSettings(local_frames=4),
     "short window": StateSettings(local_frames=2),
     "long window": StateSettings(Rotation.SPATIAL, value_expansion=2, num_states=2, local_frames=7),
+    "no gate": StateSettings(gate=Gate.NONE),
+    "token reads": StateSettings(Rotation.SPATIAL, reads=Reads.TOKEN),
 }
 UNSET: dict[str, Any] = {"rotation_period": None, "rotation_rate": None}
 ALONE = HybridSettings((0, 1, 2))
@@ -295,6 +297,10 @@ def test_states_without_a_fused_form_are_not_divided_over_processes() -> None:
         ({"rotation": "twisted"}, "rotation 'twisted' does not fit: give 'absolute' or"),
         ({"rotation": "wrapped", "rotation_period": 0}, "rotation_period 0 is out of range"),
         ({"num_states": 3}, "num_states 3 is out of range"),
+        ({"reads": "token", "num_states": 2}, "reads token is for one state of the paper's size without a window"),
+        ({"reads": "token", "local_frames": 3}, "reads token is for one state"),
+        ({"writes": "noisy", "local_frames": 3}, "writes noisy would do nothing with state.local_frames"),
+        ({"gate": "scalar"}, "gate 'scalar' does not fit: give 'headwise' or"),
         ({"value_expansion": 0}, "value_expansion 0 is out of range"),
         ({"half_life": 3}, "unknown setting 'state.half_life'"),
         ([], "state '\\[\\]' does not fit: give settings by name|does not fit"),

@@ -11,9 +11,10 @@ from arl2.distillation.stage2 import Stage2, Stage2Settings, stage2_parameters
 from arl2.hybrid_attention import HybridAttention, StateView
 from arl2.model import FFNLoRA, HybridSettings, HybridWanModel
 from arl2.ops.gated_delta import DeltaInputs, write_recurrent
+from arl2.ops.token_reads import read_while_written
 from arl2.rollout import FewStepSampler, denoise_block, predict_flow, remember_block, rollout
 from arl2.toyworld.study.ablations import NoisyWrites, TokenReads, Variant, install
-from arl2.toyworld.study.delta_segments import read_while_written, states_before
+from arl2.toyworld.study.delta_segments import states_before
 from arl2.toyworld.study.objectives import NoisyWriteStage2, WindowStudent
 from wan.ops.rope import rotary_angles
 from wan.teacher_forcing import teacher_forced_flow
