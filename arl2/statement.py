@@ -221,10 +221,10 @@ def state_of(
         )
     gated = any(parts & set(GATE_PARTS) for parts in layers.values())
     if layers and gated != (said.gate is Gate.HEADWISE):
-        name = f"blocks.{min(layers)}.self_attn.{GATE_PARTS[0]}"
+        held, name = "have" if gated else "lack", f"blocks.{min(layers)}.self_attn.{GATE_PARTS[0]}"
         raise CheckpointError(
-            f"{source}: the config says gate {said.gate}, the weights {'have' if gated else 'lack'} {name}: they are of "
-            "two models, or one is damaged; download or convert them again together"
+            f"{source}: the config says gate {said.gate}, the weights {held} {name}: they are of two "
+            "models, or one is damaged; download or convert them again together"
         )
     return said
 
