@@ -100,7 +100,7 @@ class LongStudySettings:
         exam_videos: of every exam.
         exam_batch: videos at once; affects only speed.
         seed: of the trainings.
-        steps: of every training, in the place of the config's.
+        steps: of every training, in the place of the config's and the row's.
         overrides: further settings of every training, `key=value`.
         deadline: when to stop, on the clock of `time.monotonic`.
     """
@@ -244,10 +244,11 @@ class LongStudy:
             *("optimizer.decay=cosine", "ema_decay=0.99"),
             *self._decay_changes(row),
             *(self._stage2_changes(row) if row.stage is not Stage.ONE else []),
+            *row.settings,
             *([f"steps={settings.steps}"] if settings.steps is not None else []),
         ]
         files = {Stage.ONE: "stage1.yaml", Stage.SHORT: "stage2.yaml", Stage.LONG: "long.yaml"}
-        config = load_config(kind, CONFIGS / files[row.stage], [*changes, *row.settings, *settings.overrides])
+        config = load_config(kind, CONFIGS / files[row.stage], [*changes, *settings.overrides])
         config.report_every = config.steps
         return config
 
