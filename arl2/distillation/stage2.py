@@ -92,6 +92,9 @@ class Stage2Settings(ObjectiveSettings):
             pass keeps its timestep, so that the model learns to remember frames that are not quite right.
         resample_steps: how many of the last steps of the student's sampler make what is remembered, with the context
             `RESAMPLED`.
+        resample_rounds: how often what is remembered is made, each time after the blocks of the time before. So errors
+            add up over as many blocks; with all steps of the sampler and a round for every block but the first, blocks
+            are those of a rollout from the data's first.
         trainable: see `Trainable`. All parameters train on the data alone, since the teacher has them, too. Without
             hybrid layers that makes the softmax model that a hybrid is compared with.
     """
@@ -110,6 +113,7 @@ class Stage2Settings(ObjectiveSettings):
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
     resample_steps: Count = 1
+    resample_rounds: Count = 1
     trainable: Trainable = Trainable.NEW
 
     def __post_init__(self) -> None:
@@ -120,10 +124,11 @@ class Stage2Settings(ObjectiveSettings):
             raise InputError("teacher_weight and data_weight are both 0: nothing would train; set one of them")
         if self.context_sigma and self.context is not Context.DATA:
             raise InputError(f"context_sigma is for context data: {self.context} has errors of its own; drop one")
-        if self.resample_steps > 1 and self.context is not Context.RESAMPLED:
-            raise InputError(
-                f"resample_steps would do nothing with context {self.context}: set context=resampled, or drop it"
-            )
+        for name in ("resample_steps", "resample_rounds"):
+            if vars(self)[name] > 1 and self.context is not Context.RESAMPLED:
+                raise InputError(
+                    f"{name} would do nothing with context {self.context}: set context=resampled, or drop it"
+                )
         if self.trainable is Trainable.ALL and self.teacher_weight:
             raise InputError(
                 "trainable all changes the weights that the teacher shares: set teacher_weight=0 and data_weight=1"
@@ -319,23 +324,30 @@ class Stage2(Objective):
     @torch.no_grad()
     def _resampled_video(self, batch: VideoBatch, noise: BatchNoise) -> Tensor:
         """The data with the student's errors, see `Context.RESAMPLED`, [B, F, C, h, w]."""
-        assert self._sampler is not None
-        clean, count = batch.latents_BFCHW, self.settings.resample_steps
-        made = clean
-        with _nothing_cached(clean.device.type):
+        context = batch.latents_BFCHW
+        with _nothing_cached(context.device.type):
             text = self.model.embed_text(batch.text_BTD)
-            for step, (sigma, timestep) in enumerate(
-                zip(self._sampler.sigmas[-count:], self._sampler.timesteps[-count:], strict=True)
-            ):
-                noisy = noise.resampled(made, self.settings.frames_per_block, step, sigma)
-                times = noisy.new_full(noisy.shape[:2], timestep)
-                made = noisy - sigma * self._flow_after_data(batch, noisy, times, text).to(noisy)
-        size = self.settings.frames_per_block
-        return torch.cat([clean[:, :size], made[:, size:]], dim=1)
+            for _ in range(self.settings.resample_rounds):
+                context = self._resampled_after(context, batch, noise, text)
+        return context
 
-    def _flow_after_data(self, batch: VideoBatch, noisy_BFCHW: Tensor, times_BF: Tensor, text: TextKV) -> Tensor:
-        """The student's velocity in all blocks, each after the data's blocks before it, in segments as in training."""
-        settings, size, clean, flows = self.settings, self.settings.frames_per_block, batch.latents_BFCHW, []
+    def _resampled_after(self, context_BFCHW: Tensor, batch: VideoBatch, noise: BatchNoise, text: TextKV) -> Tensor:
+        """The data's blocks as the student denoises them, each after the context's blocks before it."""
+        assert self._sampler is not None
+        size, count = self.settings.frames_per_block, self.settings.resample_steps
+        made = batch.latents_BFCHW
+        steps = zip(self._sampler.sigmas[-count:], self._sampler.timesteps[-count:], strict=True)
+        for step, (sigma, timestep) in enumerate(steps):
+            noisy = noise.resampled(made, size, step, sigma)
+            times = noisy.new_full(noisy.shape[:2], timestep)
+            made = noisy - sigma * self._flow_after(context_BFCHW, batch, noisy, times, text).to(noisy)
+        return torch.cat([context_BFCHW[:, :size], made[:, size:]], dim=1)
+
+    def _flow_after(
+        self, clean: Tensor, batch: VideoBatch, noisy_BFCHW: Tensor, times_BF: Tensor, text: TextKV
+    ) -> Tensor:
+        """The student's velocity in all blocks, each after the clean blocks before it, in segments as in training."""
+        settings, size, flows = self.settings, self.settings.frames_per_block, []
         frames = size * (settings.blocks_per_graph or clean.shape[1] // size)
         memory = self.new_memory(batch, *settings.window, differentiable=True)  # which keeps its frames in order
         for first in range(0, clean.shape[1], frames):

@@ -155,6 +155,7 @@ class Stage2Config(TrainingConfig):
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
         context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps,
+            resample_rounds,
             trainable: see `arl2.distillation.stage2.Stage2Settings`. With trainable all, there may be no hybrid layer.
         memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
             trained is full.
@@ -181,6 +182,7 @@ class Stage2Config(TrainingConfig):
     data_weight: LossWeight = 0.0
     context_sigma: ContextSigma = 0.0
     resample_steps: Count = 1
+    resample_rounds: Count = 1
     trainable: Trainable = Trainable.NEW
 
     def hybrid(self, num_layers: int) -> HybridSettings:
@@ -231,6 +233,7 @@ class Stage2Config(TrainingConfig):
             data_weight=self.data_weight,
             context_sigma=self.context_sigma,
             resample_steps=self.resample_steps,
+            resample_rounds=self.resample_rounds,
             trainable=self.trainable,
         )
 
@@ -385,7 +388,7 @@ def init_from(config: TrainingConfig) -> Path | None:
 def resume_defaults() -> dict[str, Any]:
     """Defaults of the settings that a stage-2 run notes only if they differ."""
     default = Stage2Config()
-    names = ("teacher_weight", "data_weight", "context_sigma", "resample_steps", "trainable")
+    names = ("teacher_weight", "data_weight", "context_sigma", "resample_steps", "resample_rounds", "trainable")
     return {name: vars(default)[name] for name in names} | {
         "teacher_memory": default.teacher_memory.resolved(None).identity()
     }

@@ -134,6 +134,7 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
         LongRow("hybrid_75_resampled_at_once", settings=RESAMPLED),
         LongRow("hybrid_75_resampled_1", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=1")),
         LongRow("hybrid_75_resampled_2", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
+        LongRow("hybrid_75_resampled_twice", after="hybrid_75", settings=(*RESAMPLED, "resample_rounds=2")),
         LongRow("hybrid_75_longer", after="hybrid_75"),
         LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
         LongRow("hybrid_100_resampled_at_once", Layers.ALL, after="hybrid_100_short", settings=RESAMPLED),

@@ -11,11 +11,11 @@ from tiny_models import HYBRID, tiny_model, tiny_video
 from torch import Tensor
 from training_world import build_world, losses, one_line, run_and_kill, train
 
-from arl2.distillation.batch import BatchNoise, VideoBatch, noisy_video, video_blocks
+from arl2.distillation.batch import BatchNoise, TrainingBlock, VideoBatch, noisy_video, video_blocks
 from arl2.distillation.objective import ForwardMode
 from arl2.distillation.stage2 import Context, Stage2, Stage2Settings, Trainable, stage2_parameters
 from arl2.model import HybridSettings, HybridWanModel
-from arl2.rollout import FewStepSampler, generator_for, predict_flow, remember_block
+from arl2.rollout import FewStepSampler, denoise_block, generator_for, predict_flow, remember_block
 from arl2.trained_memory import TrainedMemory
 from wan.teacher_forcing import teacher_forced_flow
 from wan.utils.errors import InputError
@@ -129,6 +129,42 @@ def test_the_resampled_context_is_what_the_last_steps_of_the_sampler_make_after_
             remember_block(model, block.clean, text, memory, block.start)
 
 
+def test_rounds_of_resampling_become_a_rollout_from_the_first_block() -> None:
+    """After r rounds, blocks 0 to r are the sampler's, each after its own; later ones are not yet."""
+    model, (batch, noise) = student(), video_of(4)
+    made = []
+    for rounds in (1, 2, 3, 4):
+        settings = Stage2Settings(
+            3,
+            3,
+            PARALLEL,
+            context=Context.RESAMPLED,
+            resample_steps=len(SAMPLER.sigmas),
+            resample_rounds=rounds,
+            teacher_weight=0.0,
+            data_weight=1.0,
+            **WINDOWS,
+        )
+        objective = Stage2(model, settings, SAMPLER)
+        made.append(objective._resampled_video(batch, noise))
+    with torch.no_grad():
+        text, memory = model.embed_text(batch.text_BTD), objective.new_memory(batch, *settings.window)
+        for block in video_blocks(batch, 3):
+
+            def fresh(step: int, block: TrainingBlock = block) -> Tensor:
+                of_videos = (generator_for(seed, "resampled", step, block.number) for seed in noise.seeds)
+                return torch.stack([torch.randn(block.clean.shape[1:], generator=one) for one in of_videos]).double()
+
+            own = denoise_block(model, SAMPLER, fresh, text, memory, block.start)
+            expected = own if block.number else block.clean
+            part = slice(block.start, block.start + 3)
+            for rounds, found in enumerate(made, 1):
+                is_equal = torch.allclose(found[:, part], expected, rtol=1e-5, atol=1e-6)
+                assert is_equal == (block.number <= rounds), (rounds, block.number)
+            remember_block(model, expected, text, memory, block.start)
+    torch.testing.assert_close(made[2], made[3], rtol=1e-6, atol=1e-7)
+
+
 def test_the_resampled_context_does_not_change_the_target() -> None:
     """The first two blocks remember nothing but data, so that their errors do not change; later ones do."""
     model, (batch, noise) = student(), video_of(4)
@@ -180,6 +216,8 @@ def test_settings_that_would_train_nothing_or_mean_two_things_are_refused() -> N
         Stage2Settings(3, context=Context.SELF_ROLLOUT, context_sigma=0.1)
     with pytest.raises(InputError, match="resample_steps would do nothing with context data"):
         Stage2Settings(3, resample_steps=2)
+    with pytest.raises(InputError, match="resample_rounds would do nothing with context data"):
+        Stage2Settings(3, resample_rounds=2)
     with pytest.raises(InputError, match="resample_steps 3 of a sampler of 2"):
         Stage2(student(), Stage2Settings(3, context=Context.RESAMPLED, resample_steps=3), SAMPLER)
     with pytest.raises(InputError, match="window"):
