@@ -10,7 +10,7 @@ DEVELOPMENT := $(VENV)/.development-installed
 .PHONY: demo test install lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/toyworld/demo.py
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
