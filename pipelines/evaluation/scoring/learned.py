@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.evaluation.scoring.metric import Clip, Direction, Frames, Measure, Metric, Rows, Spec
+from pipelines.evaluation.scoring.metric import Clip, Direction, Frames, Measure, Metric, NotMeasuredError, Rows, Spec
 from pipelines.evaluation.scoring.weights import MUSIQ, RAFT, WeightFolder, library, load_weights
 from wan.utils.files import content_hash
 
@@ -24,7 +24,8 @@ THRESHOLD, THRESHOLD_SIDE = 6.0, 256.0
 """Pixels of flow that are motion, in frames whose shorter side has so many."""
 MOVING, MOVING_FRAMES = 4, 16.0
 """Pairs that must move, of so many frames."""
-FLOW_MULTIPLE = 8
+FLOW_MULTIPLE, MIN_FLOW_SIDE = 8, 128
+"""Sides that RAFT's pyramid takes."""
 
 
 def pixels_of(frames: Frames, device: torch.device) -> Tensor:
@@ -128,7 +129,13 @@ class DynamicDegree(Metric):
         return max(1, round(clip.fps / FLOW_FPS))
 
     def begin(self, clip: Clip) -> Measure:
-        """See `Metric`; rows are the speed of the fastest pixels, as a multiple of the threshold."""
+        """See `Metric`; rows are the speed of the fastest pixels, as a multiple of the threshold.
+
+        Raises:
+            NotMeasuredError: frames that are too small.
+        """
+        if min(clip.height, clip.width) <= MIN_FLOW_SIDE - FLOW_MULTIPLE:
+            raise NotMeasuredError(f"RAFT takes no frames whose sides are below {MIN_FLOW_SIDE} pixels")
         threshold = THRESHOLD * min(clip.height, clip.width) / THRESHOLD_SIDE
 
         @torch.inference_mode()
