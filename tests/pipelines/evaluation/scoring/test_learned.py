@@ -181,12 +181,9 @@ def test_dino(transforms: Any, clip: Clip) -> None:
 @pytest.fixture
 def small_clip(transforms: Any) -> ClipEncoder:
     open_clip = pytest.importorskip("open_clip", reason=NEEDS)
-    model = open_clip.model.CLIP(
-        embed_dim=24,
-        vision_cfg={"layers": 2, "width": 64, "head_width": 32, "patch_size": 32, "image_size": 224},
-        text_cfg={"layers": 2, "width": 32, "heads": 2},
-        quick_gelu=True,
-    ).eval()
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 32, "image_size": 224}
+    text = {"layers": 2, "width": 32, "heads": 2}
+    model = open_clip.model.CLIP(24, vision, text, quick_gelu=True).eval()
     return ClipEncoder(model, open_clip.get_tokenizer(embeddings.CLIP_B_NAME), CPU, "")
 
 
