@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.scoring.metric import Direction
+from pipelines.evaluation.scoring.metric import NOT_MEASURED, Direction
 from pipelines.evaluation.scoring.statistics import Estimate, estimate
 from pipelines.prompts.names import shown
 from wan.utils.errors import InputError
@@ -15,7 +15,6 @@ from wan.utils.settings import require_same_settings
 
 log = logging.getLogger(__name__)
 
-NOT_MEASURED = "not_measured"
 BETTER, WORSE, CHANGED, EQUAL = "better", "worse", "changed", "no difference within the interval"
 NOT_COMPARED = "not compared"
 MIN_PROMPTS = 2

@@ -22,6 +22,10 @@ Measure = Callable[[Frames], Rows]
 """Measures frames that follow each other. A metric of pairs gets one frame more than it returns rows."""
 
 
+NOT_MEASURED = "not_measured"
+"""Key in JSON of the reason why something has no value."""
+
+
 class Direction(Enum):
     """Which values of a metric are better.
 

@@ -6,7 +6,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from pipelines.evaluation.scoring.compare import NOT_MEASURED, Comparison
+from pipelines.evaluation.scoring.compare import Comparison
+from pipelines.evaluation.scoring.metric import NOT_MEASURED
 from pipelines.evaluation.scoring.statistics import Estimate
 
 SIGNS = {"higher": "↑", "lower": "↓", "same": "="}

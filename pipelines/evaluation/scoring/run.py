@@ -1,6 +1,7 @@
 """One run of scoring: every video is decoded once for all metrics that it lacks, and the JSON grows video by video."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.scoring.clips import ClipFolder
-from pipelines.evaluation.scoring.metric import Clip, Frames, Metric, NotMeasuredError, Rows
+from pipelines.evaluation.scoring.metric import NOT_MEASURED, Clip, Frames, Metric, NotMeasuredError, Rows
 from pipelines.evaluation.scoring.registry import ENTRIES, Entry, Resources
 from pipelines.evaluation.scoring.statistics import estimate, over_time
 from pipelines.media.video import iterate_video
@@ -26,7 +27,10 @@ FORMAT = 1
 MAX_FRAMES = 16
 MAX_CHUNK_BYTES = 64 * 2**20
 """Frames that are decoded at a time: as many as both allow, and at least one."""
-NOT_MEASURED, LEFT_OUT = "not_measured", "videos_not_measured"
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 5.0
+"""The JSON of thousands of videos takes a second to write: not after each, if they come quickly."""
+LEFT_OUT = "videos_not_measured"
 SUMMED_UP = ("value", "drift", "slope")
 CURE = "give another --json, or remove that one"
 Score = dict[str, Any]
@@ -71,9 +75,10 @@ def score(run: Run, json: Path) -> dict[str, Any]:
         records.page["folder"] = str(run.clips.path)
         records.page["made_with"] = dict(run.clips.settings or {})
         records.page["environment"] = environment(run.resources.device)
-        for number, clip in enumerate(run.clips.clips, 1):
-            if _score_clip(run, clip, made, records):
-                log.info("scored %d of %d: %s", number, len(run.clips.clips), shown(clip.name))
+        try:
+            _score_clips(run, made, records)
+        finally:
+            records.save()
         records.page["metrics"].update(
             {name: _about(ENTRIES[name]) | {NOT_MEASURED: why} for name, why in missing.items()}
         )
@@ -129,6 +134,20 @@ def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in about.items() if key not in (*SUMMED_UP, NOT_MEASURED, LEFT_OUT)}
 
 
+def _score_clips(run: Run, made: Mapping[str, Metric], records: Records) -> None:
+    """Score all videos; save and tell now and then."""
+    told = saved = time.monotonic()
+    for number, clip in enumerate(run.clips.clips, 1):
+        if not _score_clip(run, clip, made, records):
+            continue
+        if time.monotonic() - saved > SAVE_SECONDS:
+            records.save()
+            saved = time.monotonic()
+        if time.monotonic() - told > LOG_SECONDS:
+            log.info("scored %d of %d videos", number, len(run.clips.clips))
+            told = time.monotonic()
+
+
 def _score_clip(run: Run, clip: Clip, made: Mapping[str, Metric], records: Records) -> bool:
     """Score a video by the metrics that it lacks; whether there were some."""
     former = records.find(clip.name) or {}
@@ -141,7 +160,7 @@ def _score_clip(run: Run, clip: Clip, made: Mapping[str, Metric], records: Recor
     if wanted:
         scores = scores | measure_clip(clip, wanted, run.drift_seconds)
     if wanted or former.get("sha256") != clip.sha256:
-        records.put(clip.name, facts | {"scores": scores})
+        records.page["videos"][clip.name] = facts | {"scores": scores}
     return bool(wanted)
 
 

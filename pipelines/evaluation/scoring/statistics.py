@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation.scoring.metric import NotMeasuredError, Rows
+from pipelines.evaluation.scoring.metric import NOT_MEASURED, NotMeasuredError, Rows
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
@@ -122,4 +122,4 @@ def _drift(
 
 
 def _missing(why: str) -> dict[str, str]:
-    return {"not_measured": why}
+    return {NOT_MEASURED: why}
