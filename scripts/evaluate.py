@@ -124,7 +124,7 @@ def plan(arguments: argparse.Namespace) -> Run:
 
 @entry_point()
 def main() -> int:
-    """Score or compare. Status 1 if the second file is worse, 2 for bad input."""
+    """Score or compare. Status 1 if the second file is worse, or if nothing could be measured, 2 for bad input."""
     arguments = evaluate_parser().parse_args()
     console = Console()
     if arguments.compare is not None:
@@ -136,7 +136,7 @@ def main() -> int:
     page = score(plan(arguments), arguments.json)
     console.print(score_table(page))
     log.info("%s has the scores of %d videos", arguments.json, len(page["videos"]))
-    return 0
+    return 0 if any("value" in metric for metric in page["metrics"].values()) else EXIT_FAILURE
 
 
 if __name__ == "__main__":

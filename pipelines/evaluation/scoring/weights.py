@@ -100,7 +100,7 @@ class WeightFolder:
         found = next((folder / source.file for folder in folders if (folder / source.file).is_file()), None)
         if found is None:
             raise NotMeasuredError(
-                f"no weights {source.file}: fetch {source.url} and put it into {shown(self.folder)}, "
+                f"no weights {source.file}: fetch {source.url}, put it into {shown(self.folder)} under that name, "
                 f"or give --weights {source.name}=FILE"
             )
         return found
