@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.evaluation.scoring import embeddings, learned, pixels, reference
 from pipelines.evaluation.scoring.clips import ClipFolder
 from pipelines.evaluation.scoring.metric import Direction, Metric, NotMeasuredError, Spec
+from pipelines.evaluation.scoring.metrics import embeddings, learned, pixels, reference
 from pipelines.evaluation.scoring.weights import WeightFolder
 from wan.utils.errors import InputError
 

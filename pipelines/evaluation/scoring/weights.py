@@ -16,7 +16,7 @@ from pipelines.prompts.names import shown
 from wan.checkpoints.loading import as_state_dict, read_weights
 from wan.utils.errors import CheckpointError, InputError
 
-INSTALL = 'pip install -e ".[eval]" in an environment of its own (docs/evaluation.md)'
+INSTALL = "run make eval-env, and evaluate.py by .venv-eval/bin/python (docs/evaluation.md)"
 DEFAULT_FOLDER = Path("checkpoints/evaluation")
 
 

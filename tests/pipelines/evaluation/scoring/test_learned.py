@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipelines.evaluation.scoring import embeddings
 from pipelines.evaluation.scoring.clips import find_clips
-from pipelines.evaluation.scoring.embeddings import (
+from pipelines.evaluation.scoring.metric import Clip
+from pipelines.evaluation.scoring.metrics import embeddings
+from pipelines.evaluation.scoring.metrics.embeddings import (
     AestheticQuality,
     BackgroundConsistency,
     ClipEncoder,
@@ -28,8 +29,7 @@ from pipelines.evaluation.scoring.embeddings import (
     SubjectConsistency,
     TextAlignment,
 )
-from pipelines.evaluation.scoring.learned import DynamicDegree, ImagingQuality
-from pipelines.evaluation.scoring.metric import Clip
+from pipelines.evaluation.scoring.metrics.learned import DynamicDegree, ImagingQuality
 from pipelines.evaluation.scoring.registry import ENTRIES, LEARNED, Resources
 from pipelines.evaluation.scoring.run import measure_clip
 from pipelines.evaluation.scoring.weights import SOURCES, WeightFolder

@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 
 from pipelines.evaluation.scoring.clips import ClipFolder, find_clips
 from pipelines.evaluation.scoring.metric import Blocks, Clip
-from pipelines.evaluation.scoring.pixels import DynamicRange, FrozenShare, SeamJumps, Sharpness, TemporalFlickering
-from pipelines.evaluation.scoring.reference import PSNR, SSIM
+from pipelines.evaluation.scoring.metrics.pixels import (
+    DynamicRange,
+    FrozenShare,
+    SeamJumps,
+    Sharpness,
+    TemporalFlickering,
+)
+from pipelines.evaluation.scoring.metrics.reference import PSNR, SSIM
 from pipelines.evaluation.scoring.run import MAX_FRAMES, measure_clip
 from pipelines.media.video import read_video
 

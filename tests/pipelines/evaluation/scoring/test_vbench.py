@@ -17,18 +17,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipelines.evaluation.scoring import embeddings
 from pipelines.evaluation.scoring.clips import find_clips
-from pipelines.evaluation.scoring.embeddings import (
+from pipelines.evaluation.scoring.metric import Clip, Metric
+from pipelines.evaluation.scoring.metrics import embeddings
+from pipelines.evaluation.scoring.metrics.embeddings import (
     AestheticQuality,
     BackgroundConsistency,
     ClipEncoder,
     DinoEncoder,
     SubjectConsistency,
 )
-from pipelines.evaluation.scoring.learned import DynamicDegree, ImagingQuality
-from pipelines.evaluation.scoring.metric import Clip, Metric
-from pipelines.evaluation.scoring.pixels import TemporalFlickering
+from pipelines.evaluation.scoring.metrics.learned import DynamicDegree, ImagingQuality
+from pipelines.evaluation.scoring.metrics.pixels import TemporalFlickering
 from pipelines.evaluation.scoring.run import measure_clip
 from pipelines.media.video import read_video
 
