@@ -25,7 +25,8 @@ from pipelines.cli import EXIT_FAILURE, choose_device, entry_point
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.compare import Comparison, Tolerance, compare
 from pipelines.evaluation.scoring.metric import Blocks
-from pipelines.evaluation.scoring.registry import ENTRIES, GROUPS, Resources, chosen_metrics
+from pipelines.evaluation.scoring.metrics.read_back import read_results
+from pipelines.evaluation.scoring.registry import GROUPS, OWN, Resources, chosen_metrics
 from pipelines.evaluation.scoring.report import comparison_table, left_out, score_table
 from pipelines.evaluation.scoring.run import Run, score
 from pipelines.evaluation.scoring.weights import DEFAULT_FOLDER, SOURCES, WeightFolder, named_files
@@ -44,10 +45,12 @@ def evaluate_parser() -> Parser:
     add = parser.add_argument
     add("folder", nargs="?", type=as_path, metavar="FOLDER", help="videos to score")
     add("--json", type=as_path, metavar="PATH", help="where scores go, or those of a comparison")
-    names = f"{', '.join(ENTRIES)}; groups: {', '.join(GROUPS)} (default pixels)"
+    names = f"{', '.join(OWN)}; groups: {', '.join(GROUPS)} (default pixels)"
     add("--metrics", nargs="+", metavar="NAME", help=names)
     add("--reference", type=as_path, metavar="PATH", help="videos of the same names, for psnr and ssim")
     add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help="weights of metrics")
+    results = "what VBench wrote, *_eval_results.json, for the group vbench"
+    add("--vbench_results", type=as_path, metavar="PATH", help=results)
     files = f"a file of weights: {', '.join(SOURCES)}"
     add("--weights", action="collect", nargs="+", default=[], metavar="NAME=FILE", help=files)
     blocks = "frames of the first block and of every later one; by default what the manifest says"
@@ -118,7 +121,9 @@ def plan(arguments: argparse.Namespace) -> Run:
     blocks = None if arguments.blocks is None else Blocks(*arguments.blocks)
     clips = find_clips(arguments.folder, blocks, arguments.prompts_from_names)
     reference = None if arguments.reference is None else find_clips(arguments.reference)
-    resources = Resources(choose_device(arguments.device), WeightFolder(arguments.weights_folder, files), reference)
+    vbench = None if arguments.vbench_results is None else read_results(arguments.vbench_results)
+    weights = WeightFolder(arguments.weights_folder, files)
+    resources = Resources(choose_device(arguments.device), weights, reference, vbench)
     return Run(clips, names, resources, arguments.drift_seconds)
 
 

@@ -125,9 +125,21 @@ class Metric(ABC):
         """What values depend on beside the video: definition, settings, hashes of weights."""
         return {}
 
+    def origin(self) -> dict[str, Any]:
+        """Where values come from that are read: the same for one run, not for two that are compared."""
+        return {}
+
     def stride(self, clip: Clip) -> int:
         """Distance between the frames that are measured."""
         return 1
+
+    def known(self, clip: Clip) -> float | None:
+        """The value of a video if it is known without its frames, else None.
+
+        Raises:
+            NotMeasuredError: it should be known, and is not.
+        """
+        return None
 
     @abstractmethod
     def begin(self, clip: Clip) -> Measure:

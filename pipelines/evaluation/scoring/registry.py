@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from pipelines.evaluation.scoring.clips import ClipFolder
 from pipelines.evaluation.scoring.metric import Direction, Metric, NotMeasuredError, Spec
-from pipelines.evaluation.scoring.metrics import embeddings, learned, pixels, reference
+from pipelines.evaluation.scoring.metrics import embeddings, learned, pixels, read_back, reference
 from pipelines.evaluation.scoring.weights import WeightFolder
 from wan.utils.errors import InputError
 
@@ -20,11 +21,13 @@ class Resources:
         device: for models.
         weights: where weights are looked for.
         reference: videos to compare with; None without.
+        vbench: results to read back; None without.
     """
 
     device: torch.device
     weights: WeightFolder
     reference: ClipFolder | None = None
+    vbench: read_back.VBenchResults | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def _elsewhere(why: str) -> Callable[[Resources], Metric]:
         raise NotMeasuredError(why)
 
     return make
+
+
+def _read_back(dimension: str, given: Resources) -> Metric:
+    return read_back.ReadBack(dimension, given.vbench)
 
 
 MOTION_SMOOTHNESS = Spec(
@@ -93,7 +100,9 @@ ENTRIES = {
         ),
         Entry(
             MOTION_SMOOTHNESS,
-            _elsewhere("its network, AMT, has no maintained package: run VBench in an environment of its own"),
+            _elsewhere(
+                "its network, AMT, has no maintained package: run VBench, and read vbench_motion_smoothness back"
+            ),
         ),
         Entry(
             learned.DynamicDegree.SPEC, lambda given: learned.DynamicDegree.load(given.weights, given.device), _VISION
@@ -115,7 +124,10 @@ ENTRIES = {
         ),
     )
 }
-GROUPS = {"pixels": PIXELS, "reference": REFERENCE, "learned": LEARNED, "all": tuple(ENTRIES)}
+ENTRIES |= {spec.name: Entry(spec, partial(_read_back, dimension)) for dimension, spec in read_back.SPECS.items()}
+VBENCH = tuple(spec.name for spec in read_back.SPECS.values())
+OWN = tuple(name for name in ENTRIES if name not in VBENCH)
+GROUPS = {"pixels": PIXELS, "reference": REFERENCE, "learned": LEARNED, "vbench": VBENCH, "all": OWN}
 """Names that stand for several metrics."""
 
 
@@ -128,7 +140,7 @@ def chosen_metrics(names: Sequence[str]) -> list[str]:
     unknown = [name for name in names if name not in ENTRIES and name not in GROUPS]
     if unknown:
         raise InputError(
-            f"--metrics {', '.join(unknown)}: no such metric; there are {', '.join(ENTRIES)}, and the groups "
+            f"--metrics {', '.join(unknown)}: no such metric; there are {', '.join(OWN)}, vbench_DIMENSION, groups: "
             f"{', '.join(GROUPS)}"
         )
     return list(dict.fromkeys(one for name in names for one in GROUPS.get(name, (name,))))

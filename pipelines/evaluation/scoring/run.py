@@ -30,6 +30,7 @@ MAX_CHUNK_BYTES = 64 * 2**20
 LOG_SECONDS = 10.0
 SAVE_SECONDS = 5.0
 """The JSON of thousands of videos takes a second to write: not after each, if they come quickly."""
+WHOLE = {NOT_MEASURED: "a value of the whole video was read, not measured here"}
 LEFT_OUT = "videos_not_measured"
 SUMMED_UP = ("value", "drift", "slope")
 CURE = "give another --json, or remove that one"
@@ -113,10 +114,11 @@ def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric], di
                 raise InputError(f"{json} has {name}, which cannot be measured now ({error}): {CURE}") from error
             log.warning("%s is not measured: %s", name, error)
     for name, metric in made.items():
-        about = _about(ENTRIES[name]) | {"identity": metric.identity()}
+        about = _about(ENTRIES[name]) | {"identity": metric.identity(), "origin": metric.origin()}
         former = known.get(name, {})
         if "identity" in former:
-            require_same_settings(former["identity"], about["identity"], f"{name} of {json} was measured", CURE)
+            before, now = ({key: one.get(key) for key in ("identity", "origin")} for one in (former, about))
+            require_same_settings(before, now, f"{name} of {json} was measured", CURE)
             if former.get("versions") != about["versions"]:
                 log.warning("%s was measured with %s before, now with %s", name, former["versions"], about["versions"])
         known[name] = about
@@ -174,7 +176,10 @@ def measure_clip(clip: Clip, metrics: Mapping[str, Metric], drift_seconds: float
     readers: dict[str, _Reader] = {}
     for name, metric in metrics.items():
         try:
-            readers[name] = _Reader(metric, clip)
+            if (value := metric.known(clip)) is not None:
+                scores[name] = {"value": value, "drift": WHOLE, "slope": WHOLE}
+            else:
+                readers[name] = _Reader(metric, clip)
         except NotMeasuredError as error:
             scores[name] = {NOT_MEASURED: str(error)}
     num_frames = 0

@@ -13,7 +13,7 @@ import pytest
 from pipelines.evaluation.scoring import run as scoring_run
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.metric import Blocks
-from pipelines.evaluation.scoring.registry import ENTRIES, GROUPS
+from pipelines.evaluation.scoring.registry import ENTRIES, GROUPS, OWN
 from pipelines.evaluation.scoring.statistics import estimate
 from wan.utils.errors import InputError
 
@@ -56,7 +56,7 @@ def test_what_a_run_says(program: Program, folder: Folder, tmp_path: Path) -> No
     assert program(folder(), "--metrics", "all", "--drift_seconds", 1, "--json", out) == 0
     page = read(out)
     assert set(page["videos"]) == {"one-0.mp4", "one-1.mp4", "two-0.mp4", "two-1.mp4"}
-    assert set(page["metrics"]) == set(ENTRIES)
+    assert set(page["metrics"]) == set(OWN)
     video = page["videos"]["two-1.mp4"]
     assert (video["group"], video["index"], video["num_frames"], video["prompt"]) == ("two", 1, 33, None)
     flicker = page["metrics"]["temporal_flickering"]
@@ -273,6 +273,57 @@ def test_intervals() -> None:
 
 
 def test_groups_name_metrics() -> None:
-    assert set(GROUPS["all"]) == set(ENTRIES) and set(GROUPS["all"]) == {
-        name for group in ("pixels", "reference", "learned") for name in GROUPS[group]
+    named = [name for group in ("pixels", "reference", "learned") for name in GROUPS[group]]
+    assert set(GROUPS["all"]) == set(named) and set(ENTRIES) == {*named, *GROUPS["vbench"]}
+
+
+def results_of_vbench(folder: Path, path: Path) -> Path:
+    """What VBench writes of two dimensions."""
+    names = [f"/far/{file.name}" for file in sorted(folder.iterdir())]
+    smooth = [{"video_path": name, "video_results": 0.1 * place} for place, name in enumerate(names)]
+    page = {
+        "motion_smoothness": [0.5, smooth],
+        "imaging_quality": [0.6, [{"video_path": names[0], "video_results": 60}]],
     }
+    path.write_text(json.dumps(page))
+    return path
+
+
+def test_results_of_vbench_are_read_back(
+    program: Program, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, videos = tmp_path / "scores.json", folder()
+    flags = (videos, "--metrics", "vbench", "sharpness", "--json", out, "--vbench_results")
+    assert program(*flags, results_of_vbench(videos, tmp_path / "a_eval_results.json")) == 0
+    page = read(out)
+    assert page["metrics"]["vbench_motion_smoothness"]["value"]["mean"] == pytest.approx(0.15)
+    assert page["videos"]["two-1.mp4"]["scores"]["vbench_motion_smoothness"]["value"] == pytest.approx(0.3)
+    assert "not measured here" in page["metrics"]["vbench_motion_smoothness"]["drift"]["not_measured"]
+    quality = page["metrics"]["vbench_imaging_quality"]
+    assert quality["value"]["mean"] == 0.6 and quality["videos_not_measured"] == 3
+    assert "has no color" in page["metrics"]["vbench_color"]["not_measured"]
+    (tmp_path / "a_eval_results.json").write_text((tmp_path / "a_eval_results.json").read_text().replace("60", "61"))
+    assert program(*flags, tmp_path / "a_eval_results.json") == 2
+    assert "origin.vbench_results was" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"beauty": [1, []]}',
+        '{"color": 0.5}',
+        '{"color": [0.5, {}]}',
+        '{"color": [0.5, [{"video_path": "a.mp4"}]]}',
+        '{"color": [0.5, [{"video_path": "a.mp4", "video_results": 1e999}]]}',
+        '{"color": [0.5, [{"video_path": "x/a", "video_results": 1}, {"video_path": "a", "video_results": 1}]]}',
+    ],
+)
+def test_files_that_are_no_results_of_vbench(
+    content: str, program: Program, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content)
+    flags = ("--metrics", "vbench", "--vbench_results", tmp_path / "results.json")
+    assert program(folder(), *flags, "--json", tmp_path / "scores.json") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "give a file that VBench wrote" in error or "two values of color for a" in error
