@@ -26,6 +26,8 @@ $(EVALUATION): setup.py
 	@"$(PYTHON)" $(IS_NEW_ENOUGH) 2>/dev/null || { echo >&2 "error: Python 3.11 or newer is needed: set PYTHON"; exit 2; }
 	"$(PYTHON)" -m venv $(EVAL_VENV)
 	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[eval]"
+	@$(EVAL_VENV)/bin/python -c "import torchvision" 2>/dev/null || { echo >&2 "error: torchvision does not import \
+	beside this build of torch: install both from one index into $(EVAL_VENV), then run make eval-env again"; exit 2; }
 	touch $@
 
 lint: $(DEVELOPMENT)
