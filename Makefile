@@ -6,16 +6,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
+EVAL_VENV := .venv-eval
+EVALUATION := $(EVAL_VENV)/.evaluation-installed
 
-.PHONY: demo test install lint format types clean
+.PHONY: demo test install eval-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/toyworld/demo.py
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
 
 install: $(DEVELOPMENT)
+
+# Beside the main environment, never in it: torchvision must fit the build of torch.
+eval-env: $(EVALUATION)  ## install what metrics with networks need
+
+$(EVALUATION): setup.py
+	@"$(PYTHON)" $(IS_NEW_ENOUGH) 2>/dev/null || { echo >&2 "error: Python 3.11 or newer is needed: set PYTHON"; exit 2; }
+	"$(PYTHON)" -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[eval]"
+	@$(EVAL_VENV)/bin/python -c "import torchvision" 2>/dev/null || { echo >&2 "error: torchvision does not import \
+	beside this build of torch: install both from one index into $(EVAL_VENV), then run make eval-env again"; exit 2; }
+	touch $@
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .
@@ -45,4 +58,4 @@ $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,10 @@
 """Writing H.264 as blocks of frames arrive, and reading it back."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -211,44 +213,93 @@ class VideoWriter:
         return cannot_write(self._path, error.strerror or str(error))
 
 
+@dataclass(frozen=True)
+class VideoFacts:
+    """Size, length and rate of a video, as its container states them.
+
+    Attributes:
+        num_frames: packets of the stream of pictures.
+        height, width: in pixels.
+        fps: mean frame rate; 0.0 if the container does not state one.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def video_facts(path: Path) -> VideoFacts:
+    """Read size, length and rate of a video; nothing is decoded.
+
+    Raises:
+        InputError: missing, empty, not a video, without pictures, or damaged so that the container shows it.
+    """
+    with reading(path), av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(container.streams.video[:1]) if packet.size]
+        damaged = sum(packet.is_corrupt for packet in packets)
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise InputError(f"{path} has pictures that no decoder knows: make it again")
+        facts = VideoFacts(len(packets), codec.height, codec.width, float(stream.average_rate or 0))
+    if damaged:
+        raise InputError(f"{path} is damaged in {damaged} of {len(packets)} frames: make it again")
+    return facts
+
+
 def count_frames(path: Path) -> int:
-    """Frames of a video of `VideoWriter`, by its packets; nothing is decoded.
+    """Count the frames of a video of `VideoWriter` by its packets; nothing is decoded.
 
     Raises:
         InputError: missing, empty, not a video, or damaged so that the container shows it.
     """
-    try:
-        with av.open(str(path)) as container:
-            packets = [packet for packet in container.demux(container.streams.video[:1]) if packet.size]
-            damaged = sum(packet.is_corrupt for packet in packets)
-    except (OSError, FFmpegError) as error:
-        raise InputError(f"cannot read {path} as a video ({error.strerror or error}): make it again") from error
-    except (UnicodeDecodeError, ValueError, IndexError) as error:
-        raise InputError(f"cannot read {path} as a video ({error}): make it again") from error
-    if damaged:
-        raise InputError(f"{path} is damaged in {damaged} of {len(packets)} frames: make it again")
-    return len(packets)
+    return video_facts(path).num_frames
 
 
-def read_video(path: Path) -> NDArray[np.uint8]:
-    """All frames of a video, [T, H, W, 3].
+def iterate_video(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Decode a video frame by frame, [H, W, 3] each. Memory does not grow with the video.
+
+    RGB comes from PyAV's plain conversion, which gives the same bytes as OpenCV 5.
 
     Raises:
         InputError: missing, without frames, or damaged so that the decoder notices.
     """
-    frames = []
+    is_empty = True
+    with reading(path), av.open(str(path)) as container:
+        for stream in container.streams.video[:1]:
+            if stream.codec_context is None:
+                raise InputError(f"{path} has pictures that no decoder knows: make it again")
+            # Without this the decoder makes up pixels where it notices damage, and reports success.
+            stream.codec_context.options = {"err_detect": "explode"}
+            for frame in container.decode(stream):
+                is_empty = False
+                yield frame.to_ndarray(format="rgb24")
+    if is_empty:
+        raise InputError(f"{path} holds no frames: give a video that does")
+
+
+def read_video(path: Path) -> NDArray[np.uint8]:
+    """Decode all frames of a video, [T, H, W, 3].
+
+    Raises:
+        InputError: missing, without frames, or damaged so that the decoder notices.
+    """
+    return np.stack(list(iterate_video(path)))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read as a video into one line.
+
+    Raises:
+        InputError: `path` cannot be read.
+    """
     try:
-        with av.open(str(path)) as container:
-            for stream in container.streams.video[:1]:
-                if stream.codec_context is None:
-                    raise InputError(f"{path} has pictures that no decoder knows: make it again")
-                # Without this the decoder makes up pixels where it notices damage, and reports success.
-                stream.codec_context.options = {"err_detect": "explode"}
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        yield
+    except InputError:
+        raise
     except (OSError, FFmpegError) as error:
         raise InputError(f"cannot read {path} as a video ({error.strerror or error}): make it again") from error
-    except UnicodeDecodeError as error:  # PyAV decodes titles and the like as it opens a file
+    except (UnicodeDecodeError, ValueError, IndexError) as error:  # PyAV decodes titles and the like as it opens a file
         raise InputError(f"cannot read {path} as a video ({error}): make it again") from error
-    if not frames:
-        raise InputError(f"{path} holds no frames: give a video that does")
-    return np.stack(frames)

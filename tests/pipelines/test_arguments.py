@@ -261,6 +261,8 @@ def test_numbers_of_scripts_have_ranges(
         ("convert_checkpoint", "a b --lora_rank 0"),
         ("download_weights", "--wha wan"),
         ("demo", "--config x"),
+        ("evaluate", "folder --json x --drift_seconds 0"),
+        ("evaluate", "folder --json x --blocks 9 0"),
         ("verify", "folder --dtype int8"),
     ],
 )

@@ -71,6 +71,12 @@ LOCKED = [
         "load_pipeline",
         ".target.lock",
     ),
+    Script(
+        "evaluate",
+        f"{ROOT / 'docs/images'} --json {{target}}",
+        "pipelines.evaluation.scoring.run.measure_clip",
+        ".target.lock",
+    ),
     Script("draw_latents", "--device cpu --folder {target}", "pipelines.toyworld.draw.load_vae", "target/.lock"),
     Script("build_toyworld", "--device cpu --work {target}", "run_steps", "target/.lock"),
     Script(

@@ -1,0 +1,273 @@
+"""One run of scoring: every video is decoded once for all metrics that it lacks, and the JSON grows video by video."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.scoring.clips import ClipFolder
+from pipelines.evaluation.scoring.metric import NOT_MEASURED, Clip, Frames, Metric, NotMeasuredError, Rows
+from pipelines.evaluation.scoring.registry import ENTRIES, Entry, Resources
+from pipelines.evaluation.scoring.statistics import estimate, over_time
+from pipelines.media.video import iterate_video
+from pipelines.prompts.names import shown
+from pipelines.provenance import environment, versions
+from pipelines.records import Records, open_records
+from wan.utils.errors import InputError
+from wan.utils.settings import require_same_settings
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of the JSON and of the definitions in it; raise it when a definition changes."""
+MAX_FRAMES = 16
+MAX_CHUNK_BYTES = 64 * 2**20
+"""Frames that are decoded at a time: as many as both allow, and at least one."""
+LOG_SECONDS = 10.0
+SAVE_SECONDS = 5.0
+"""The JSON of thousands of videos takes a second to write: not after each, if they come quickly."""
+WHOLE = {NOT_MEASURED: "a value of the whole video was read, not measured here"}
+LEFT_OUT = "videos_not_measured"
+SUMMED_UP = ("value", "drift", "slope")
+CURE = "give another --json, or remove that one"
+Score = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is scored, and how.
+
+    Attributes:
+        clips: the videos.
+        names: of metrics.
+        resources: what metrics are made from.
+        drift_seconds: seconds at both ends of a video that drift compares.
+    """
+
+    clips: ClipFolder
+    names: Sequence[str]
+    resources: Resources
+    drift_seconds: float
+
+
+def score(run: Run, json: Path) -> dict[str, Any]:
+    """Score the videos that a file does not have yet, and sum up.
+
+    Scores are kept by video and metric. A video whose content changed is scored again. Metrics that could not be
+    measured are tried again.
+
+    Args:
+        json: the file, which need not be there.
+
+    Returns:
+        its content.
+
+    Raises:
+        InputError: the file was made of other videos, settings or weights, or cannot be written; or a video is damaged.
+    """
+    with open_records(json, "videos", others={"metrics": {}}, cure=CURE) as records:
+        records.made_with({"format": FORMAT, "drift_seconds": run.drift_seconds})
+        _check_videos(run, records, json)
+        made, missing = _make(run, records, json)
+        records.page["folder"] = str(run.clips.path)
+        records.page["made_with"] = dict(run.clips.settings or {})
+        records.page["environment"] = environment(run.resources.device)
+        try:
+            _score_clips(run, made, records)
+        finally:
+            records.save()
+        records.page["metrics"].update(
+            {name: _about(ENTRIES[name]) | {NOT_MEASURED: why} for name, why in missing.items()}
+        )
+        for name, about in records.page["metrics"].items():
+            if "identity" in about:
+                records.page["metrics"][name] = _described(about) | _summary(records.page["videos"], name)
+        records.save()
+        return records.page
+
+
+def _check_videos(run: Run, records: Records, json: Path) -> None:
+    """Make sure that a file has no videos that the folder lacks."""
+    gone = records.page["videos"].keys() - run.clips.by_name.keys()
+    if gone:
+        raise InputError(
+            f"{json} has scores of {len(gone)} videos that {shown(run.clips.path)} lacks, such as {shown(min(gone))}: "
+            f"{CURE}"
+        )
+
+
+def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric], dict[str, str]]:
+    """Make the metrics, and say why others cannot be made."""
+    made: dict[str, Metric] = {}
+    missing: dict[str, str] = {}
+    known: dict[str, Any] = records.page["metrics"]
+    for name in run.names:
+        try:
+            made[name] = ENTRIES[name].make(run.resources)
+        except NotMeasuredError as error:
+            missing[name] = str(error)
+            if "identity" in known.get(name, {}):
+                raise InputError(f"{json} has {name}, which cannot be measured now ({error}): {CURE}") from error
+            log.warning("%s is not measured: %s", name, error)
+    for name, metric in made.items():
+        about = _about(ENTRIES[name]) | {"identity": metric.identity(), "origin": metric.origin()}
+        former = known.get(name, {})
+        if "identity" in former:
+            before, now = ({key: one.get(key) for key in ("identity", "origin")} for one in (former, about))
+            require_same_settings(before, now, f"{name} of {json} was measured", CURE)
+            if former.get("versions") != about["versions"]:
+                log.warning("%s was measured with %s before, now with %s", name, former["versions"], about["versions"])
+        known[name] = about
+    return made, missing
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    """What a file says of a metric beside its values."""
+    spec = {key: value for key, value in asdict(entry.spec).items() if key != "name"}
+    return spec | {"direction": entry.spec.direction.value, "versions": versions(entry.packages)}
+
+
+def _described(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a metric, without values that it was summed up to before."""
+    return {key: value for key, value in about.items() if key not in (*SUMMED_UP, NOT_MEASURED, LEFT_OUT)}
+
+
+def _score_clips(run: Run, made: Mapping[str, Metric], records: Records) -> None:
+    """Score all videos; save and tell now and then."""
+    told = saved = time.monotonic()
+    for number, clip in enumerate(run.clips.clips, 1):
+        if not _score_clip(run, clip, made, records):
+            continue
+        if time.monotonic() - saved > SAVE_SECONDS:
+            records.save()
+            saved = time.monotonic()
+        if time.monotonic() - told > LOG_SECONDS:
+            log.info("scored %d of %d videos", number, len(run.clips.clips))
+            told = time.monotonic()
+
+
+def _score_clip(run: Run, clip: Clip, made: Mapping[str, Metric], records: Records) -> bool:
+    """Score a video by the metrics that it lacks; whether there were some."""
+    former = records.find(clip.name) or {}
+    scores: dict[str, Score] = former.get("scores", {})
+    if former.get("sha256") not in (None, clip.sha256):
+        log.warning("%s is another video than before: it is scored again", shown(clip.name))
+        scores = {}
+    wanted = {name: metric for name, metric in made.items() if NOT_MEASURED in scores.get(name, {NOT_MEASURED: ""})}
+    facts = {key: value for key, value in asdict(clip).items() if key not in ("name", "path")}
+    if wanted:
+        scores = scores | measure_clip(clip, wanted, run.drift_seconds)
+    if wanted or former.get("sha256") != clip.sha256:
+        records.page["videos"][clip.name] = facts | {"scores": scores}
+    return bool(wanted)
+
+
+def measure_clip(clip: Clip, metrics: Mapping[str, Metric], drift_seconds: float) -> dict[str, Score]:
+    """Measure a video by some metrics.
+
+    Raises:
+        InputError: it is damaged, or is not as its container says.
+    """
+    scores: dict[str, Score] = {}
+    readers: dict[str, _Reader] = {}
+    for name, metric in metrics.items():
+        try:
+            if (value := metric.known(clip)) is not None:
+                scores[name] = {"value": value, "drift": WHOLE, "slope": WHOLE}
+            else:
+                readers[name] = _Reader(metric, clip)
+        except NotMeasuredError as error:
+            scores[name] = {NOT_MEASURED: str(error)}
+    num_frames = 0
+    for chunk in _chunks(clip) if readers else ():
+        num_frames += len(chunk)
+        for reader in readers.values():
+            reader.add(chunk)
+    if readers and num_frames != clip.num_frames:
+        raise InputError(
+            f"{shown(clip.path)} has {num_frames} frames, its container says {clip.num_frames}: make it again"
+        )
+    for name, reader in readers.items():
+        try:
+            scores[name] = reader.score(drift_seconds)
+        except NotMeasuredError as error:
+            scores[name] = {NOT_MEASURED: str(error)}
+    return scores
+
+
+def _chunks(clip: Clip) -> Iterator[Frames]:
+    """The frames of a video, some at a time."""
+    size = max(1, min(MAX_FRAMES, MAX_CHUNK_BYTES // (clip.height * clip.width * 3)))
+    chunk: list[Frames] = []
+    for frame in iterate_video(clip.path):
+        chunk.append(frame)
+        if len(chunk) == size:
+            yield np.stack(chunk)
+            chunk = []
+    if chunk:
+        yield np.stack(chunk)
+
+
+class _Reader:
+    """The rows of a metric for a video that comes in chunks."""
+
+    def __init__(self, metric: Metric, clip: Clip) -> None:
+        self._metric, self._clip = metric, clip
+        self._measure, self._stride = metric.begin(clip), metric.stride(clip)
+        self._rows: list[Rows] = []
+        self._seen = 0
+        self._before: Frames | None = None
+
+    def add(self, frames: Frames) -> None:
+        """Measure the next frames."""
+        offset = -self._seen % self._stride
+        self._seen += len(frames)
+        frames = frames[offset :: self._stride]
+        if not len(frames):
+            return
+        if self._metric.of_pairs:
+            joined = frames if self._before is None else np.concatenate([self._before, frames])
+            self._before = frames[-1:].copy()
+            frames = joined
+            if len(frames) < 2:
+                return
+        self._rows.append(self._measure(frames))
+
+    def score(self, drift_seconds: float) -> Score:
+        """The value, what belongs to it, and its change over time."""
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 1))
+        if not np.isfinite(rows).all():
+            raise NotMeasuredError("it gives numbers that are not finite")
+        value = self._metric.summarise(rows)
+        places = np.arange(len(rows)) + (1 if self._metric.of_pairs else 0)
+        seconds = places * self._stride / self._clip.fps
+        change = over_time(rows, seconds, self._clip.seconds, drift_seconds, self._metric.summarise)
+        return {"value": value, **self._metric.details(rows), **change}
+
+
+def _summary(videos: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Means over prompts with intervals, and how many videos have no value."""
+    scored = {video: entry["scores"][name] for video, entry in videos.items() if name in entry["scores"]}
+    reasons = [score[NOT_MEASURED] for score in scored.values() if NOT_MEASURED in score]
+    if len(reasons) == len(scored):
+        return {NOT_MEASURED: reasons[0] if reasons else "no videos"}
+    found: dict[str, Any] = {}
+    if reasons:
+        log.warning("%s is not measured for %d of %d videos: %s", name, len(reasons), len(scored), reasons[0])
+        found[LEFT_OUT] = len(reasons)
+    for key in SUMMED_UP:
+        values: dict[str, list[float]] = {}
+        for video, score in scored.items():
+            if isinstance(score.get(key), float):
+                values.setdefault(videos[video]["group"], []).append(score[key])
+        found[key] = estimate(values).as_record() if values else _first_reason(scored, key)
+    return found
+
+
+def _first_reason(scored: Mapping[str, Score], key: str) -> dict[str, str]:
+    reasons = (score[key] for score in scored.values() if isinstance(score.get(key), dict))
+    return next(reasons, {NOT_MEASURED: "no video has a value"})

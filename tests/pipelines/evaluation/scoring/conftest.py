@@ -1,0 +1,73 @@
+"""Folders of small videos whose pixels are known, and one real output of the toy world."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipelines.evaluation.scoring.clips import ClipFolder, find_clips
+from pipelines.media.video import VideoWriter
+
+Frames = NDArray[np.uint8]
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def cross() -> Path:
+    """The toy world's "a green cross bounces off the sides", 33 frames of 64×96, by scripts/sample_suite.py."""
+    return Path(__file__).parent / "cross.mp4"
+
+
+@pytest.fixture
+def write() -> Callable[..., Path]:
+    return write_video
+
+
+@pytest.fixture
+def pictures() -> Callable[..., Frames]:
+    return moving_colours
+
+
+def moving_colours(num_frames: int, height: int = 22, width: int = 38, seed: int = 0) -> Frames:
+    """Frames of smooth colours that move, and some noise."""
+    generator = np.random.default_rng(seed)
+    base = generator.uniform(40, 215, (1, 1, 1, 3)) + 30 * np.sin(
+        np.arange(num_frames)[:, None, None, None] / 3 + np.arange(width)[None, None, :, None] / 5 + seed
+    )
+    noisy = base + generator.normal(0, 6, (num_frames, height, width, 3))
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def write_video(path: Path, frames: Frames, fps: int = 16) -> Path:
+    """Write an mp4."""
+    with VideoWriter(path, *frames.shape[1:3], fps=fps) as video:
+        video.write(frames)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Makes a folder of videos: two prompts of two videos each, or what is asked for."""
+
+    def make(
+        name: str = "videos_of_a_run",
+        prompts: tuple[str, ...] = ("one", "two"),
+        samples: int = 2,
+        num_frames: int = 33,
+        change: Callable[[Frames], Frames] = lambda frames: frames,
+        fps: int = 16,
+    ) -> Path:
+        for number, prompt in enumerate(prompts):
+            for index in range(samples):
+                frames = change(moving_colours(num_frames, seed=10 * number + index))
+                write_video(tmp_path / name / f"{prompt}-{index}.mp4", frames, fps)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def clips(folder: Folder) -> ClipFolder:
+    return find_clips(folder())
