@@ -12,7 +12,7 @@ EVALUATION := $(EVAL_VENV)/.evaluation-installed
 .PHONY: demo test install eval-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
-	$(BIN)/python scripts/toyworld/demo.py
+	$(BIN)/python scripts/demo.py
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2

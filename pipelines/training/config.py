@@ -155,7 +155,8 @@ class Stage2Config(TrainingConfig):
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
         context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps,
-            resample_rounds, trainable: see `arl2.distillation.stage2.Stage2Settings`. With trainable all, there may be no hybrid layer.
+            resample_rounds, trainable: see `arl2.distillation.stage2.Stage2Settings`. With trainable all, there may be
+            no hybrid layer.
         memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
             trained is full.
         teacher_memory: what the teacher sees; with kind full its memory grows with the video.

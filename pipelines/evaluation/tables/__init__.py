@@ -1,0 +1,1 @@
+"""Tables of results: the paper's, filled from the JSON files of benchmarks, scores and layer selection."""

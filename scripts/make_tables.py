@@ -1,0 +1,60 @@
+"""Make the paper's tables from files of results.
+
+    python scripts/make_tables.py output/bench/benchmark.json --format md --output tables.md
+    python scripts/make_tables.py softmax=a/scores.json hybrid=b/scores.json --table quality drift --format latex
+    python scripts/make_tables.py full=full.json no_gate=no_gate.json --table ablations --format csv
+
+Files are JSON of scripts/benchmark.py (tables efficiency and memory), scripts/evaluate.py (quality, drift, ablations)
+and scripts/probe_memory.py (recall), and the YAML of scripts/select_layers.py (layers). Every measured cell names the
+file that it comes from; published figures of others stand below and are marked. What was not measured says why.
+"""
+
+from wan.utils.signals import end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()
+
+import logging
+import sys
+from pathlib import Path
+
+from pipelines.cli import entry_point
+from pipelines.evaluation.tables.build import TABLES, make_tables
+from pipelines.evaluation.tables.formats import Format, written
+from pipelines.evaluation.tables.sources import read_sources
+from pipelines.flags import Parser, as_path
+from wan.utils.files import atomic_path, check_target
+
+log = logging.getLogger(__name__)
+
+
+def tables_parser() -> Parser:
+    """The command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="[LABEL=]FILE", help="files of results")
+    add("--table", nargs="+", choices=tuple(TABLES), default=[], help="by default all that the files allow")
+    add("--format", choices=[form.value for form in Format], default="md", help="md (default), latex or csv")
+    add("--output", type=as_path, metavar="PATH", help="by default the terminal; links are relative to it")
+    return parser
+
+
+@entry_point()
+def main() -> int:
+    """Parse, read, write."""
+    arguments = tables_parser().parse_args()
+    if arguments.output is not None:
+        check_target(arguments.output)
+    folder = Path.cwd() if arguments.output is None else arguments.output.parent
+    text = written(make_tables(read_sources(arguments.runs), arguments.table), Format(arguments.format), folder)
+    if arguments.output is None:
+        sys.stdout.write(text)
+        return 0
+    with atomic_path(arguments.output) as temporary:
+        temporary.write_text(text)
+    log.info("the tables are in %s", arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
