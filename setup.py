@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["wan", "wan.*", "arl2", "arl2.*", "pipelines", "pipelines.*"]),
+    package_data={"pipelines.evaluation.tables": ["*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "diffusers>=0.42,<0.43",

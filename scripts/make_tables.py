@@ -20,7 +20,8 @@ from pathlib import Path
 
 from pipelines.cli import entry_point
 from pipelines.evaluation.tables.build import TABLES, make_tables
-from pipelines.evaluation.tables.formats import Format, written
+from pipelines.evaluation.tables.formats import Format, relative_link, written
+from pipelines.evaluation.tables.pictures import write_pictures
 from pipelines.evaluation.tables.sources import read_sources
 from pipelines.flags import Parser, as_path
 from wan.utils.files import atomic_path, check_target
@@ -35,6 +36,8 @@ def tables_parser() -> Parser:
     add("runs", nargs="+", metavar="[LABEL=]FILE", help="files of results")
     add("--table", nargs="+", choices=tuple(TABLES), default=[], help="by default all that the files allow")
     add("--format", choices=[form.value for form in Format], default="md", help="md (default), latex or csv")
+    sheet = "frames of the first prompts, a row per model, from the folders that scores name"
+    add("--pictures", type=as_path, metavar="PATH", help=sheet)
     add("--output", type=as_path, metavar="PATH", help="by default the terminal; links are relative to it")
     return parser
 
@@ -43,10 +46,16 @@ def tables_parser() -> Parser:
 def main() -> int:
     """Parse, read, write."""
     arguments = tables_parser().parse_args()
-    if arguments.output is not None:
-        check_target(arguments.output)
+    for target in filter(None, (arguments.output, arguments.pictures)):
+        check_target(target)
     folder = Path.cwd() if arguments.output is None else arguments.output.parent
-    text = written(make_tables(read_sources(arguments.runs), arguments.table), Format(arguments.format), folder)
+    sources, form = read_sources(arguments.runs), Format(arguments.format)
+    text = written(make_tables(sources, arguments.table), form, folder)
+    if arguments.pictures is not None:
+        shown = write_pictures(sources, arguments.pictures)
+        log.info("frames of %d prompts are in %s", shown, arguments.pictures)
+        if form is Format.MARKDOWN:
+            text += f"\n![frames by model](<{relative_link(arguments.pictures, folder)}>)\n"
     if arguments.output is None:
         sys.stdout.write(text)
         return 0

@@ -49,7 +49,8 @@ def _label(row: Row) -> str:
     return f"{row.label} ({PUBLISHED}: {row.published})" if row.published else row.label
 
 
-def _link(source: Path, folder: Path) -> str:
+def relative_link(source: Path, folder: Path) -> str:
+    """A path as a page in a folder links to it."""
     return Path(os.path.relpath(source.resolve(), folder.resolve())).as_posix()
 
 
@@ -60,7 +61,7 @@ def _markdown(table: Table, folder: Path) -> str:
     def cell(value: Cell) -> str:
         if value.value is None:
             return NONE
-        return value.text if value.source is None else f"[{value.text}](<{_link(value.source, folder)}>)"
+        return value.text if value.source is None else f"[{value.text}](<{relative_link(value.source, folder)}>)"
 
     lines = [f"## {table.title}", ""]
     lines += _markdown_rows(["", *table.columns], [[_label(row), *map(cell, row.cells)] for row in table.rows])
@@ -99,7 +100,7 @@ def _latex(table: Table, folder: Path) -> str:
         r"\midrule",
     ]
     for row in table.rows:
-        sources = sorted({_link(cell.source, folder) for cell in row.cells if cell.source is not None})
+        sources = sorted({relative_link(cell.source, folder) for cell in row.cells if cell.source is not None})
         values = [NONE if cell.value is None else cell.text for cell in row.cells]
         label = _latex_text(_label(row))
         line = " & ".join([rf"\textit{{{label}}}" if row.published else label, *map(_latex_text, values)])
@@ -127,7 +128,7 @@ def _csv(table: Table, folder: Path) -> str:
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             low, high = cell.interval or ("", "")
-            source = "" if cell.source is None else _link(cell.source, folder)
+            source = "" if cell.source is None else relative_link(cell.source, folder)
             value = "" if cell.value is None else cell.value
             reason = "" if cell.value is not None or row.published else cell.reason or "not in its file"
             if cell.value is None and row.published:
