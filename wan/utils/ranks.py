@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 30.0
 """That processes may take to come before the others say that they wait."""
 MOST_NAMED = 3
+MEETING_POINT = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun sets beside the number of processes."""
 
 
 class OtherRankError(InputError):
@@ -57,10 +59,19 @@ def waiting_for_others(processes: int) -> Iterator[None]:
 
     Args:
         processes: of the run. A single one waits for nobody.
+
+    Raises:
+        InputError: the environment does not say where they meet.
     """
     if processes == 1:
         yield
         return
+    missing = [name for name in MEETING_POINT if not os.environ.get(name)]
+    if missing:
+        raise InputError(
+            f"this is one of {processes} processes (WORLD_SIZE), but {' and '.join(missing)} is not in the "
+            "environment: start with torchrun, which sets all of them"
+        )
     text = (
         "still waiting for all %d processes of this run: if one has ended with an error, or was not started, end this "
         "one (Ctrl-C), mend that and start all again"

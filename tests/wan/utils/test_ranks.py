@@ -12,7 +12,8 @@ import pytest
 from paths import ROOT
 
 from wan.utils import ranks
-from wan.utils.ranks import waiting_for_others
+from wan.utils.errors import InputError
+from wan.utils.ranks import MEETING_POINT, waiting_for_others
 
 WAIT = """
 from wan.utils.signals import end_on_signals
@@ -23,6 +24,19 @@ print("waits", flush=True)
 with waiting_for_others(2):
     TCPStore("127.0.0.1", 0, 2, is_master=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in MEETING_POINT:
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.mark.parametrize("name", MEETING_POINT)
+def test_an_environment_that_names_no_meeting_point_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(name)
+    with pytest.raises(InputError, match=f"{name} is not in the environment: start with torchrun"):
+        waiting_for_others(2).__enter__()
 
 
 def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
