@@ -111,6 +111,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return _hash({name: value for name, value in state.items() if name not in ("padding", "truncation")}, *unusual)
 
 
+def summary_of(what: object) -> str:
+    """A short hash of something that JSON can hold, for comparisons."""
+    return _hash(what)
+
+
 def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
 

@@ -25,11 +25,8 @@ def started_with(config: TrainingConfig, progress: Progress | None) -> dict[str,
         progress: of the newest checkpoint that this process sees.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in OWN_OF_A_RANK}
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     step = None if progress is None else progress.step
-    return flat | {"the step of the newest checkpoint": step, "the code": source_fingerprint()}
+    return settings | {"the step of the newest checkpoint": step, "the code": source_fingerprint()}
 
 
 def check_resume(config: TrainingConfig, data: Samples) -> Progress | None:

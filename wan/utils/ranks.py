@@ -91,7 +91,8 @@ def require_agreement(values: Mapping[str, object]) -> None:
     """Make sure that all processes of a run were started alike. All ranks must call this.
 
     Args:
-        values: what must be the same on all ranks, by name. On a GPU the current device must be the rank's.
+        values: what must be the same on all ranks, by name; those of a mapping inside are compared one by one. With
+            NCCL the current device must be the rank's.
 
     Raises:
         InputError: ranks differ. All raise it; the message names entries with the values of two ranks.
@@ -99,7 +100,7 @@ def require_agreement(values: Mapping[str, object]) -> None:
     if num_ranks() == 1:
         return
     found: list[dict[str, object]] = [{}] * num_ranks()
-    distributed.all_gather_object(found, dict(values))
+    distributed.all_gather_object(found, _flat(values))
     differing = {
         name: f"{name} is {found[0].get(name)} on rank 0 and {other.get(name)} on rank {rank}"
         for rank, other in reversed(list(enumerate(found)))
@@ -113,3 +114,11 @@ def require_agreement(values: Mapping[str, object]) -> None:
             f"processes of this run were not started alike: {named}{more}: start the same command with the same code "
             "everywhere, with files and output folders on a disk that all nodes share"
         )
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """The values of nested mappings by dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
