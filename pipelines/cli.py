@@ -263,6 +263,20 @@ def own_folder(folder: Path) -> tuple[Path, str]:
     """Where this process of several writes, and which part that is in words: `rank-<n>` below `folder`.
 
     `folder` itself, and "whole", for a process that works alone.
+
+    Raises:
+        InputError: a process alone, or more processes, have filled the folder: what they made would be made again.
     """
+    from arl2.distillation.latent_writer import INDEX
+
     rank, world_size = rank_and_world_size()
+    own = {folder} if world_size == 1 else {folder / f"rank-{number}" for number in range(world_size)}
+    others = sorted(
+        {index.parent for index in (folder / INDEX, *folder.glob(f"rank-*/{INDEX}")) if index.exists()} - own
+    )
+    if others:
+        raise InputError(
+            f"{others[0]} was filled by another number of processes, now {world_size}: start as many as before, or "
+            "choose another folder"
+        )
     return (folder / f"rank-{rank}", f"rank {rank} of {world_size}") if world_size > 1 else (folder, "whole")
