@@ -15,6 +15,7 @@ from training_world import start_entry_point
 
 from pipelines.cli import rank_and_world_size
 from pipelines.generation.blocks import PIXELS
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.streaming import FiniteCheck
 from pipelines.media.video import read_video
 from wan.utils.errors import InputError
@@ -69,6 +70,10 @@ def break_decoder(rank: int, fails: bool) -> None:
 def give_rank_one(flag: str) -> None:
     if rank_and_world_size()[0] == 1:
         sys.argv.append(flag)
+
+
+def without_models() -> None:
+    CausalVideoPipeline.from_pretrained = None  # type: ignore[method-assign,assignment]
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,11 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_one_line(tmp_pa
     assert statuses == [2, 2]
     assert all(text.strip() == "error: 3 heads do not divide over 2 processes: start 1 or 3" for text in said), said
     assert not (tmp_path / "videos").exists()
+
+
+@pytest.mark.parametrize("flag", ["--shard_weights", "--exchange=peer"])
+def test_what_only_gpus_can_do_together_is_refused_before_models_load(flag: str, tmp_path: Path) -> None:
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video", flag)
+    statuses, said = run(tmp_path, *flags, before=without_models)
+    assert statuses == [2] * PROCESSES
+    assert all("GPUs of one host" in text and text.count("\n") == 1 for text in said), said
