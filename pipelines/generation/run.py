@@ -144,7 +144,9 @@ def generate(
     if video_log is not None:
         video_log.begin(maker.identity)
     mine = run.jobs if run.over_video else shard_jobs(run.jobs, rank, world_size)
-    with announced(run.output_folder, maker.identity, {job.name: given_of(run, job) | asked_of(job) for job in mine}):
+    # All videos, also those of other ranks: a rank with other settings or weights must not make its part.
+    videos = {job.name: given_of(run, job) | asked_of(job) for job in run.jobs}
+    with announced(run.output_folder, maker.identity, videos):
         maker.make_all(mine, quiet=rank != 0)
     if lockstep is not None:
         lockstep.tell(None)
