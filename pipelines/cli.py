@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from wan.utils.errors import InputError, Interrupted, lost_peer, out_of_memory
-from wan.utils.signals import EXIT_SIGNAL, GO_ON, Interruption, interruptible
+from wan.utils.signals import EXIT_SIGNAL, GO_ON, Interruption, end_at_once_while_waiting, interruptible
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,7 @@ def _interrupted(error: BaseException, number: int, how_to_go_on: str) -> int:
 def _status_of(main: Callable[[], int], interruption: Interruption) -> int:
     """What `main` answers, or the status of the error that ended it, which has been told."""
     try:
+        rank_and_world_size()  # first of all, since what follows relies on it
         return main()
     except InputError as error:
         if interruption.first is not None:
@@ -219,28 +220,38 @@ def agreed_status(status: int) -> int:
     ended does not wait for them: the signal is for all. Nor does one that worked together with the others: they cannot
     go on without it.
     """
-    if status > EXIT_SIGNAL or rank_and_world_size()[1] == 1:
+    if status > EXIT_SIGNAL or "TORCHELASTIC_RUN_ID" not in os.environ or rank_and_world_size()[1] == 1:
         return status
     import torch
     from torch import distributed
 
-    if not distributed.is_torchelastic_launched():
-        return status
     if distributed.is_initialized():  # by work that all did together
         if status == 0:  # otherwise others may be waiting for an exchange that never comes
             distributed.destroy_process_group()
         return status
-    # The others may have hours of work left.
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    worst = torch.tensor(status)
-    distributed.all_reduce(worst, distributed.ReduceOp.MAX)
-    distributed.destroy_process_group()
+    with end_at_once_while_waiting():  # the others may have hours of work left
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        worst = torch.tensor(status)
+        distributed.all_reduce(worst, distributed.ReduceOp.MAX)
+        distributed.destroy_process_group()
     return int(worst)
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among those that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's place among those that torchrun started; (0, 1) without it.
+
+    Raises:
+        InputError: the environment says one half of it, or what cannot be.
+    """
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    with suppress(ValueError):
+        place = int(rank or 0), int(world_size or 1)
+        if 0 <= place[0] < place[1] and (rank or place[1] == 1):
+            return place
+    raise InputError(
+        f"the environment has RANK={rank or ''} and WORLD_SIZE={world_size or ''}, which is no place among processes: "
+        "start with torchrun, which sets both, or unset them"
+    )
 
 
 def local_processes() -> int:
@@ -252,6 +263,20 @@ def own_folder(folder: Path) -> tuple[Path, str]:
     """Where this process of several writes, and which part that is in words: `rank-<n>` below `folder`.
 
     `folder` itself, and "whole", for a process that works alone.
+
+    Raises:
+        InputError: a process alone, or more processes, have filled the folder: what they made would be made again.
     """
+    from arl2.distillation.latent_writer import INDEX
+
     rank, world_size = rank_and_world_size()
+    own = {folder} if world_size == 1 else {folder / f"rank-{number}" for number in range(world_size)}
+    others = sorted(
+        {index.parent for index in (folder / INDEX, *folder.glob(f"rank-*/{INDEX}")) if index.exists()} - own
+    )
+    if others:
+        raise InputError(
+            f"{others[0]} was filled by another number of processes, now {world_size}: start as many as before, or "
+            "choose another folder"
+        )
     return (folder / f"rank-{rank}", f"rank {rank} of {world_size}") if world_size > 1 else (folder, "whole")

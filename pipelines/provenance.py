@@ -24,6 +24,7 @@ from wan.vae.wan_vae import WanVAE
 PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
 ROOT = Path(__file__).parents[1]
+PACKAGES_OF_OURS = ("arl2", "pipelines", "wan")
 HASH_DIGITS = 16
 VAE_FIELDS = ("latents_mean", "latents_std", "temperal_downsample")
 TEXT_FIELDS = (
@@ -110,6 +111,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return _hash({name: value for name, value in state.items() if name not in ("padding", "truncation")}, *unusual)
 
 
+def summary_of(what: object) -> str:
+    """A short hash of something that JSON can hold, for comparisons."""
+    return _hash(what)
+
+
 def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:HASH_DIGITS]
 
@@ -135,6 +141,15 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 def git_commit() -> str | None:
     """The commit of this code, with a mark if files differ from it; None outside of a repository."""
     return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+
+
+def source_fingerprint() -> str:
+    """Hash of this code as it lies on the disk; without git, and of changes that no commit has, too."""
+    digest = hashlib.sha256()
+    for package in PACKAGES_OF_OURS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:HASH_DIGITS]
 
 
 def package_version(name: str) -> str | None:

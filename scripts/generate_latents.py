@@ -4,6 +4,8 @@
         --data_path prompts/hundred.jsonl --output_folder data/rollouts
     torchrun --nproc_per_node 8 scripts/generate_latents.py …      # every rank fills data/rollouts/rank-<n>
 
+Training takes the folders of all ranks: data=[data/rollouts/rank-0,data/rollouts/rank-1,…].
+
 The VAE is not needed: nothing is decoded.
 
 A rollout is told by its prompt, its seed (--seed and how often the prompt came before) and what made it. Runs into one

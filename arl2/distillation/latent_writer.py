@@ -474,7 +474,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is damaged.
     """
     if not os.path.lexists(folder / INDEX):
-        raise InputError(f"no training data in {folder}: make some with scripts/generate_latents.py")
+        parts = ",".join(sorted(str(index.parent) for index in folder.glob(f"*/{INDEX}")))
+        cure = f"give its parts, data=[{parts}]" if parts else "make some with scripts/generate_latents.py"
+        raise InputError(f"no training data in {folder}: {cure}")
     index = read_json(folder / INDEX)
     if index.get("format") not in FORMATS:
         raise InputError(f"{folder / INDEX} is no index of latents ({', '.join(FORMATS)}): check the path")

@@ -1,17 +1,19 @@
 """The command line of inference.py, checked before any weights are read."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from arl2.inference.parallel.factory import NO_PEERS, NO_SHARDING, Exchange
 from arl2.inference.parallel.sequence_parallel import check_divides
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, local_processes, rank_and_world_size
-from pipelines.config import InferenceConfig, MemoryKind, check_size
+from pipelines.config import InferenceConfig, MemoryKind, SpeedConfig, check_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import (
     TransformerSizes,
@@ -33,6 +35,8 @@ from wan.utils.errors import InputError
 from wan.utils.files import check_writable
 from wan.utils.ranges import check_ranges
 from wan.vae.wan_vae import spatial_stride, temporal_stride
+
+log = logging.getLogger(__name__)
 
 WHERE_IT_PAYS = {
     "--compile": "by default on a GPU with Triton",
@@ -190,8 +194,11 @@ def plan_run(
     over_video = arguments.parallel == "video" and rank_and_world_size()[1] > 1
     given_frames = check_config(config, arguments.i2v, arguments.video)
     check_vae_device(config, device, over_video)
+    check_exchange(config.speed, device, over_video)
     if over_video:
         check_parallel(config, rank_and_world_size()[1])
+    elif arguments.parallel == "video":
+        log.warning("--parallel video does nothing for a single process: start several with torchrun")
     check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
     jobs = read_jobs(arguments)
     metrics_folder = arguments.metrics_dir or arguments.output_folder
@@ -293,6 +300,19 @@ def check_parallel(config: InferenceConfig, processes: int) -> None:
     stride = spatial_stride(folder)
     tokens = tokens_per_frame(sizes, (config.height // stride, config.width // stride))
     check_divides(sizes.num_heads, tokens, processes)
+
+
+def check_exchange(speed: SpeedConfig, device: torch.device, over_video: bool) -> None:
+    """Refuse, before models load, what only GPUs that compute a video together can do.
+
+    Raises:
+        InputError: it cannot be done here. Whether these GPUs can is known once all processes have joined.
+    """
+    can_be_peers = over_video and device.type == "cuda" and speed.exchange is not Exchange.COLLECTIVE
+    if speed.shard_weights and not can_be_peers:
+        raise InputError(NO_SHARDING)
+    if over_video and speed.exchange is Exchange.PEER and not can_be_peers:
+        raise InputError(NO_PEERS)
 
 
 def check_vae_device(config: InferenceConfig, device: torch.device, over_video: bool) -> None:

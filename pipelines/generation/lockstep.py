@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from pipelines.cli import rank_and_world_size
+from wan.utils.ranks import waiting_for_others
 from wan.vae.bands import Band
 
 Block = TypeVar("Block")
@@ -21,9 +23,13 @@ def join_processes(device: torch.device) -> None:
 
     Args:
         device: this process's.
+
+    Raises:
+        InputError: the environment does not say where they meet.
     """
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with waiting_for_others(rank_and_world_size()[1]):
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 class Lockstep:

@@ -51,7 +51,7 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
         settings["lora"] = [source.identity() for source in run.config.lora_sources()]
     settings["speed"] = {name: value for name, value in settings["speed"].items() if name not in _NOT_OF_FRAMES}
     # The layers of the model, whether they were asked for or are those of its checkpoint.
-    settings["hybrid"] = asdict(pipeline.transformer.hybrid)
+    settings["hybrid"] = asdict(pipeline.base_hybrid or pipeline.transformer.hybrid)
     settings |= {"dtype": str(run.dtype), "attention_backend": run.backend.value}
     return plain(settings | {"weights": weights_of(pipeline)})
 
@@ -59,7 +59,7 @@ def identity_of(run: InferenceRun, pipeline: CausalVideoPipeline) -> dict[str, A
 def weights_of(pipeline: CausalVideoPipeline) -> dict[str, str]:
     """A fingerprint of every part of a pipeline: weights, sizes and statistics; of the tokenizer, all that it knows.
 
-    The transformer's is that before LoRAs, which count by their files.
+    The transformer's is that before LoRAs, which count by their files, and before its fast form where that was noted.
     """
     found = {"transformer": pipeline.base_fingerprint or part_fingerprint(pipeline.transformer)}
     parts = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder}

@@ -38,9 +38,10 @@ from pipelines.generation.timing import PhaseTimer
 from pipelines.media.images import read_image
 from pipelines.media.video import VideoWriter
 from pipelines.prompts.jobs import PromptJob, shard_jobs
-from pipelines.provenance import device_name, versions
+from pipelines.provenance import device_name, source_fingerprint, summary_of, versions
 from wan.utils.files import write_json
 from wan.utils.locks import LockedError, exclusive
+from wan.utils.ranks import require_agreement
 from wan.utils.signals import check_interrupted, on_interruption_say
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,26 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         **config.sampling(),
     )
     check_interrupted()
+    pipeline.note_base()
     pipeline.use_attention_backend(run.backend)
     if run.over_video:
         join_processes(run.device)
+        require_agreement(settings_of_all(run))
         pipeline.parallelize(config.speed.exchange)
     pipeline.optimize_for_inference(config.speed)
     return pipeline
+
+
+def settings_of_all(run: InferenceRun) -> dict[str, Any]:
+    """Code, settings and videos of a run, which must be the same for all processes that compute every video together.
+
+    What paths lead to is compared by content later, see `identity_of`.
+    """
+    speed = {name: value for name, value in vars(run.config.speed).items() if name != "tiny_vae"}
+    videos = [(job.name, job.prompt, job.seed) for job in run.jobs]
+    asked = {"the number of videos": len(videos), "the videos": summary_of(videos), "the code": source_fingerprint()}
+    made = {"speed": speed, "dtype": str(run.dtype), "the number of given frames": run.given_frames}
+    return run.config.identity() | made | asked
 
 
 class VideoLog(Protocol):
@@ -118,15 +133,20 @@ def generate(
     """
     # As the model means it, so that a video is the same one whichever way its memory was asked for.
     run = replace(run, config=replace(run.config, memory=pipeline.resolve_memory(run.config.memory)))
-    lockstep = Lockstep(run.device) if run.over_video else None
-    if lockstep is not None and not lockstep.leads:
-        follow(run, pipeline, lockstep)
-        return 0
-    maker = _Maker(run, pipeline, identity_of(run, pipeline), anew, lockstep, video_log)
+    identity, lockstep = identity_of(run, pipeline), None
+    if run.over_video:
+        require_agreement(identity | {"the given pictures": summary_of([given_of(run, job) for job in run.jobs])})
+        lockstep = Lockstep(run.device)
+        if not lockstep.leads:
+            follow(run, pipeline, lockstep)
+            return 0
+    maker = _Maker(run, pipeline, identity, anew, lockstep, video_log)
     if video_log is not None:
         video_log.begin(maker.identity)
     mine = run.jobs if run.over_video else shard_jobs(run.jobs, rank, world_size)
-    with announced(run.output_folder, maker.identity, {job.name: given_of(run, job) | asked_of(job) for job in mine}):
+    # All videos, also those of other ranks: a rank with other settings or weights must not make its part.
+    videos = {job.name: given_of(run, job) | asked_of(job) for job in run.jobs}
+    with announced(run.output_folder, maker.identity, videos):
         maker.make_all(mine, quiet=rank != 0)
     if lockstep is not None:
         lockstep.tell(None)

@@ -27,7 +27,7 @@ from arl2.model import HybridSettings, HybridWanModel
 from arl2.ops.compiling import compile_blocks
 from arl2.statement import found_settings, state_of
 from arl2.trained_memory import TrainedMemory
-from pipelines.cli import choose_device
+from pipelines.cli import choose_device, rank_and_world_size
 from pipelines.dtypes import choose_dtype
 from pipelines.feasibility import TransformerSizes
 from pipelines.flags import Parser
@@ -44,7 +44,7 @@ from pipelines.training.config import (
 from pipelines.training.export import export
 from pipelines.training.monitor import TrainingMonitor
 from pipelines.training.peers import watching_peers
-from pipelines.training.resume import check_resume
+from pipelines.training.resume import check_resume, started_with
 from pipelines.training.room import check_room
 from pipelines.training.start import (
     RUN_PAGE,
@@ -60,7 +60,7 @@ from wan.utils.device import use_deterministic_algorithms
 from wan.utils.errors import InputError
 from wan.utils.files import remove_all_abandoned, write_json, writing
 from wan.utils.locks import exclusive
-from wan.utils.ranks import raise_together
+from wan.utils.ranks import raise_together, require_agreement, waiting_for_others
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +99,7 @@ def train(config: TrainingConfig, stop: Callable[[], bool] = lambda: False) -> b
     Raises:
         InputError: something in the config cannot work, or see `Trainer.run`.
     """
-    data = check_training(config)
-    folder = Path(config.model_folder)
-    check_room(config, TransformerSizes.of(transformer_config(folder)), tuple(data[0][0].shape))
-    use_deterministic_algorithms(config.deterministic)
-    accelerator = new_accelerator(config)
+    data, accelerator = join(config)
     if not accelerator.is_main_process:
         logging.disable(logging.WARNING)  # one voice is enough
     with watching_peers(accelerator), exclusive_run(Path(config.run_folder), accelerator):
@@ -112,6 +108,31 @@ def train(config: TrainingConfig, stop: Callable[[], bool] = lambda: False) -> b
     with writing(Path(config.run_folder)):
         accelerator.end_training()
     return is_complete
+
+
+def join(config: TrainingConfig) -> tuple[Samples, Accelerator]:
+    """Check what can be checked before models load, and join the other processes of the run.
+
+    A process that cannot go on joins them, too, and says so: those of other nodes would wait for it.
+
+    Raises:
+        InputError: the config cannot work, here or for another process.
+    """
+    data: Samples | None = None
+    error: InputError | None = None
+    try:
+        data = check_training(config)
+        sizes = TransformerSizes.of(transformer_config(Path(config.model_folder)))
+        check_room(config, sizes, tuple(data[0][0].shape))
+    except InputError as failure:
+        if rank_and_world_size()[1] == 1:
+            raise
+        error = failure
+    use_deterministic_algorithms(config.deterministic)
+    accelerator = new_accelerator(config)
+    raise_together(error, accelerator.device)
+    assert data is not None
+    return data, accelerator
 
 
 @contextmanager
@@ -149,12 +170,13 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
 def new_accelerator(config: TrainingConfig) -> Accelerator:
     """Device, precision, processes and trackers of a run."""
     device = choose_device(config.device)
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=precision_of(weights_dtype(config, device)),
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=config.run_folder,
-    )
+    with waiting_for_others(rank_and_world_size()[1]):
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=precision_of(weights_dtype(config, device)),
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=config.run_folder,
+        )
 
 
 def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator, stop: Callable[[], bool]) -> bool:
@@ -162,11 +184,19 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator, stop
     with ending_together(accelerator):
         progress = check_resume(config, data)
         check_start(config)
-    parts = model_parts(config)
+    require_agreement(started_with(config, progress))
+    parts: ModelParts | None = None
+    with ending_together(accelerator):
+        parts = model_parts(config)
+    assert parts is not None
     if accelerator.is_main_process and not config.shard:  # where no rank reads the whole file
         warn_of_another_teacher(data, parts[0])
-    loading = begin_sharded_loading(config, accelerator.device, parts) if config.shard else None
-    built = build_model(config, accelerator.device, parts) if loading is None else (loading.model, loading.report)
+    loading: ShardedLoading | None = None
+    built: tuple[HybridWanModel, LoadReport] | None = None
+    with ending_together(accelerator):
+        loading = begin_sharded_loading(config, accelerator.device, parts) if config.shard else None
+        built = build_model(config, accelerator.device, parts) if loading is None else (loading.model, loading.report)
+    assert built is not None
     model, report = built
     del parts, built
     if progress is None:
@@ -219,7 +249,8 @@ def new_trainer(
     folder, model = Path(config.run_folder), objective.model
     trainables = objective.parameters_to_train()
     enable_grad(trainables, accelerator.device)
-    start_from(config, model)
+    with ending_together(accelerator):
+        start_from(config, model)
     if loading is not None:
         loading.shard()
     global_batch = config.batch * config.accumulation * accelerator.num_processes
@@ -229,6 +260,7 @@ def new_trainer(
     require_teacher_of_start(config, model, accelerator, loading)
     with ending_together(accelerator):
         fingerprint = run_fingerprint(config, data, objective, global_batch, teacher)
+    require_agreement(fingerprint)
     if config.compile:
         compile_blocks(model)
     batches = Batches(

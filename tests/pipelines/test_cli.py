@@ -15,7 +15,7 @@ import pytest
 import torch
 from paths import ROOT
 
-from pipelines.cli import GO_ON, end_together, entry_point
+from pipelines.cli import GO_ON, end_together, entry_point, rank_and_world_size
 from wan.utils.errors import InputError, Interrupted, out_of_memory
 from wan.utils.signals import SIGNALS, check_interrupted, on_signals
 
@@ -192,6 +192,7 @@ def test_a_signal_inside_a_destructor_is_heard(capsys: pytest.CaptureFixture[str
 
 
 def test_an_interrupted_rank_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: pytest.fail("it waits"))
@@ -266,3 +267,23 @@ def test_nobody_listens_to_errors() -> None:
     process = program("os.close(2)\nraise KeyboardInterrupt")
     process.communicate()
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size"), [("1", None), (None, "2"), ("2", "2"), ("-1", "2"), ("first", "2"), ("0", "0")]
+)
+def test_an_environment_that_is_no_place_among_processes_is_refused(
+    rank: str | None, world_size: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that took it for one would make another part of the videos, or none, and end well."""
+    for name, value in {"RANK": rank, "WORLD_SIZE": world_size}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert end_together(entry_point()(lambda: 0))() == 2
+    assert capsys.readouterr().err.startswith(f"error: the environment has RANK={rank or ''} and WORLD_SIZE=")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rank_and_world_size() == (1, 2)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert rank_and_world_size() == (0, 1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from arl2.distillation.data import LatentDataset
 from arl2.distillation.latent_writer import INDEX, LatentWriter
 from arl2.model import HybridSettings
+from pipelines import provenance
 from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.generation.random_model import random_pipeline
 from pipelines.provenance import text_fingerprints, tokenizer_fingerprint
@@ -243,3 +244,17 @@ def test_rollouts_that_were_interrupted_have_the_values_of_an_unbroken_run(
     whole, made = LatentDataset([Path("whole")]), LatentDataset([Path("made")])
     assert len(made) == len(whole) == 2
     assert all(torch.equal(*pair) for place in range(2) for pair in zip(whole[place], made[place], strict=True))
+
+
+def test_code_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    file = tmp_path / "arl2" / "ops" / "one.py"
+    file.parent.mkdir(parents=True)
+    found = []
+    for text in ("x = 1", "x = 2", "x = 1"):
+        file.write_text(text)
+        found.append(provenance.source_fingerprint())
+    (tmp_path / "notes.py").write_text("no part of it")
+    assert found[0] == found[2] == provenance.source_fingerprint() != found[1]
+    file.rename(file.with_name("two.py"))
+    assert provenance.source_fingerprint() != found[0]

@@ -29,14 +29,15 @@ def end_on_signals() -> None:
     What whoever started it ignores, as nohup does SIGHUP, stays ignored.
     """
 
-    def end(number: int, frame: object) -> None:
-        with suppress(OSError):
-            os.write(2, f"interrupted: {GO_ON}\n".encode())
-        os._exit(EXIT_SIGNAL + number)
-
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+            signal.signal(number, lambda number, frame: _end(number))
+
+
+def _end(number: int) -> None:
+    with suppress(OSError):
+        os.write(2, f"interrupted: {GO_ON}\n".encode())
+    os._exit(EXIT_SIGNAL + number)
 
 
 @contextmanager
@@ -68,6 +69,35 @@ def end_at_once_on(numbers: Iterable[int]) -> None:
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
+
+
+@contextmanager
+def end_at_once_while_waiting() -> Iterator[None]:
+    """Let a signal of `SIGNALS` inside end this process with one line although its main thread waits in a library.
+
+    Handlers in Python run in the main thread alone, and not before the library returns. Here another thread is told of
+    signals by the interpreter's wakeup descriptor. For waits in which nothing can be left half-done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def end() -> None:
+        for number in os.read(reading, 1):  # none when the other end is closed
+            _end(number)
+
+    former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=end, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former)
+        os.close(writing)
+        thread.join()
+        os.close(reading)
 
 
 @contextmanager

@@ -10,6 +10,12 @@ from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedW
 from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
 
+NO_PEERS = "these processes have no GPUs of one host that access each other's memory: leave exchange auto"
+NO_SHARDING = (
+    "shard_weights needs several GPUs of one host that compute one video together, with the peer exchange: leave "
+    "it off, or start torchrun with --parallel video"
+)
+
 
 class Exchange(StrEnum):
     """How ranks exchange tokens for heads: the faster of what they can do, by collectives, or by stores into peers."""
@@ -38,9 +44,7 @@ def new_sequence_parallel(num_heads: int, device: torch.device, exchange: Exchan
         assert distributed.group.WORLD is not None
         return PeerParallel(num_heads, distributed.group.WORLD)
     if exchange is Exchange.PEER:
-        raise InputError(
-            "these processes have no GPUs of one host that access each other's memory: leave exchange auto"
-        )
+        raise InputError(NO_PEERS)
     return SequenceParallel(num_heads)
 
 
@@ -51,10 +55,7 @@ def new_sharded_weights(parallel: SequenceParallel | None, device: torch.device)
         InputError: there is one rank only, or ranks cannot read each other's memory.
     """
     if parallel is None or not parallel.can_be_recorded:
-        raise InputError(
-            "shard_weights needs several GPUs of one host that compute one video together, with the peer exchange: "
-            "leave it off, or start torchrun with --parallel video"
-        )
+        raise InputError(NO_SHARDING)
     from arl2.inference.parallel.weight_sharding import ShardedWeights  # needs GPUs
 
     assert parallel.group is not None

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from arl2.adapters import AdapterStack, Weighted, base_parameters, fuse
-from arl2.model import HybridWanModel
+from arl2.model import HybridSettings, HybridWanModel
 from pipelines.config import SpeedConfig
 from pipelines.provenance import part_fingerprint
 from wan.checkpoints.lora import MAX_SCALE, lora_of, read_lora
@@ -31,12 +31,14 @@ class LoRAPipelineMixin:
     changes weights: its next pass may compile again. What `save_pretrained` writes is the model as it is, adapted.
 
     Attributes:
-        base_fingerprint: of the transformer before `merge_loras`; None without. Sums of products have other last bits
-            on other devices, so that a record of what made a video holds this and the LoRAs' hashes.
+        base_fingerprint: of the transformer before `merge_loras` or at `note_base`; None without. Sums of products have
+            other last bits on other devices, so that a record of what made a video holds this and the LoRAs' hashes.
+        base_hybrid: settings of its hybrid layers at `note_base`; None without.
     """
 
     transformer: HybridWanModel
     base_fingerprint: str | None = None
+    base_hybrid: HybridSettings | None = None
     _adapters: AdapterStack | None = None
     _before_fusing: dict[str, float] | None = None
     _speed: SpeedConfig | None = None
@@ -48,6 +50,14 @@ class LoRAPipelineMixin:
     def undo_fast_form(self) -> None:
         """See `SpeedMixin`."""
         raise NotImplementedError
+
+    def note_base(self) -> None:
+        """Note what the transformer is now, for records of what is made with it.
+
+        A fast form merges adapters into weights, and may keep a part of the weights alone: it says neither afterwards.
+        """
+        self.base_fingerprint = self.base_fingerprint or part_fingerprint(self.transformer)
+        self.base_hybrid = self.transformer.hybrid
 
     def merge_loras(self, loras: Sequence[Weighted]) -> None:
         """Make LoRAs a part of the transformer, without a way back: nothing is kept of the weights before.

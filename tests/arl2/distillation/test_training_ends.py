@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -239,6 +240,56 @@ def test_a_sample_that_one_process_cannot_read_ends_all(world: Path, tmp_path: P
     (data / "index.json").write_text(json.dumps(index))
     assert statuses(start(world, 2, *more, processes=2)) == [2, 2]
     assert sorted("sample '2'" in line for line in messages(world, 2)) == [False, True]
+
+
+def give_rank_one(*settings: str) -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv += settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("optimizer.lr=0.02", "optimizer.lr is 0.01 on rank 0 and 0.02 on rank 1"),
+        ("steps=5", "steps is 6 on rank 0 and 5 on rank 1"),
+        ("shard=true", "shard is False on rank 0 and True on rank 1"),
+        ("data=[{}/nothing]", "another process of this run cannot go on"),
+    ],
+)
+def test_processes_that_were_not_started_alike_are_refused(
+    world: Path, tmp_path: Path, setting: str, named: str
+) -> None:
+    """With another learning rate the replicas of what trains would drift apart, and the first one's be kept."""
+    before = partial(give_rank_one, setting.format(tmp_path))
+    run = tmp_path / "run"
+    assert statuses(start(world, 1, f"run_folder={run}", "batch=1", processes=2, before=before)) == [2, 2]
+    first, second = messages(world, 2)
+    assert named in first.splitlines()[-1], first
+    assert named in second.splitlines()[-1] or "no training data in" in second.splitlines()[-1], second
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_process_that_does_not_see_the_run_is_refused(world: Path, tmp_path: Path) -> None:
+    """Of a node whose folder is its own: it would begin anew, and average its gradients with the others' later ones."""
+    run = tmp_path / "run"
+    two = partial(start, world, 1, f"run_folder={run}", "batch=1", CONSTANT, processes=2)
+    assert statuses(two("steps=2")) == [0, 0]
+    before = partial(give_rank_one, f"run_folder={tmp_path / 'other'}")
+    assert statuses(two("steps=4", before=before)) == [2, 2]
+    for message in messages(world, 2):
+        assert "the step of the newest checkpoint is 2 on rank 0 and None on rank 1" in message
+    assert [line["step"] for line in losses(run)] == [1, 2]
+
+
+def test_a_process_with_other_weights_is_refused(world: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    file = next(other.glob("*.safetensors"))
+    state = load_file(file)
+    state["patch_embedding.weight"] += 1
+    save_file(state, file)
+    run, before = tmp_path / "run", partial(give_rank_one, f"model_folder={other}")
+    assert statuses(start(world, 1, f"run_folder={run}", "batch=1", processes=2, before=before)) == [2, 2]
+    assert all("teacher is" in message for message in messages(world, 2))
 
 
 LIMITS = {1000: (0, 5000, 9000, 14000, 24000, 40000), 2: (5000, 14000)}

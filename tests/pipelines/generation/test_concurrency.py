@@ -158,6 +158,18 @@ def test_a_run_of_other_settings_is_refused_before_it_makes_a_video(
     assert_whole(out, 3, 21)
 
 
+def test_a_rank_of_other_settings_is_refused(pipeline: CausalVideoPipeline, config: Path, prompts: Path) -> None:
+    """Ranks divide the prompts: none of its videos is one of the other's."""
+    run = planned(config, "--data_path", prompts)
+    other = planned(config, "--data_path", prompts, "fps=9")
+    generate(run, pipeline, 0, 2)
+    settings = json.loads(next(run.output_folder.glob("*.json")).read_text())["settings"]
+    first = announced(run.output_folder, settings, {job.name: {} for job in run.jobs[::2]})
+    with first, pytest.raises(InputError, match="fps was 16, is 9"):
+        generate(other, pipeline, 1, 2)
+    assert len(videos_in(run.output_folder)) == 2
+
+
 def test_what_is_announced_ends_with_the_run(tmp_path: Path) -> None:
     settings = {"fps": 8}
     with announced(tmp_path, settings, {"a": {}, "b": {"image": "x"}}):

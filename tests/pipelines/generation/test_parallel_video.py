@@ -1,6 +1,7 @@
 """inference.py --parallel video: three processes make one video together, and stay together when one of them stops."""
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -14,6 +15,7 @@ from training_world import start_entry_point
 
 from pipelines.cli import rank_and_world_size
 from pipelines.generation.blocks import PIXELS
+from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.streaming import FiniteCheck
 from pipelines.media.video import read_video
 from wan.utils.errors import InputError
@@ -65,6 +67,15 @@ def break_decoder(rank: int, fails: bool) -> None:
         FastDecodeStream._pixels = broken  # type: ignore[method-assign]
 
 
+def give_rank_one(flag: str) -> None:
+    if rank_and_world_size()[0] == 1:
+        sys.argv.append(flag)
+
+
+def without_models() -> None:
+    CausalVideoPipeline.from_pretrained = None  # type: ignore[method-assign,assignment]
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
@@ -81,6 +92,34 @@ def test_videos_are_those_of_one_process(together: Path, tmp_path: Path) -> None
     for name in names:
         one, many = frames(tmp_path / "videos" / name), frames(together / "videos" / name)
         assert one.shape == many.shape and np.abs(one - many).mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("num_output_frames=12", "num_output_frames is 9 on rank 0 and 12 on rank 1"),
+        ("speed.fast_vae=false", "speed.fast_vae is True on rank 0 and False on rank 1"),
+        ("--seed=3", "the videos is"),
+    ],
+)
+def test_processes_that_were_not_started_alike_are_refused(flag: str, named: str, tmp_path: Path) -> None:
+    """They would wait for each other without end, or make one video of the parts of two."""
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video")
+    statuses, said = run(tmp_path, *flags, before=partial(give_rank_one, flag))
+    assert statuses == [2] * PROCESSES
+    assert all(named in text for text in said), said
+    assert not list((tmp_path / "videos").glob("*"))
+
+
+def test_a_hybrid_is_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    """The fast form merges adapters into the weights: records say what was loaded."""
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video")
+    hybrid = ("--checkpoint_path", str(ROOT / "models" / "toyworld" / "hybrid_75.safetensors"))
+    assert run(tmp_path, *flags, *hybrid)[0] == [0] * PROCESSES
+    records = {path: path.read_bytes() for path in (tmp_path / "videos").glob("*.json")}
+    statuses, said = run(tmp_path, *flags, *hybrid, size=1)
+    assert statuses == [0], said
+    assert {path: path.read_bytes() for path in records} == records
 
 
 def test_what_is_finished_is_not_made_again(together: Path) -> None:
@@ -124,3 +163,11 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_one_line(tmp_pa
     assert statuses == [2, 2]
     assert all(text.strip() == "error: 3 heads do not divide over 2 processes: start 1 or 3" for text in said), said
     assert not (tmp_path / "videos").exists()
+
+
+@pytest.mark.parametrize("flag", ["--shard_weights", "--exchange=peer"])
+def test_what_only_gpus_can_do_together_is_refused_before_models_load(flag: str, tmp_path: Path) -> None:
+    flags = ("--output_folder", str(tmp_path / "videos"), "--parallel", "video", flag)
+    statuses, said = run(tmp_path, *flags, before=without_models)
+    assert statuses == [2] * PROCESSES
+    assert all("GPUs of one host" in text and text.count("\n") == 1 for text in said), said

@@ -97,6 +97,7 @@ def test_what_is_refused_before_models_load(
 def test_processes_do_not_share_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: Path, two_gpus: None
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     flags = ("--vae_device", "cuda:1")
