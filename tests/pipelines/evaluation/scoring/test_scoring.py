@@ -230,6 +230,20 @@ def test_a_manifest_that_does_not_fit(change: Callable[[Any], object], words: st
         find_clips(suite)
 
 
+def test_two_videos_of_one_name(folder: Folder, suite: Path) -> None:
+    videos = folder()
+    (videos / "one-0.mp4").rename(videos / "one.mp4")
+    assert {clip.group for clip in find_clips(videos).clips} == {"one", "two"}
+    (videos / "one-00.mp4").write_bytes((videos / "one-1.mp4").read_bytes())
+    with pytest.raises(InputError, match=r"one-00\.mp4 and one\.mp4 are both number 0 of 'one'"):
+        find_clips(videos)
+    page = read(suite / "manifest.json")
+    page["videos"]["one-1.mp4"]["index"] = 0
+    (suite / "manifest.json").write_text(json.dumps(page))
+    with pytest.raises(InputError, match="are both number 0"):
+        find_clips(suite)
+
+
 def test_prompts_of_names(folder: Folder) -> None:
     assert {clip.prompt for clip in find_clips(folder(), prompts_from_names=True).clips} == {"one", "two"}
 
