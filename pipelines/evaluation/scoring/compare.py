@@ -25,7 +25,7 @@ CURE = "make it again with scripts/evaluate.py"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much worse a metric may be.
+    """Largest change for the worse that a comparison lets pass.
 
     Attributes:
         fraction: of the first run's mean, for metrics that are not named.
@@ -119,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_video(entry: Any) -> bool:
-    """Whether an entry of a file is what scoring writes of a video."""
+    """Check the form of a video's entry in a file of scores."""
     if not isinstance(entry, dict) or not isinstance(entry.get("scores"), dict):
         return False
     is_named = isinstance(entry.get("group"), str) and type(entry.get("index")) is int
@@ -127,7 +127,7 @@ def _is_video(entry: Any) -> bool:
 
 
 def _is_metric(entry: Any) -> bool:
-    """Whether an entry of a file is what scoring writes of a metric."""
+    """Check the form of a metric's entry in a file of scores."""
     directions = [direction.value for direction in Direction]
     is_described = isinstance(entry, dict) and entry.get("direction") in directions
     return is_described and isinstance(entry.get("identity", {}), dict)

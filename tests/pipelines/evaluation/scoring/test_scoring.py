@@ -117,6 +117,22 @@ def test_sums_are_of_the_videos_that_are_there(program: Program, folder: Folder,
     assert page["sharpness"]["value"]["videos"] == 4 and page["dynamic_range"]["value"]["videos"] == 3
 
 
+def test_other_blocks_or_prompts_are_measured_again(
+    program: Program, folder: Folder, tmp_path: Path, measured: list[Any]
+) -> None:
+    out, fresh, videos = tmp_path / "scores.json", tmp_path / "fresh.json", folder()
+    for blocks in ((9, 12), (4, 4)):
+        assert program(videos, "--blocks", *blocks, "--json", out) == 0
+    assert len(measured) == 8
+    assert program(videos, "--blocks", 4, 4, "--json", fresh) == 0
+    assert read(out)["videos"] == read(fresh)["videos"] and read(out)["metrics"] == read(fresh)["metrics"]
+    measured.clear()
+    assert program(videos, "--blocks", 4, 4, "--json", out) == 0
+    assert not measured
+    assert program(videos, "--blocks", 4, 4, "--prompts_from_names", "--json", out) == 0
+    assert len(measured) == 4 and read(out)["videos"]["one-0.mp4"]["prompt"] == "one"
+
+
 def test_other_settings_are_refused(
     program: Program, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
