@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT, ROOT / "scripts")
 PRELOADED = (
     *("inference", "train_stage1", "train_stage2"),
-    *("generate_latents", "encode_videos", "convert_checkpoint", "select_layers", "sample_suite"),
+    *("generate_latents", "encode_videos", "convert_checkpoint", "select_layers", "sample_suite", "evaluate"),
     # What these import only when they are called.
     *("transformers.models.umt5.modeling_umt5", "transformers.models.t5.tokenization_t5", "torch._dynamo"),
     *("diffusers.models.autoencoders.autoencoder_kl_wan", "torch.utils._sympy.functions", "PIL.PngImagePlugin"),

@@ -58,6 +58,7 @@ def single_scenarios(world: Path) -> list[Scenario]:
         *(_conversion(world, ending) for ending in (".pt", ".safetensors", "")),
         _training("select_layers, replacement", select, *data, *scores),
         Scenario("sample_suite", (Command("scripts/sample_suite.py", suite),)),
+        Scenario("evaluate", (Command("scripts/evaluate.py", (f"{world}/clips", "--json", "out/scores.json")),)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,21 @@ def find_clips(folder: Path, blocks: Blocks | None = None, prompts_from_names: b
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise InputError(f"no videos in {shown(folder)}: give a folder that holds some ({', '.join(SUFFIXES)})")
-    return ClipFolder(folder, tuple(_unlisted(path, blocks, prompts_from_names) for path in paths))
+    clips = [_unlisted(path, blocks, prompts_from_names) for path in paths]
+    _check_distinct(clips)
+    return ClipFolder(folder, tuple(clips))
+
+
+def _check_distinct(clips: Sequence[Clip]) -> None:
+    """Make sure that no two videos have the same prompt and index, by which runs are paired."""
+    found: dict[tuple[str, int], Clip] = {}
+    for clip in clips:
+        other = found.setdefault((clip.group, clip.index), clip)
+        if other is not clip:
+            raise InputError(
+                f"{shown(other.name)} and {shown(clip.name)} are both number {clip.index} of '{shown(clip.group)}': "
+                "rename one"
+            )
 
 
 def _unlisted(path: Path, blocks: Blocks | None, prompts_from_names: bool) -> Clip:
@@ -93,11 +107,9 @@ def _of_manifest(path: Path, blocks: Blocks | None) -> ClipFolder:
             raise InputError(
                 f"{shown(path)} does not fit its folder: {len(names)} videos {problem}, such as {first}: {_CURE}"
             )
-    return ClipFolder(
-        videos,
-        tuple(_listed(videos / name, entry, path, settings, blocks) for name, entry in sorted(entries.items())),
-        settings,
-    )
+    clips = [_listed(videos / name, entry, path, settings, blocks) for name, entry in sorted(entries.items())]
+    _check_distinct(clips)
+    return ClipFolder(videos, tuple(clips), settings)
 
 
 def _listed(path: Path, entry: Any, manifest: Path, settings: Mapping[str, Any], blocks: Blocks | None) -> Clip:

@@ -25,7 +25,7 @@ CURE = "make it again with scripts/evaluate.py"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much worse a metric may be.
+    """Largest change for the worse that a comparison lets pass.
 
     Attributes:
         fraction: of the first run's mean, for metrics that are not named.
@@ -110,12 +110,27 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(page.get(part), dict):
             raise InputError(f"{shown(path)} holds no scores (no {part}): {CURE}")
     for name, video in page["videos"].items():
-        if not isinstance(video, dict) or not isinstance(video.get("scores"), dict) or "group" not in video:
+        if not _is_video(video):
             raise InputError(f"{shown(path)} holds no scores of {shown(name)}: {CURE}")
     for name, metric in page["metrics"].items():
-        if not isinstance(metric, dict) or metric.get("direction") not in [one.value for one in Direction]:
+        if not _is_metric(metric):
             raise InputError(f"{shown(path)} does not say what {shown(name)} is: {CURE}")
     return page
+
+
+def _is_video(entry: Any) -> bool:
+    """Check the form of a video's entry in a file of scores."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("scores"), dict):
+        return False
+    is_named = isinstance(entry.get("group"), str) and type(entry.get("index")) is int
+    return is_named and all(isinstance(score, dict) for score in entry["scores"].values())
+
+
+def _is_metric(entry: Any) -> bool:
+    """Check the form of a metric's entry in a file of scores."""
+    directions = [direction.value for direction in Direction]
+    is_described = isinstance(entry, dict) and entry.get("direction") in directions
+    return is_described and isinstance(entry.get("identity", {}), dict)
 
 
 Pair = tuple[str, dict[str, Any], dict[str, Any]]
@@ -123,7 +138,7 @@ Pair = tuple[str, dict[str, Any], dict[str, Any]]
 
 def _paired(pages: Sequence[Mapping[str, Any]], paths: tuple[Path, Path], common: bool) -> list[Pair]:
     """Videos of the same prompt and index: the prompt, and what both files say."""
-    sides = [{(video["group"], video.get("index", 0)): video for video in page["videos"].values()} for page in pages]
+    sides = [{(video["group"], video["index"]): video for video in page["videos"].values()} for page in pages]
     shared = [key for key in sides[0] if key in sides[1]]
     for mine, other in ((0, 1), (1, 0)):
         lost = sides[mine].keys() - sides[other].keys()

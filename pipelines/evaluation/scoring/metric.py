@@ -1,4 +1,4 @@
-"""What a metric is: rows measured frame by frame, and a value that sums up any run of rows.
+"""Interface of metrics: rows measured frame by frame, and a value that sums up any run of rows.
 
 A row belongs to a frame, or to a pair of frames that follow each other. A whole video, its first seconds and its last
 ones are summed up in the same way, so that every metric has a drift.
@@ -43,7 +43,7 @@ class NotMeasuredError(Exception):
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a video was generated: in blocks, whose lengths are in frames of video.
+    """Lengths of the blocks in which a video was generated, in frames of video.
 
     Attributes:
         first: frames of the first block.
@@ -54,7 +54,7 @@ class Blocks:
     length: int
 
     def starts_block(self, frame: int) -> bool:
-        """Whether a block other than the first starts with a frame."""
+        """Check whether a block other than the first starts with a frame."""
         return frame >= self.first and (frame - self.first) % self.length == 0
 
 
@@ -122,11 +122,11 @@ class Metric(ABC):
     of_pairs = False
 
     def identity(self) -> dict[str, Any]:
-        """What values depend on beside the video: definition, settings, hashes of weights."""
+        """Everything beside the video that values depend on: settings, hashes of weights."""
         return {}
 
     def origin(self) -> dict[str, Any]:
-        """Where values come from that are read: the same for one run, not for two that are compared."""
+        """Files that values are read from; those of two runs that are compared may differ."""
         return {}
 
     def stride(self, clip: Clip) -> int:

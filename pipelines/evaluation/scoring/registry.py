@@ -15,7 +15,7 @@ from wan.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Resources:
-    """What metrics are made from.
+    """Files and devices that metrics are made from.
 
     Attributes:
         device: for models.

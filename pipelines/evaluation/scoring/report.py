@@ -47,7 +47,7 @@ def comparison_table(rows: Sequence[Comparison]) -> Table:
 
 
 def left_out(rows: Sequence[Comparison]) -> list[str]:
-    """What was not compared, and why: one line per metric."""
+    """Lines that say which metrics or videos were not compared, and the reason."""
     return [f"{row.name}: {row.verdict}, {row.reason}" for row in rows if row.reason is not None]
 
 

@@ -18,7 +18,7 @@ from pipelines.prompts.names import shown
 from pipelines.provenance import environment, versions
 from pipelines.records import Records, open_records
 from wan.utils.errors import InputError
-from wan.utils.settings import require_same_settings
+from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What is scored, and how.
+    """Videos, metrics and settings of a run of scoring.
 
     Attributes:
         clips: the videos.
@@ -126,13 +126,13 @@ def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric], di
 
 
 def _about(entry: Entry) -> dict[str, Any]:
-    """What a file says of a metric beside its values."""
+    """Description of a metric for the file of scores, without values."""
     spec = {key: value for key, value in asdict(entry.spec).items() if key != "name"}
     return spec | {"direction": entry.spec.direction.value, "versions": versions(entry.packages)}
 
 
 def _described(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of a metric, without values that it was summed up to before."""
+    """Strip a metric's entry of the sums of an earlier run."""
     return {key: value for key, value in about.items() if key not in (*SUMMED_UP, NOT_MEASURED, LEFT_OUT)}
 
 
@@ -153,15 +153,15 @@ def _score_clips(run: Run, made: Mapping[str, Metric], records: Records) -> None
 def _score_clip(run: Run, clip: Clip, made: Mapping[str, Metric], records: Records) -> bool:
     """Score a video by the metrics that it lacks; whether there were some."""
     former = records.find(clip.name) or {}
+    facts = plain({key: value for key, value in asdict(clip).items() if key not in ("name", "path")})
     scores: dict[str, Score] = former.get("scores", {})
-    if former.get("sha256") not in (None, clip.sha256):
-        log.warning("%s is another video than before: it is scored again", shown(clip.name))
+    changed = [key for key in facts if former and former.get(key) != facts[key]]
+    if changed:
+        log.warning("%s has another %s than before: it is scored again", shown(clip.name), ", ".join(changed))
         scores = {}
     wanted = {name: metric for name, metric in made.items() if NOT_MEASURED in scores.get(name, {NOT_MEASURED: ""})}
-    facts = {key: value for key, value in asdict(clip).items() if key not in ("name", "path")}
     if wanted:
         scores = scores | measure_clip(clip, wanted, run.drift_seconds)
-    if wanted or former.get("sha256") != clip.sha256:
         records.page["videos"][clip.name] = facts | {"scores": scores}
     return bool(wanted)
 

@@ -77,7 +77,7 @@ SOURCES = {source.name: source for source in (CLIP_B, CLIP_L, DINO, AESTHETIC, M
 
 @dataclass(frozen=True)
 class WeightFolder:
-    """Where weights are looked for: files that were named, then a folder, then the caches of other programs.
+    """Places of weights: files that were named, then a folder, then the caches of other programs.
 
     Attributes:
         folder: of files under their publishers' names.

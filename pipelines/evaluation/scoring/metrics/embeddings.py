@@ -71,7 +71,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def prepare(self, frames: Frames) -> Tensor:
-        """What the network takes of frames [T, H, W, 3]."""
+        """Turn frames [T, H, W, 3] into the network's input."""
 
     @abstractmethod
     def encode(self, pixels_TCHW: Tensor) -> Tensor:

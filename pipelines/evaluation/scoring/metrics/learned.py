@@ -90,7 +90,7 @@ class ImagingQuality(Metric):
 
 
 class DynamicDegree(Metric):
-    """Whether a video moves: 1 if enough pairs of frames have fast pixels, else 0.
+    """Motion of a video: 1 if enough pairs of frames have fast pixels, else 0.
 
     Args:
         model: RAFT of torchvision.

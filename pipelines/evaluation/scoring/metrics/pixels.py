@@ -123,7 +123,7 @@ def _mean_laplacian(picture: NDArray[np.float32]) -> float:
 
 
 class SeamJumps(Metric):
-    """How much more frames change where a block ends than inside of blocks."""
+    """Change of frames where a block ends, beyond their change inside of blocks."""
 
     SPEC = Spec(
         "seam_jumps",

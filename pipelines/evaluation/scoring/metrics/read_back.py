@@ -15,7 +15,7 @@ from wan.utils.files import content_hash, read_json
 MAX_BYTES = 2**28
 PREFIX = "vbench_"
 DIVISORS = {"imaging_quality": 100.0}
-"""What VBench divides the mean by, but not the values of videos."""
+"""Divisors that VBench applies to its mean, but not to the values of videos."""
 NO_RESULTS = "no results of VBench: run it in an environment of its own, and give --vbench_results *_eval_results.json"
 CURE = "give a file that VBench wrote, *_eval_results.json"
 SPECS = {

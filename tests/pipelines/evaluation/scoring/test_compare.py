@@ -131,7 +131,10 @@ def test_what_the_second_file_lacks_is_not_passed_over(pages: Pages) -> None:
         (lambda page: page["metrics"]["it"].update(identity={"weights": "ab"}), "weights was nothing, is ab"),
         (lambda page: page.pop("videos"), "holds no scores"),
         (lambda page: page["videos"].update(x=3), "holds no scores of x"),
+        (lambda page: page["videos"]["p1-0.mp4"].update(index="0"), "holds no scores of p1-0.mp4"),
+        (lambda page: page["videos"]["p1-0.mp4"]["scores"].update(it=[1.0]), "holds no scores of p1-0.mp4"),
         (lambda page: page["metrics"].update(it=3), "does not say what it is"),
+        (lambda page: page["metrics"]["it"].update(identity=3), "does not say what it is"),
         (lambda page: page["metrics"].clear(), "no values of the same metric"),
     ],
 )

@@ -117,6 +117,22 @@ def test_sums_are_of_the_videos_that_are_there(program: Program, folder: Folder,
     assert page["sharpness"]["value"]["videos"] == 4 and page["dynamic_range"]["value"]["videos"] == 3
 
 
+def test_other_blocks_or_prompts_are_measured_again(
+    program: Program, folder: Folder, tmp_path: Path, measured: list[Any]
+) -> None:
+    out, fresh, videos = tmp_path / "scores.json", tmp_path / "fresh.json", folder()
+    for blocks in ((9, 12), (4, 4)):
+        assert program(videos, "--blocks", *blocks, "--json", out) == 0
+    assert len(measured) == 8
+    assert program(videos, "--blocks", 4, 4, "--json", fresh) == 0
+    assert read(out)["videos"] == read(fresh)["videos"] and read(out)["metrics"] == read(fresh)["metrics"]
+    measured.clear()
+    assert program(videos, "--blocks", 4, 4, "--json", out) == 0
+    assert not measured
+    assert program(videos, "--blocks", 4, 4, "--prompts_from_names", "--json", out) == 0
+    assert len(measured) == 4 and read(out)["videos"]["one-0.mp4"]["prompt"] == "one"
+
+
 def test_other_settings_are_refused(
     program: Program, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +243,20 @@ def test_a_manifest_that_does_not_fit(change: Callable[[Any], object], words: st
     change(page)
     (suite / "manifest.json").write_text(json.dumps(page))
     with pytest.raises(InputError, match=words.replace("(", r"\(")):
+        find_clips(suite)
+
+
+def test_two_videos_of_one_name(folder: Folder, suite: Path) -> None:
+    videos = folder()
+    (videos / "one-0.mp4").rename(videos / "one.mp4")
+    assert {clip.group for clip in find_clips(videos).clips} == {"one", "two"}
+    (videos / "one-00.mp4").write_bytes((videos / "one-1.mp4").read_bytes())
+    with pytest.raises(InputError, match=r"one-00\.mp4 and one\.mp4 are both number 0 of 'one'"):
+        find_clips(videos)
+    page = read(suite / "manifest.json")
+    page["videos"]["one-1.mp4"]["index"] = 0
+    (suite / "manifest.json").write_text(json.dumps(page))
+    with pytest.raises(InputError, match="are both number 0"):
         find_clips(suite)
 
 
