@@ -46,7 +46,8 @@ def reproduce_parser() -> Parser:
     weights = "weights by name; a name alone for those of the config"
     add("--checkpoint_path", nargs="+", default=[], metavar="NAME[=PATH]", help=weights)
     add("--output_folder", type=as_path, metavar="PATH", help="of everything (default output/TABLE)")
-    add("--suite", default="vbench", metavar="NAME", help="prompts, as for sample_suite.py (default vbench)")
+    suite = "prompts, as for sample_suite.py; by default vbench, for drift moviegen, for layers hundred"
+    add("--suite", metavar="NAME", help=suite)
     parser.add_value("--limit", Annotated[int, Bounds(1, 10**6)], "so many prompts, or videos of a probe, at most")
     parser.add_value("--samples", Annotated[int, Bounds(1, 9999)], "videos per prompt")
     metrics = "as for evaluate.py (default pixels learned)"

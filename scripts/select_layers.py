@@ -5,13 +5,14 @@
     python scripts/select_layers.py --config … --method stage1_error --scores runs/stage1 --yaml layers.yaml
     python scripts/select_layers.py --config … --method gates --training configs/gates.yaml --yaml layers.yaml
     python scripts/select_layers.py --config … --method random --seed 1 --yaml layers.yaml
-    python scripts/select_layers.py --config … --method vbench --scores vbench.json --yaml layers.yaml
+    python scripts/select_layers.py --config … --method vbench --scores output/layers/single_layers --yaml layers.yaml
 
 replacement: one layer is hybrid at a time, and the videos are compared with the teacher's, from the same noise; needs a
 stage-1 export with all layers hybrid. --json keeps the scores of every video as they come: a run that is started again
 goes on there. stage1_error: how well each layer learnt to put out what the teacher's does. gates: trains a gate a layer
 under a budget (arl2/layer_selection/gates.py; resumed like any training), or reads such a run, --scores. random: a
-control. vbench: scores made elsewhere, {"layer": score}, low for layers whose conversion costs little.
+control. vbench: what videos lose in six dimensions of VBench when one layer is hybrid, as the paper has it; --scores is
+the folder of evaluations that `scripts/reproduce.py layers` makes, or a file {"layer": score} with low for good.
 """
 
 from wan.utils.signals import end_on_signals
@@ -49,6 +50,8 @@ from arl2.statement import found_settings
 from pipelines.cli import choose_device, entry_point, rank_and_world_size
 from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryConfig, MemoryKind, SpeedConfig
 from pipelines.dtypes import choose_dtype
+from pipelines.evaluation.layer_scores import read_layer_scores
+from pipelines.evaluation.tables.vbench import SHOWN
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
@@ -70,8 +73,8 @@ log = logging.getLogger(__name__)
 
 METHODS = ("replacement", "stage1_error", "gates", "random", "vbench")
 VBENCH = (
-    "VBench has an environment of its own, its packages exclude ours: score there videos made with one layer hybrid at "
-    'a time; give what each loses as --scores file.json: {"layer": score}, low is good; or take --method replacement'
+    "vbench needs videos made with one layer hybrid at a time: scripts/reproduce.py layers prints the commands that "
+    'make and score them; give their folder, or a file {"layer": score} with low for good, as --scores'
 )
 
 
@@ -98,8 +101,10 @@ def parse() -> argparse.Namespace:
         "--scores",
         type=as_path,
         metavar="PATH",
-        help="stage1_error, gates: a run or one of its reports; vbench: a file",
+        help="stage1_error, gates: a run or one of its reports; vbench: a folder of evaluations, or a file",
     )
+    dimensions = "vbench: of a folder of evaluations (default the paper's six)"
+    add("--dimensions", nargs="+", default=list(SHOWN), metavar="NAME", help=dimensions)
     add("--training", type=as_path, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
     parser.add_seed("of noise, or of the random scores")
@@ -223,6 +228,8 @@ def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dic
         return random_scores(num_layers, arguments.seed)
     if arguments.method == "vbench" and arguments.scores is None:
         raise InputError(VBENCH)
+    if arguments.method == "vbench" and arguments.scores.is_dir():
+        return read_layer_scores(arguments.scores, num_layers, arguments.dimensions)
     if arguments.method == "gates" and arguments.training is not None:
         training = load_config(GatesConfig, arguments.training, arguments.set)
         train(training)

@@ -229,7 +229,7 @@ def test_what_cannot_work_is_said(
     (tmp_path / "window.yaml").write_text((tmp_path / "config.yaml").read_text() + "memory: {kind: window}\n")
     weights = ("--checkpoint_path", models / "all" / "transformer")
     for method, flags, message in (
-        ("vbench", (), "environment of its own"),
+        ("vbench", (), "scripts/reproduce.py layers prints the commands"),
         ("stage1_error", (), "needs --scores"),
         ("replacement", (), "needs --checkpoint_path"),
         ("replacement", weights, "needs --data_path"),

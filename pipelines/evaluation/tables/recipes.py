@@ -6,10 +6,14 @@ measured there is no figure.
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipelines.config import InferenceConfig
+from pipelines.evaluation.layer_scores import BASELINE, layer_folder
 from pipelines.evaluation.tables.build import TABLES
+from pipelines.settings import load_config
+from wan.checkpoints.formats import transformer_config
 from wan.utils.errors import InputError
 
 FPS_TO_MP4 = 41.2
@@ -17,6 +21,11 @@ FPS_TO_MP4 = 41.2
 STAGE1_HOURS, STAGE2_HOURS = 23.0, 105.0
 """6000 and 12,000 steps of 8 videos (docs/results/training_full_size.md)."""
 VBENCH_PROMPTS, VBENCH_SAMPLES = 944, 5
+SUITES = {"quality": "vbench", "drift": "moviegen", "ablations": "vbench", "layers": "hundred"}
+"""Prompts by table."""
+SINGLE = "single_layers"
+LAYER_PROMPTS = 12
+"""The paper's number of prompts for the choice of layers."""
 LONG_LATENTS = 240
 """Latent frames of videos for drift: a minute at 16 frames per second."""
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -60,7 +69,7 @@ class Request:
         config: of scripts/inference.py's kind.
         folder: of everything that is made.
         checkpoints: weights by label; None for those of the config.
-        suite: prompts.
+        suite: prompts; None for those of the table, see `SUITES`.
         limit, samples: prompts at most, and videos per prompt; None for the suite's own.
         metrics: of scripts/evaluate.py.
         device: None for the default.
@@ -71,7 +80,7 @@ class Request:
     config: Path
     folder: Path
     checkpoints: dict[str, Path | None] = field(default_factory=lambda: {"model": None})
-    suite: str = "vbench"
+    suite: str | None = None
     limit: int | None = None
     samples: int | None = None
     metrics: tuple[str, ...] = ("pixels", "learned")
@@ -82,6 +91,11 @@ class Request:
     def device_words(self) -> tuple[str, ...]:
         """The flag of the device."""
         return () if self.device is None else ("--device", self.device)
+
+    @property
+    def prompts(self) -> str:
+        """The suite."""
+        return self.suite or SUITES[self.table]
 
     @property
     def page(self) -> Path:
@@ -118,15 +132,16 @@ def _scored(request: Request) -> list[Step]:
     return [*steps, _table(request, files, pictures=True)]
 
 
-def _videos(request: Request, label: str, checkpoint: Path | None) -> tuple[Step, Step]:
-    """Sampling and scoring of one model."""
+def _videos(request: Request, label: str, checkpoint: Path | None, layer: int | None = None) -> tuple[Step, Step]:
+    """Sampling and scoring of one model, or of one that is hybrid in one of its layers."""
     folder = request.folder / _folder_name(label)
     frames = (f"num_output_frames={LONG_LATENTS}",) if request.table == "drift" else ()
     given = any(setting.startswith("num_output_frames=") for setting in request.settings)
     words = _python(
         "sample_suite.py",
-        *("--suite", request.suite, "--config", request.config, "--output_folder", folder),
+        *("--suite", request.prompts, "--config", request.config, "--output_folder", folder),
         *_given("checkpoint_path", checkpoint),
+        *(() if layer is None else ("--hybrid_layers", str(layer))),
         *_given("limit", request.limit),
         *_given("samples", request.samples),
         *request.device_words,
@@ -135,7 +150,7 @@ def _videos(request: Request, label: str, checkpoint: Path | None) -> tuple[Step
     )
     seconds_of_video = (4 * LONG_LATENTS - 3 if request.table == "drift" else 81) / FPS_TO_MP4
     number = None
-    if request.suite.startswith("vbench"):
+    if request.prompts.startswith("vbench"):
         number = min(request.limit or VBENCH_PROMPTS, VBENCH_PROMPTS) * (request.samples or VBENCH_SAMPLES)
     elif request.limit is not None:
         number = request.limit * (request.samples or 1)
@@ -153,7 +168,8 @@ def _table(request: Request, files: Sequence[str], pictures: bool = False) -> St
 
 def _ablations(request: Request) -> list[Step]:
     """Both stages of every row, then videos and scores of all."""
-    steps, checkpoints = [], {}
+    steps: list[Step] = []
+    checkpoints: dict[str, Path | None] = {}
     base = _given_checkpoint(request)
     for label, settings in ABLATIONS.items():
         folder = request.folder / "runs" / _folder_name(label)
@@ -169,8 +185,7 @@ def _ablations(request: Request) -> list[Step]:
     words = ("train_stage2.py", "--config", "configs/stage2.yaml", f"run_folder={alone}", "init_from=null", *base)
     steps.append(Step(("torchrun", "--nproc_per_node", "8", *words), STAGE2_HOURS, alone))
     checkpoints["stage 2 alone"] = alone / "export_ema"
-    scored = Request(**(vars(request) | {"checkpoints": checkpoints}))
-    return steps + _scored(scored)
+    return steps + _scored(replace(request, checkpoints=checkpoints))
 
 
 def _given_checkpoint(request: Request) -> tuple[str, ...]:
@@ -181,19 +196,31 @@ def _given_checkpoint(request: Request) -> tuple[str, ...]:
 
 
 def _layers(request: Request) -> list[Step]:
-    """The score without weights of others, from a stage-1 export with all layers hybrid."""
+    """Two choices of layers, from a stage-1 export with all layers hybrid.
+
+    One is by deviation from the softmax model, the other by the scores of videos made with one layer hybrid at a time.
+    """
     (path, *more) = request.checkpoints.values()
     if path is None or more:
         raise InputError("layers are scored on one stage-1 export with all layers hybrid: give --checkpoint_path")
-    chosen = request.folder / "replacement.yaml"
-    words = _python(
+    model_folder = Path(load_config(InferenceConfig, request.config, list(request.settings)).model_folder)
+    number = request.limit or LAYER_PROMPTS
+    few = replace(request, limit=number, samples=request.samples or 1, folder=request.folder / SINGLE)
+    steps = [*_videos(few, BASELINE, None)]
+    for layer in range(transformer_config(model_folder)["num_layers"]):
+        steps += _videos(few, layer_folder(layer), path, layer)
+    replacement, scored = request.folder / "replacement.yaml", request.folder / "vbench.yaml"
+    common = ("--config", request.config)
+    by_scores = _python("select_layers.py", *common, "--method", "vbench", "--scores", few.folder, "--yaml", scored)
+    by_deviation = _python(
         "select_layers.py",
-        *("--config", request.config, "--method", "replacement", "--checkpoint_path", path),
-        *("--data_path", "prompts/hundred.jsonl", "--json", request.folder / "replacement.json", "--yaml", chosen),
-        *_given("num_videos", request.limit),
+        *(*common, "--method", "replacement", "--checkpoint_path", path, "--data_path", "prompts/hundred.jsonl"),
+        *("--json", request.folder / "replacement.json", "--yaml", replacement, "--num_videos", str(number)),
         *request.device_words,
+        *request.settings,
     )
-    return [Step(words, None, chosen), _table(request, [str(chosen)])]
+    steps += [Step(by_scores, 0.0, scored), Step(by_deviation, None, replacement)]
+    return [*steps, _table(request, [str(replacement), str(scored)])]
 
 
 def _recall(request: Request) -> list[Step]:

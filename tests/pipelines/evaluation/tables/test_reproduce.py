@@ -63,6 +63,22 @@ def test_ablations_train_every_row_and_score_the_stages_alone() -> None:
         steps_of(request("layers", checkpoints={"model": None}))
 
 
+def test_layers_are_scored_one_by_one_and_by_deviation() -> None:
+    steps = steps_of(request("layers"))
+    sampled = [step.words for step in steps if step.words[1] == "scripts/sample_suite.py"]
+    assert len(sampled) == 1 + 8 and "--checkpoint_path" not in sampled[0]
+    assert [words[words.index("--hybrid_layers") + 1] for words in sampled[1:]] == [str(layer) for layer in range(8)]
+    assert all(words[words.index("--suite") + 1] == "hundred" for words in sampled)
+    scored, deviated, table = steps[-3:]
+    assert scored.words[1] == deviated.words[1] == "scripts/select_layers.py"
+    assert str(scored.makes) in table.words and str(deviated.makes) in table.words
+    assert Path(scored.words[scored.words.index("--scores") + 1]) == sampled_folder(sampled[0]).parent
+
+
+def sampled_folder(words: tuple[str, ...]) -> Path:
+    return Path(words[words.index("--output_folder") + 1])
+
+
 def test_hours_are_rates_times_counts() -> None:
     (sampling, *_) = steps_of(request("quality"))
     assert sampling.hours == pytest.approx(944 * 5 * 81 / 41.2 / 3600)
