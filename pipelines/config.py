@@ -67,7 +67,7 @@ class MemoryConfig:
         window_frames: latent frames that a query sees, its own block and the sink included.
         sink_frames: latent frames of the sink, which is never dropped.
         sink: first for the first frames as they were; average for a moving average of them and of all frames that have
-            left the window, see `wan.memory.AveragedSinkMemory`.
+            left the window, see `wan.averaged_sink.AveragedSinkMemory`.
         sink_decay: weight of the sink in that average when a frame leaves.
         recompute: compute keys and values of a window's earlier frames anew before every block, see
             `arl2.rollout.remember_anew`: they then hold nothing of frames that left the window.
