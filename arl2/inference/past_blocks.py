@@ -8,7 +8,6 @@ what came before under the former text.
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,15 +89,16 @@ class PastBlocks:
             model, text, timestep: as in `arl2.rollout.remember_block`.
         """
         past = list(self._recent)
+        states = past[0].states if past else self._states()
         self._memory.reset()
         begin = past[0].start_frame if past else None
         for number, latents in enumerate(self._sink):
             start = number * self._frames
             if begin is None or start < begin:
                 remember_block(model, latents, text, self._memory, start, timestep)
-        if past and self._keeps_states:
+        if self._keeps_states:
             for name, layer in self._with_state.items():
-                layer.restore(past[0].states.part(name))
+                layer.restore(states.part(name))
         self._recent.clear()
         for block in past:
             self._recent.append(_Past(block.start_frame, block.latents_BFCHW, self._states()))
@@ -115,25 +115,34 @@ class PastBlocks:
         return Snapshot({**tensors, **whole.tensors}, whole.counters)
 
     def restore(self, snapshot: Snapshot, end_frame: int) -> None:
-        """Hold what another object of the same arguments held.
+        """Hold what another object of the same arguments held. The memory is to be restored after it, not before.
 
         Args:
             end_frame: absolute index of the frame after the last remembered block.
+
+        Raises:
+            InputError: the snapshot is of other blocks or states.
         """
-
-        def blocks(name: str) -> list[Tensor]:
-            return list(snapshot.tensors[name].split(self._frames, dim=1)) if name in snapshot.tensors else []
-
-        self._sink = blocks("sink")
-        recent = blocks("recent")
-        begin = end_frame - sum(latents.shape[1] for latents in recent)
+        counts = {"sink": min(self._sink_frames, end_frame)}
+        most = end_frame if self._recent.maxlen is None else self._recent.maxlen * self._frames
+        counts["recent"] = min(most, end_frame)
+        for name, count in counts.items():
+            if (0 if name not in snapshot.tensors else snapshot.tensors[name].shape[1]) != count:
+                raise InputError(f"{name} must hold {count} latent frames")
+        sink, recent = (
+            list(snapshot.tensors[name].split(self._frames, dim=1)) if count else [] for name, count in counts.items()
+        )
+        self._sink = sink
+        begin = end_frame - counts["recent"]
         self._recent.clear()
         for number, latents in enumerate(recent):
             states = snapshot.part(str(number))
+            if self._keeps_states:
+                for name, layer in self._with_state.items():
+                    layer.restore(states.part(name))  # which checks it
             self._recent.append(_Past(begin + number * self._frames, latents, states))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all latents and states."""
-        tensors: Any = self.snapshot().tensors.values()
-        return sum(value.numel() * value.element_size() for value in tensors)
+        return sum(value.numel() * value.element_size() for value in self.snapshot().tensors.values())
