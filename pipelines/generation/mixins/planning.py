@@ -189,12 +189,10 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             settings.guidance_distilled,
         )
         self.check_text(texts, max_sequence_length)
-        remembered = as_memory(memory)
-        self.check_memory(remembered)
+        remembered = self._read_memory(memory)
         sampler = choose_sampler(settings, num_inference_steps, timesteps)
         given = self._read_given(image, video, strength, texts.batch, height, width, sampler)
         frames, blocks = self._length(num_frames, given)
-        switches = self._read_switches(texts, later, frames, given, max_sequence_length)
         check_latents(latents, strength, (texts.batch, frames, self.transformer.config.in_dim, *size))
         return VideoPlan(
             texts=texts,
@@ -209,9 +207,14 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             latents=latents,
             callback=with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs),
             max_sequence_length=max_sequence_length,
-            switches=switches,
+            switches=self._read_switches(texts, later, frames, given, max_sequence_length),
             on_switch=check_on_switch(on_switch, remembered),
         )
+
+    def _read_memory(self, memory: MemoryConfig | str | None) -> MemoryConfig:
+        remembered = as_memory(memory)
+        self.check_memory(remembered)
+        return remembered
 
     def _read_switches(
         self,
