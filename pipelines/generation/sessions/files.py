@@ -29,7 +29,7 @@ from pipelines.generation.mixins.making import MakingMixin
 from pipelines.generation.mixins.planning import Given, VideoPlan
 from pipelines.prompts.schedules import OnSwitch
 from pipelines.provenance import versions
-from wan.checkpoints.loading import read_header, require_weight_file
+from wan.checkpoints.loading import read_header
 from wan.checkpoints.saving import METADATA, stored_hash, write_safetensors
 from wan.checkpoints.tensors import require_finite
 from wan.memory import MemorySpec
@@ -267,7 +267,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     """The header's record."""
     if not path.is_file():
         raise CheckpointError(f"no session at {path}: check the path")
-    require_weight_file(path)
     try:
         _, metadata = read_header(path)
     except CheckpointError as error:
