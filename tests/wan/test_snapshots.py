@@ -51,14 +51,6 @@ def test_a_restored_memory_goes_on(kind: str, blocks: int) -> None:
             assert torch.equal(mine, theirs)
         commit(memory, 1, block)
         commit(other, 1, block)
-    if blocks:
-        assert (
-            any(
-                not torch.equal(snapshot.tensors[name], memory.snapshot().tensors[name][:, : x.shape[1]])
-                for name, x in snapshot.tensors.items()
-            )
-            or kind == "full"
-        ), "a clone does not change"
 
 
 def test_what_does_not_fit_is_refused_before_the_buffer_grows() -> None:

@@ -179,15 +179,8 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         width = self.default_of("width") if width is None else typed(Pixels, width, "width")
         size, settings = self.latent_size(height, width), self.sampling_settings()
         first, later = split_schedule(prompt)
-        texts = read_texts(
-            first,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            guidance_scale,
-            num_videos_per_prompt,
-            settings.guidance_distilled,
-        )
+        words = negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, num_videos_per_prompt
+        texts = read_texts(first, *words, settings.guidance_distilled)
         self.check_text(texts, max_sequence_length)
         remembered = self._read_memory(memory)
         sampler = choose_sampler(settings, num_inference_steps, timesteps)

@@ -13,7 +13,7 @@ from wan.vae.stream import SETTLING_LATENTS, LatentStream
 from wan.vae.tiny import TinyDecoder
 from wan.vae.wan_vae import TOY_VAE, WanVAE, new_vae
 
-LATENTS = (2, 6, 16, 4, 3)
+LATENTS = (2, 4, 16, 4, 3)
 
 
 def streams() -> dict[str, Callable[[], LatentStream]]:
@@ -33,16 +33,16 @@ def streams() -> dict[str, Callable[[], LatentStream]]:
 @pytest.mark.parametrize("decoder", ["plain", "fast", "tiny", "divided", "band"])
 def test_a_restored_stream_goes_on(decoder: str) -> None:
     begin, latents = streams()[decoder], torch.randn(LATENTS, generator=torch.Generator().manual_seed(1))
-    whole = begin()
-    frames = [whole.decode(latents[:, place : place + 1]) for place in range(6)]
-    for after in (0, 1, 2, 5):
+    whole, ones = begin(), latents.split(1, dim=1)
+    frames = [whole.decode(one) for one in ones]
+    for after in (0, 1, 2, 3):
         stream = begin()
-        if after:
-            stream.decode(latents[:, :after])
+        for one in ones[:after]:
+            stream.decode(one)
         held, other = stream.snapshot().clone(), begin()
         other.restore(held, torch.zeros_like(latents)[:, : min(after, SETTLING_LATENTS)])
-        found = other.decode(latents[:, after:])
-        assert torch.equal(found, torch.cat(frames[after:], dim=1)), after
+        for one, expected in zip(ones[after:], frames[after:], strict=True):
+            assert torch.equal(other.decode(one), expected), after
         again = other.snapshot()
         assert held.tensors.keys() == again.tensors.keys() or after < SETTLING_LATENTS
 
