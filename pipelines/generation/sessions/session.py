@@ -85,7 +85,8 @@ class Session:
         self._texts, self._context_frames = list(texts), context_frames
         self._context_noise: float = host.config.context_noise
         self._per_block: int = host.config.frames_per_block
-        self._broken: NonFiniteBlockError | None = None
+        # Not the error: its traceback would keep the loops alive that it has left.
+        self._broken: tuple[int, str] | None = None
         self._closed = False
         embeds = self._conditioning(texts[0])
         host.bring(host.transformer)
@@ -277,8 +278,8 @@ class Session:
         if self._lockstep is None or self._lockstep.leads:
             what = block.finite.first_broken()
             if what is not None:
-                self._broken = NonFiniteBlockError(block.index, what)
-                raise self._broken
+                self._broken = block.index, what
+                raise NonFiniteBlockError(*self._broken)
         block.frames_BTHWC.join()
         return block
 
@@ -432,7 +433,7 @@ class Session:
         if self._closed:
             raise InputError("the session is closed: begin another, or load a saved one")
         if self._broken is not None:
-            raise self._broken
+            raise NonFiniteBlockError(*self._broken)
         if self._host._execution_device != self._device:
             raise InputError(
                 f"the session is on {self._device}, the pipeline on {self._host._execution_device}: move it back, save "
