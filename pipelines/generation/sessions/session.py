@@ -45,6 +45,10 @@ class TimedText:
     embeds_BTD: Tensor
 
 
+def _note_nothing(latents_BFCHW: Tensor, start_frame: int) -> None:
+    """For a memory that is never made anew."""
+
+
 class Session:
     """A video that is generated block by block, on request. `CausalVideoPipeline.session` begins one.
 
@@ -111,7 +115,8 @@ class Session:
                 context if recomputed else None,
             ),
             recomputed,
-            self._note,
+            # No method of this object: a circle would keep a finished video's memory until it is collected.
+            _note_nothing if self._past is None else self._past.note,
         )
         if context is not None:
             self._remember_given(context)
@@ -196,16 +201,13 @@ class Session:
         kind = self._host.resolve_memory(self._plan.memory)
         return PastBlocks(memory, self._per_block, *kind.window_for(self._plan.latent_frames))
 
-    def _note(self, latents_BFCHW: Tensor, start_frame: int) -> None:
-        if self._past is not None:
-            self._past.note(latents_BFCHW, start_frame)
-
     def _remember_given(self, context_BFCHW: Tensor) -> None:
         """Remember given blocks, the last of which comes right before the first generated one."""
         video, frames = self._video, context_BFCHW.shape[1]
         for first in range(0, frames, self._per_block):
             block, start = context_BFCHW[:, first : first + self._per_block], self._context_frames - frames + first
-            self._note(block, start)
+            if self._past is not None:
+                self._past.note(block, start)
             remember_block(video.model, block, video.text, video.memory, start, self._context_noise)
 
     def _conditioning(self, timed: TimedText) -> Tensor:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,16 @@ def test_a_session_that_broke_goes_on_nowhere(pipelines: Pipelines, tmp_path: Pa
             session.next()
     with pytest.raises(NonFiniteBlockError):
         session.save(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("on_switch", ["keep", "recompute"])
+def test_what_is_let_go_of_is_free_at_once(on_switch: str, pipelines: Pipelines) -> None:
+    """No circle of references holds a memory: recorded passes of the next video want that of the last."""
+    pipeline = pipelines(layers=(0, 2))
+    session = pipeline.session(RED, FRAMES, seeds=[3], memory=WINDOW, on_switch=on_switch)
+    session.next()
+    fork = session.fork()
+    memories = [weakref.ref(each._video.memory) for each in (session, fork)]
+    session.close()
+    del fork
+    assert [memory() for memory in memories] == [None, None]
