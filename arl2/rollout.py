@@ -328,6 +328,92 @@ class GeneratedBlock:
     latents_BFCHW: Tensor
 
 
+class Rollout:
+    """A video between two of its blocks, see `rollout`: the state of the one loop that generates videos.
+
+    A block is remembered when the next one is asked for. So the last block of a video is never remembered, and what its
+    decoding needs can start first.
+
+    Args:
+        model, sampler, noise, text, memory, start_frame, context_noise, phase, conditions, recomputed_frames: as in
+            `rollout`.
+        before_remembering: called with latents and first frame of every block right before it is remembered.
+
+    Attributes:
+        model: computes the passes; may be replaced by another form of itself between blocks.
+        text: of the next block; may be replaced between blocks.
+        index: number of the next block, context not counted.
+        start_frame: absolute index of the next block's first latent frame.
+        pending_BFCHW: the last block, if it is not remembered yet.
+        recent_BFCHW: latents that the memory is made of, where it is made anew before every block.
+    """
+
+    def __init__(
+        self,
+        model: FlowModel,
+        sampler: FewStepSampler,
+        noise: Noise,
+        text: TextKV,
+        memory: Memory,
+        start_frame: int = 0,
+        context_noise: float = 0.0,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+        conditions: Conditions = NO_CONDITIONS,
+        recomputed_frames: int = 0,
+        before_remembering: Callable[[Tensor, int], None] = lambda latents_BFCHW, start_frame: None,
+    ) -> None:
+        self.model, self.text, self.memory = model, text, memory
+        self.index, self.start_frame = 0, start_frame
+        self.pending_BFCHW: Tensor | None = None
+        self.recent_BFCHW = conditions.context_BFCHW
+        self._sampler, self._noise, self._context_noise = sampler, noise, context_noise
+        self._phase, self._conditions, self._recomputed_frames = phase, conditions, recomputed_frames
+        self._before_remembering = before_remembering
+
+    def next_block(self) -> GeneratedBlock:
+        """Remember the last block, and generate the next."""
+        self.remember()
+        given, source = self._conditions, self._conditions.source_BFCHW
+        with self._phase("denoise"):
+            steps = self._sampler.for_block(self.start_frame)
+            latents = denoise_block(
+                self.model,
+                steps,
+                partial(self._noise, self.index),
+                self.text,
+                self.memory,
+                self.start_frame,
+                kept_BFCHW=given.kept_BFCHW if self.index == 0 else None,
+                source_BFCHW=source if source is None else source[:, self.start_frame :],
+                first_step=given.first_step(len(steps.timesteps)),
+                on_step=None if given.on_step is None else partial(given.on_step, self.index),
+            )
+        block = GeneratedBlock(self.index, self.start_frame, latents)
+        self.pending_BFCHW = latents
+        self.index += 1
+        self.start_frame += latents.shape[1]
+        return block
+
+    def remember(self) -> None:
+        """Remember the last block, unless that is done."""
+        latents = self.pending_BFCHW
+        if latents is None:
+            return
+        frames = latents.shape[1]
+        with self._phase("remember"):
+            self._before_remembering(latents, self.start_frame - frames)
+            if self._recomputed_frames:
+                recent = latents if self.recent_BFCHW is None else torch.cat([self.recent_BFCHW, latents], dim=1)
+                self.recent_BFCHW = recent = recent[:, -self._recomputed_frames :]
+                first = self.start_frame - recent.shape[1]
+                remember_anew(self.model, recent, frames, self.text, self.memory, first, self._context_noise)
+            else:
+                remember_block(
+                    self.model, latents, self.text, self.memory, self.start_frame - frames, self._context_noise
+                )
+        self.pending_BFCHW = None
+
+
 def rollout(
     model: FlowModel,
     sampler: FewStepSampler,
@@ -358,34 +444,21 @@ def rollout(
             multiple of a block's; 0 to remember every block once.
 
     Yields:
-        every block. The last one is not remembered, since nothing reads it. To extend a video, call `remember_block`.
+        every block. The last one is not remembered, since nothing reads it. To extend a video, call `remember_block`;
+        to stop, change the text or go on between blocks, take a `Rollout`.
     """
+    video = Rollout(
+        model,
+        sampler,
+        noise,
+        text,
+        memory,
+        start_frame,
+        context_noise,
+        phase,
+        conditions,
+        recomputed_frames,
+    )
     indices: Iterable[int] = count() if blocks is None else range(blocks)
-    source, recent = conditions.source_BFCHW, conditions.context_BFCHW
-    for index in indices:
-        with phase("denoise"):
-            steps = sampler.for_block(start_frame)
-            first = conditions.first_step(len(steps.timesteps))
-            latents = denoise_block(
-                model,
-                steps,
-                partial(noise, index),
-                text,
-                memory,
-                start_frame,
-                kept_BFCHW=conditions.kept_BFCHW if index == 0 else None,
-                source_BFCHW=source if source is None else source[:, start_frame:],
-                first_step=first,
-                on_step=None if conditions.on_step is None else partial(conditions.on_step, index),
-            )
-        yield GeneratedBlock(index, start_frame, latents)
-        if blocks is None or index + 1 < blocks:
-            with phase("remember"):
-                if recomputed_frames:
-                    recent = latents if recent is None else torch.cat([recent, latents], dim=1)
-                    recent = recent[:, -recomputed_frames:]
-                    first_frame = start_frame + latents.shape[1] - recent.shape[1]
-                    remember_anew(model, recent, latents.shape[1], text, memory, first_frame, context_noise)
-                else:
-                    remember_block(model, latents, text, memory, start_frame, context_noise)
-        start_frame += latents.shape[1]
+    for _ in indices:
+        yield video.next_block()

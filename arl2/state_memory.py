@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from arl2.ops.gated_delta import DeltaInputs
 from wan.memory import ConcatView, MemorySpec
 from wan.parallel import BlocksView, MaskedView, ParallelLayout
+from wan.snapshots import Snapshot
+from wan.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class StateMemory:
             self._state = torch.zeros_like(self._state)
         else:
             self._state.zero_()
+
+    def snapshot(self) -> Snapshot:
+        """See `wan.memory.LayerMemory.snapshot`."""
+        return Snapshot({"state": self._state})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `wan.memory.LayerMemory.restore`."""
+        if self._differentiable:
+            self._state = torch.empty_like(self._state)
+        snapshot.copy_to({"state": self._state})
 
     @property
     def num_bytes(self) -> int:
@@ -222,6 +234,19 @@ class LocalMemory:
         else:
             self._buffers.state_BHKV.zero_()
         self._held = self._first(0)
+
+    def snapshot(self) -> Snapshot:
+        """See `wan.memory.LayerMemory.snapshot`."""
+        held = {str(place): tensor for place, tensor in enumerate(self._held.tensors())}
+        return Snapshot(held, {"tokens": self._held.waiting.k.shape[1]})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `wan.memory.LayerMemory.restore`."""
+        if self._differentiable:
+            raise InputError("a memory that is trained through cannot be restored")
+        held = self._first(snapshot.counter("tokens", most=self._buffers.capacity))
+        snapshot.copy_to({str(place): tensor for place, tensor in enumerate(held.tensors())})
+        self._held = held
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ from arl2.inference.parallel.factory import Exchange
 from arl2.model import DEFAULT_LORA_ALPHA, FFNLoRA, HybridSettings
 from arl2.rollout import FewStepSampler
 from arl2.trained_memory import TrainedMemory, describe_memory
+from pipelines.prompts.schedules import OnSwitch
 from pipelines.settings import load_config as load_config
 from wan.checkpoints.configs import read_config
 from wan.checkpoints.fields import LoRAAlpha
@@ -67,7 +68,7 @@ class MemoryConfig:
         window_frames: latent frames that a query sees, its own block and the sink included.
         sink_frames: latent frames of the sink, which is never dropped.
         sink: first for the first frames as they were; average for a moving average of them and of all frames that have
-            left the window, see `wan.memory.AveragedSinkMemory`.
+            left the window, see `wan.averaged_sink.AveragedSinkMemory`.
         sink_decay: weight of the sink in that average when a frame leaves.
         recompute: compute keys and values of a window's earlier frames anew before every block, see
             `arl2.rollout.remember_anew`: they then hold nothing of frames that left the window.
@@ -424,6 +425,7 @@ class InferenceConfig(GeneratorSampling):
         speed: of the transformer.
         strength: with a given video, the fraction of the steps that it is taken through again; null to continue it.
         lora: LoRAs that are added to the weights, each FILE or FILE:SCALE; see `wan.checkpoints.lora`.
+        on_switch: what happens to the memory when the prompt of a video changes.
         caveat: what a preset needs that this code lacks, and its effect; warned of when the model is loaded.
     """
 
@@ -439,6 +441,7 @@ class InferenceConfig(GeneratorSampling):
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     strength: Strength | None = None
     lora: list[PathText] = field(default_factory=list)
+    on_switch: OnSwitch = OnSwitch.keep
     caveat: str | None = None
 
     def lora_sources(self) -> list[LoRASource]:
@@ -469,6 +472,7 @@ class InferenceConfig(GeneratorSampling):
         What records of earlier versions lack is left out where it does nothing.
         """
         idle = {name for name in ("first_block_denoising_steps", "strength") if getattr(self, name) is None}
+        idle |= {"on_switch"} if self.on_switch is OnSwitch.keep else set()
         noted = asdict(self) | {"memory": self.memory.identity()}
         return {name: value for name, value in noted.items() if name not in (*NOT_OF_VIDEOS, *idle)}
 

@@ -25,7 +25,7 @@ from pipelines.config import InferenceConfig
 from pipelines.evaluation.names import MAX_SAMPLES, ignores_case
 from pipelines.evaluation.sampling import RECORDS, VIDEOS, Manifest, SuiteVideo, plan_videos
 from pipelines.evaluation.suite_files import KNOWN, read_suite
-from pipelines.evaluation.suites import SHORT_SECONDS, Suite, check_switches, limited, of_dimensions, with_samples
+from pipelines.evaluation.suites import SHORT_SECONDS, Suite, limited, of_dimensions, with_samples
 from pipelines.flags import Parser, as_path
 from pipelines.generation.arguments import InferenceRun, add_generation_flags, plan_run
 from pipelines.generation.run import generate, load_pipeline
@@ -67,7 +67,6 @@ def plan(arguments: argparse.Namespace) -> tuple[Suite, list[SuiteVideo]]:
         InputError: a suite that is missing, damaged or cannot be made, or no prompt is left of it.
     """
     whole = read_suite(arguments.suite, arguments.suites_folder, arguments.extended)
-    check_switches(whole, arguments.first_prompt)
     part = whole
     if arguments.dimensions is not None:
         part = of_dimensions(part, arguments.dimensions)
@@ -77,7 +76,7 @@ def plan(arguments: argparse.Namespace) -> tuple[Suite, list[SuiteVideo]]:
         part = with_samples(part, arguments.samples)
     videos: Path = arguments.output_folder / VIDEOS
     check_writable(videos)
-    return part, plan_videos(whole, part, arguments.seed, ignores_case(videos))
+    return part, plan_videos(whole, part, arguments.seed, ignores_case(videos), arguments.first_prompt)
 
 
 def warn_of_length(run: InferenceRun, suite: str) -> None:

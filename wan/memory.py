@@ -2,6 +2,9 @@
 
 Attending is a pure read: a layer gets a *view* of its memory and returns its output. Remembering is the
 only write: the clean pass returns *updates*, and the caller commits them. Layers own no memory.
+
+Who owns a memory can take a *snapshot* of it between two blocks, and restore it, as it can reset it: both replace the
+whole content, and no layer does either.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wan.ops.rope import Rotary, rotary_angles, rotate
+from wan.snapshots import Snapshot
 from wan.utils.errors import InputError
 
 
@@ -29,6 +32,16 @@ class LayerMemory(Protocol):
 
     def reset(self) -> None:
         """Forget everything."""
+
+    def snapshot(self) -> Snapshot:
+        """Everything committed, as views that the next commit may change."""
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Hold what a memory of the same spec held when the snapshot was taken, and nothing else.
+
+        Raises:
+            InputError: the snapshot is of a memory of another spec; the content is undefined then.
+        """
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +73,7 @@ class MemorySpec:
         window_frames: upper bound on the latent frames that a query sees, its own block included; None for all.
         sink_frames: first frames of the video that a window never drops.
         sink_decay: weight of the sink in its moving average with the frames that leave the window, see
-            `AveragedSinkMemory`; None for a sink of the first frames as they were.
+            `wan.averaged_sink.AveragedSinkMemory`; None for a sink of the first frames as they were.
         differentiable: whether to keep the graph of committed updates, for training; otherwise commits are in place.
         head_shards: ranks that the heads are divided over; a memory holds one part.
     """
@@ -275,95 +288,30 @@ class KVMemory:
         """Forget everything; the buffer stays allocated."""
         self._written = 0
 
+    def _content(self, held: int) -> dict[str, Tensor]:
+        """The first tokens of the buffer."""
+        return {"keys": self._keys[:, :held], "values": self._values[:, :held]}
+
+    def snapshot(self) -> Snapshot:
+        """See `LayerMemory.snapshot`: the part of the buffer that was written, in its order."""
+        return Snapshot(self._content(min(self._written, self._keys.shape[1])), {"written": self._written})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `LayerMemory.restore`."""
+        written, keys = snapshot.counter("written"), snapshot.tensor("keys")
+        held = min(written, self._window or written)
+        # Before the buffer grows: a number must not allocate more than the tensors fill.
+        if keys.ndim != 4 or keys.shape[1] != held:
+            raise InputError(f"keys are {list(keys.shape)}: they must hold {held} tokens")
+        if self._window is None:
+            self._reserve(held)
+        Snapshot({name: snapshot.tensor(name) for name in ("keys", "values")}).copy_to(self._content(held))
+        self._written = written
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the buffer."""
         return sum(buffer.numel() * buffer.element_size() for buffer in (self._keys, self._values))
-
-
-class AveragedSinkMemory(KVMemory):
-    """`KVMemory` whose sink is a moving average of all frames that have left the window.
-
-    With a sink of S frames, decay α, and R the rotation of a key by S frames, when frame f leaves the window:
-
-        K[f mod S] ← α · R · K[f mod S] + (1 - α) · K_f,    V[f mod S] ← α · V[f mod S] + (1 - α) · V_f
-
-    So every sink frame takes the position of the last frame that it took in, and the sink always stands right before
-    the window. That is the average of keys before their rotation, with positions counted from the start of the sink:
-    attention depends on differences of positions only. Frames leave when a block is committed, to make room for the
-    next one, so all blocks of a video have one size. Averages are kept in float32 at least: rounding to half precision
-    is coarser than a step of 1 - α = 0.001.
-
-    Source: EMA-Sink of Reward Forcing (arXiv 2512.04678, section 3.2); α = 0.999 and the positions are those of its
-    public code. The paper's average, as here, is of frames that leave the window.
-    """
-
-    def __init__(self, spec: MemorySpec, num_heads: int, head_dim: int) -> None:
-        super().__init__(spec, num_heads, head_dim)
-        assert spec.sink_decay is not None
-        self._frame = spec.tokens_per_frame
-        self._decay = spec.sink_decay
-        self._block = 0
-        shape = (spec.batch_size, self._sink, num_heads, head_dim)
-        wide = torch.promote_types(spec.dtype, torch.float32)
-        self._average = [torch.zeros(shape, device=spec.device, dtype=wide) for _ in range(2)]
-        # At row and column 0 only the pairs of the frame axis turn.
-        advance = rotary_angles(torch.tensor([spec.sink_frames], device=spec.device), 1, 1, head_dim)
-        self._advance: Rotary = advance
-
-    def read(self, tokens: int) -> SlotView:
-        """See `KVMemory.read`.
-
-        Raises:
-            ValueError: the block has another size than those before.
-        """
-        if self._block not in (0, tokens):
-            raise ValueError(f"a block of {tokens} tokens after blocks of {self._block}: all must have one size")
-        return super().read(tokens)
-
-    def commit(self, update: KVUpdate | SlotUpdate) -> None:
-        """Append a block, and let the sink take in what must leave the window for the next one."""
-        assert self._window is not None
-        before = self._written
-        super().commit(update)
-        self._block = self._written - before
-        # The window is full of what it keeps and the next block; a frame leaves once.
-        left, leaving = (max(0, written + self._block - self._window) for written in (before, self._written))
-        if left == leaving:
-            return
-        buffers = (self._keys, self._values)
-        if not left:
-            for average, buffer in zip(self._average, buffers, strict=True):
-                average.copy_(buffer[:, : self._sink])
-        position = self._sink + left
-        while position < self._sink + leaving:
-            position += self._take_in(position, self._sink + leaving)
-        for average, buffer in zip(self._average, buffers, strict=True):
-            buffer[:, : self._sink].copy_(average)
-
-    def _take_in(self, position: int, end: int) -> int:
-        """Average tokens from `position` of the video into the sink, as many as lie in a row on both sides.
-
-        Returns:
-            their number, which is a multiple of a frame's.
-        """
-        into = position % self._sink
-        start, stop = self._places(position, min(end, position + self._sink - into))[0]
-        keys, values = (average[:, into : into + stop - start] for average in self._average)
-        cos, sin = (part.expand(stop - start, -1) for part in self._advance)
-        keys.copy_(rotate(keys, (cos, sin)).lerp_(self._keys[:, start:stop].to(keys.dtype), 1 - self._decay))
-        values.lerp_(self._values[:, start:stop].to(values.dtype), 1 - self._decay)
-        return stop - start
-
-    def reset(self) -> None:
-        """Forget everything; the buffers stay allocated."""
-        super().reset()
-        self._block = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the buffer and of the averages."""
-        return super().num_bytes + sum(average.numel() * average.element_size() for average in self._average)
 
 
 @dataclass(frozen=True)
@@ -416,6 +364,17 @@ class ConcatKVMemory:
         """Forget everything."""
         self._keys = self._values = self._empty
 
+    def snapshot(self) -> Snapshot:
+        """See `LayerMemory.snapshot`."""
+        return Snapshot({"keys": self._keys, "values": self._values})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """See `LayerMemory.restore`."""
+        held = snapshot.tensor("keys").shape[1]
+        keys, values = (self._empty.new_empty(len(x), held, *x.shape[2:]) for x in (self._empty, self._empty))
+        snapshot.copy_to({"keys": keys, "values": values})
+        self._keys, self._values = keys, values
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the committed tokens."""
@@ -450,15 +409,23 @@ class Memory:
         for layer in self.layers:
             layer.reset()
 
+    def snapshot(self) -> Snapshot:
+        """Snapshots of all layers, by their numbers."""
+        return Snapshot.joined({str(number): layer.snapshot() for number, layer in enumerate(self.layers)})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Hold what a memory of the same spec held when the snapshot was taken.
+
+        Raises:
+            InputError: it is of a memory of another spec; the content is undefined then.
+        """
+        for number, layer in enumerate(self.layers):
+            try:
+                layer.restore(snapshot.part(str(number)))
+            except InputError as error:
+                raise InputError(f"the memory of layer {number} does not fit: {error}") from error
+
     @property
     def num_bytes(self) -> int:
         """Bytes allocated by all layers."""
         return sum(layer.num_bytes for layer in self.layers)
-
-
-def new_kv_memory(spec: MemorySpec, num_heads: int, head_dim: int) -> LayerMemory:
-    """New memory of a softmax layer: in place, or differentiable if the spec says so."""
-    if spec.differentiable:
-        return ConcatKVMemory(spec, num_heads, head_dim)
-    kind = KVMemory if spec.sink_decay is None else AveragedSinkMemory
-    return kind(spec, num_heads, head_dim)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan.flow import timestep_embedding
-from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec, new_kv_memory
+from wan.memory import KVUpdate, KVView, LayerMemory, Memory, MemorySpec
+from wan.new_memory import new_kv_memory
 from wan.ops.attention import AttentionBackend, attention
 from wan.ops.dispatch import norm_by_kernel
 from wan.ops.modulation import layer_norm, modulate, plus_gated

@@ -43,7 +43,9 @@ class SuiteVideo:
     index: int
 
 
-def plan_videos(whole: Suite, part: Suite, seed: int, ignores_case: bool) -> list[SuiteVideo]:
+def plan_videos(
+    whole: Suite, part: Suite, seed: int, ignores_case: bool, first_prompt: bool = False
+) -> list[SuiteVideo]:
     """The videos of a part of a suite: first one per prompt, then the second ones, so that a stopped run is balanced.
 
     The seed of a video is a function of `seed`, the short prompt and the index: other prompts, the extended form and
@@ -53,6 +55,7 @@ def plan_videos(whole: Suite, part: Suite, seed: int, ignores_case: bool) -> lis
         whole: all of the suite, which decides the names of files.
         part: prompts of `whole` to sample.
         ignores_case: see `file_stems`.
+        first_prompt: make videos of several prompts from their first alone.
     """
     prompts = [entry.prompt for entry in whole.entries]
     stems = dict(zip(prompts, file_stems(prompts, ignores_case), strict=True))
@@ -63,6 +66,7 @@ def plan_videos(whole: Suite, part: Suite, seed: int, ignores_case: bool) -> lis
                 occurrence=index,
                 seed=prompt_seed(seed, entry.prompt, index),
                 name=f"{stems[entry.prompt]}-{index}",
+                prompts=entry.prompts if len(entry.prompts) > 1 and not first_prompt else (),
             ),
             entry,
             index,
@@ -159,6 +163,8 @@ def _entry(video: SuiteVideo) -> Mapping[str, Any]:
         found["extended"] = entry.extended
     if entry.dimensions:
         found["dimensions"] = list(entry.dimensions)
-    if entry.switches:
-        found["left_out"] = [switch.prompt for switch in entry.switches]
+    if video.job.prompts:
+        found["prompts"] = [each.as_plain() for each in video.job.prompts]
+    elif len(entry.prompts) > 1:
+        found["left_out"] = [each.prompt for each in entry.prompts[1:]]
     return found

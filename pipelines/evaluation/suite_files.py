@@ -1,25 +1,23 @@
 """Reads suites: those that are known by name, and files.
 
 - `.json`: VBench's list of `{"prompt_en", "dimension", "auxiliary_info"}`, as in vbench 0.1.5.
-- `.jsonl` with the field `prompts`: several prompts per video, a list of texts, as LongLive's `MultiTextDataset` reads
-  it, or of `{"prompt", "frame"}` or `{"prompt", "second"}`.
+- `.jsonl` with the field `prompts`: several prompts per video, see `pipelines.prompts.schedules`.
 - Anything else is a prompt file (`pipelines.prompts.files`), of which `extended` and `dimensions` are used.
 
 A second file may hold extended prompts, line by line, as Self Forcing's `prompts/vbench/all_dimension_extended.txt`
 does for VBench's `prompts/all_dimension.txt`.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.suites import DIMENSIONS, Suite, SuiteEntry, Switch
+from pipelines.evaluation.suites import DIMENSIONS, Suite, SuiteEntry
 from pipelines.prompts.files import check_prompt, checked_dimensions, read_lines, read_prompt_file
 from pipelines.prompts.names import shown
+from pipelines.prompts.schedules import has_scripts, read_scripts
 from wan.utils.errors import InputError
 from wan.utils.files import parse_json
 
@@ -109,7 +107,7 @@ def read_suite_file(path: Path, repeats: bool = False) -> Suite:
     """
     if path.suffix.lower() == ".json" and (records := _vbench_records(path)) is not None:
         entries = _vbench_entries(path, records)
-    elif path.suffix.lower() in (".jsonl", ".ndjson") and _has_scripts(path):
+    elif path.suffix.lower() in (".jsonl", ".ndjson") and has_scripts(path):
         entries = _scripts(path)
     else:
         entries = _plain_entries(path)
@@ -195,60 +193,11 @@ def _vbench_entries(path: Path, records: Sequence[dict[str, Any]]) -> list[Suite
     return list(found.values())
 
 
-def _has_scripts(path: Path) -> bool:
-    """Whether lines are videos of several prompts."""
-    for _, line in read_lines(path, cure=CURE):
-        try:
-            record = parse_json(line)
-        except ValueError:
-            return False  # what reads prompt files names the line
-        if isinstance(record, dict) and "prompts" in record:
-            return True
-    return False
-
-
 def _scripts(path: Path) -> list[SuiteEntry]:
-    entries = []
-    for number, line in read_lines(path, cure=CURE):
-        where = f"{shown(path)} line {number}"
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            raise InputError(f"{where} is not valid JSON ({str(error).splitlines()[0]}): fix it") from error
-        prompts = record.get("prompts") if isinstance(record, dict) else None
-        if not isinstance(prompts, list) or not prompts or set(record) - {"prompts", "dimensions"}:
-            raise InputError(f'{where} is no video of several prompts: write {{"prompts": ["…", "…"]}}')
-        first, *others = [_switch(item, f"{where}, prompt {place}") for place, item in enumerate(prompts, 1)]
-        _check_order([first, *others], where)
-        dimensions = checked_dimensions(record.get("dimensions"), where)
-        entries.append(SuiteEntry(first.prompt, dimensions=dimensions, switches=tuple(others), where=where))
-    return entries
-
-
-def _switch(item: Any, where: str) -> Switch:
-    if isinstance(item, str):
-        item = {"prompt": item}
-    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-        raise InputError(f'{where} is {json.dumps(item)[:40]}: write a text or {{"prompt": "…", "frame": 0}}')
-    frame, second = item.get("frame"), item.get("second")
-    is_whole = frame is None or (isinstance(frame, int) and not isinstance(frame, bool) and frame >= 0)
-    is_time = second is None or (isinstance(second, int | float) and not isinstance(second, bool) and second >= 0)
-    if set(item) - {"prompt", "frame", "second"} or not is_whole or not is_time or None not in (frame, second):
-        raise InputError(f"{where} needs a prompt and at most one of frame (latent, from 0) and second, not negative")
-    check_prompt(item["prompt"], where)
-    return Switch(item["prompt"].strip(), frame, None if second is None else float(second))
-
-
-def _check_order(switches: Sequence[Switch], where: str) -> None:
-    """Make sure that either no prompt of a video says when it begins, or all do, in one unit and in order from 0."""
-    frames = [switch.frame for switch in switches if switch.frame is not None]
-    seconds = [switch.second for switch in switches if switch.second is not None]
-    times: list[float] = [*frames, *seconds]
-    if not times:
-        return
-    is_one_unit = len(switches) in (len(frames), len(seconds))
-    if not is_one_unit or times[0] != 0 or any(b <= a for a, b in pairwise(times)):
-        raise InputError(f"{where}: prompts must begin at 0 and follow each other, all in frames or all in seconds")
+    return [
+        SuiteEntry(script.prompts[0].prompt, dimensions=script.dimensions, prompts=script.prompts, where=script.where)
+        for script in read_scripts(path, CURE)
+    ]
 
 
 def _plain_entries(path: Path) -> list[SuiteEntry]:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipelines.prompts.schedules import Switch
 from wan.utils.errors import InputError
 
 DIMENSIONS = (
@@ -35,21 +36,6 @@ SHORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A later prompt of a video.
-
-    Attributes:
-        prompt: what the video shows from then on.
-        frame: latent frame at which it begins; None if the file says seconds, or nothing.
-        second: the same in seconds.
-    """
-
-    prompt: str
-    frame: int | None = None
-    second: float | None = None
-
-
-@dataclass(frozen=True)
 class SuiteEntry:
     """A prompt of a suite.
 
@@ -58,7 +44,7 @@ class SuiteEntry:
         extended: the form that conditions the model; None where the short form does.
         dimensions: what it tests.
         samples: videos of it, unless a number is asked for.
-        switches: prompts that take its place later in the same video.
+        prompts: all prompts of the video, this one first, where there are several.
         where: file and line, for messages.
     """
 
@@ -66,7 +52,7 @@ class SuiteEntry:
     extended: str | None = None
     dimensions: tuple[str, ...] = ()
     samples: int = 1
-    switches: tuple[Switch, ...] = ()
+    prompts: tuple[Switch, ...] = ()
     where: str = "the suite"
 
     @property
@@ -147,20 +133,3 @@ def _hash(prompt: str) -> bytes:
 def with_samples(suite: Suite, samples: int) -> Suite:
     """The suite with the same number of videos for every prompt."""
     return replace(suite, entries=tuple(replace(entry, samples=samples) for entry in suite.entries))
-
-
-def check_switches(suite: Suite, first_prompt: bool) -> None:
-    """Make sure that the engine can make the videos of a suite, which takes one prompt per video.
-
-    Args:
-        first_prompt: whether a video of several prompts is to be made from its first.
-
-    Raises:
-        InputError: a video has several prompts, and is not.
-    """
-    several = next((entry for entry in suite.entries if entry.switches), None)
-    if several is not None and not first_prompt:
-        raise InputError(
-            f"{several.where} has {len(several.switches) + 1} prompts for one video, and a prompt cannot be switched "
-            "inside of a video yet: give --first_prompt to sample every video from its first prompt alone"
-        )

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,8 +25,11 @@ from pipelines.feasibility import (
 from pipelines.flags import Parser, as_path
 from pipelines.generation.inputs.given import GivenVideo, frames_to_continue
 from pipelines.generation.inputs.request import check_strength
+from pipelines.generation.inputs.schedule import check_on_switch
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
+from pipelines.prompts.names import shown
+from pipelines.prompts.schedules import Timeline
 from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.loading import require_weight_file
@@ -68,6 +71,8 @@ def inference_parser() -> Parser:
         "--data_path", type=as_path, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
+    scripts = "several prompts per video, each from some frame, block or second on: JSON lines (docs/sessions.md)"
+    source.add_argument("--prompt_schedule", type=as_path, metavar="PATH", help=scripts)
     add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
     add("--i2v", action="store_true", help="start from an image")
     add("--video", type=as_path, metavar="PATH", help="a video that every output continues, or goes through again")
@@ -84,6 +89,8 @@ def add_generation_flags(parser: Parser) -> None:
     video = group("video")
     frames = "latent frames, the given one included; F make 4F - 3 frames"
     setting("--num_output_frames", "num_output_frames", frames, group=video)
+    switch = "when the prompt changes: keep what is remembered, or compute it anew under the new prompt"
+    setting("--on_switch", "on_switch", switch, group=video)
     model = group("model")
     weights = "transformer weights (.pt, .safetensors or a folder); by default the config's"
     setting("--checkpoint_path", "checkpoint_path", weights, group=model)
@@ -201,6 +208,7 @@ def plan_run(
         log.warning("--parallel video does nothing for a single process: start several with torchrun")
     check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
     jobs = read_jobs(arguments)
+    check_schedules(config, jobs, given_frames, "on_switch" in given_names(InferenceConfig, arguments))
     metrics_folder = arguments.metrics_dir or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
         check_writable(folder)
@@ -265,6 +273,40 @@ def check_config(config: InferenceConfig, i2v: bool = False, video: Path | None 
     check_size(config.height, config.width, spatial_stride(folder), sizes.patch_size)
     config.hybrid.settings()
     return given
+
+
+def check_schedules(
+    config: InferenceConfig, jobs: Sequence[PromptJob], given_frames: int, names_on_switch: bool
+) -> None:
+    """Make sure that prompts begin inside of their videos, and that the memory can do what is asked of it then.
+
+    Args:
+        given_frames: latent frames that videos start with.
+        names_on_switch: whether the command line says what happens at a switch.
+
+    Raises:
+        InputError: they do not, it cannot, or there is no switch.
+    """
+    scripted = [job for job in jobs if job.prompts]
+    timeline = timeline_of(config, given_frames)
+    for job in scripted:
+        timeline.starts(job.prompts, f"the video '{shown(job.prompt)[:60]}'")
+    if scripted:
+        check_on_switch(config.on_switch, config.memory)
+    elif names_on_switch:
+        raise InputError("on_switch is of a prompt that changes: give --prompt_schedule too, or drop it")
+
+
+def timeline_of(config: InferenceConfig, given_frames: int) -> Timeline:
+    """Frames of the videos of a config.
+
+    Args:
+        given_frames: latent frames that they start with.
+    """
+    per_block = config.frames_per_block
+    stride = temporal_stride(Path(config.model_folder))
+    context = given_frames // per_block * per_block
+    return Timeline(per_block, config.num_output_frames, context, stride, config.fps)
 
 
 def given_latent_frames(config: InferenceConfig, i2v: bool, video: Path | None) -> int:

@@ -11,9 +11,16 @@ from pipelines.generation.blocks import LATENTS, PIXELS, VideoBlock
 from pipelines.generation.lockstep import Lockstep
 from pipelines.generation.streaming import FiniteCheck, SideStream, Transfer
 from pipelines.media.video import to_uint8
+from wan.snapshots import Snapshot, require_alike
+from wan.vae.stream import SETTLING_LATENTS
 from wan.vae.wan_vae import WanVAE
 
 Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def no_phase(name: str) -> nullcontext[None]:
+    """A phase that nobody times."""
+    return nullcontext()
 
 
 class BlockDecoder:
@@ -81,3 +88,36 @@ class BlockDecoder:
         latents = latents_BFCHW.to(self._vae.device, self._vae.dtype)
         with self._phase("vae"):
             return self._stream.decode(latents, clamp=False)
+
+    def check_too(self, given: Mapping[str, Tensor]) -> None:
+        """Check more of what blocks are made from, with the next one."""
+        self._unchecked |= given
+
+    def snapshot(self) -> Snapshot:
+        """What the decoder remembers, and what is to be handed out with the next block."""
+        tensors = {"pixels": torch.cat(self._head, dim=1)} if self._head else {}
+        if self._given is not None:
+            tensors["given"] = self._given
+        return Snapshot.joined({"stream": self._stream.snapshot(), "head": Snapshot(tensors)})
+
+    def restore(self, snapshot: Snapshot, latents_BFCHW: Tensor, head_frames: int) -> None:
+        """Go on where another decoder was; for a new one.
+
+        Args:
+            latents_BFCHW: of the shape of what that one had decoded, see `LatentStream.restore`.
+            head_frames: frames that are to be handed out with the next block beside its own.
+
+        Raises:
+            InputError: the snapshot is of another decoder or size.
+        """
+        head = snapshot.part("head").tensors
+        with self._aside():
+            latents = latents_BFCHW.to(self._vae.device, self._vae.dtype)
+            self._stream.restore(snapshot.part("stream"), latents[:, :SETTLING_LATENTS])
+        if head_frames:
+            batch, _, _, height, width = latents_BFCHW.shape
+            scale = self._vae.spatial_compression
+            pixels = latents.new_empty(batch, head_frames, 3, height * scale, width * scale, device="meta")
+            given = latents_BFCHW.to("meta")
+            require_alike(head, {"pixels": pixels, "given": given})
+            self._head, self._given = [head["pixels"].to(self._vae.device)], head["given"]

@@ -93,8 +93,8 @@ def video_facts(path: Path, height: int, width: int, fps: int, frames: int) -> d
 
 
 def asked_of(job: PromptJob) -> dict[str, Any]:
-    """Prompt and seed of a job, as records have them beside the settings."""
-    return {"prompt": job.prompt, "seed": job.seed}
+    """Prompts and seed of a job, as records have them beside the settings; None for no switches."""
+    return {"prompt": job.prompt, "seed": job.seed, "prompts": [each.as_plain() for each in job.prompts] or None}
 
 
 def is_finished(
@@ -111,7 +111,7 @@ def is_finished(
     Args:
         video, record: the files.
         made_with: settings, weights and image.
-        asked: prompt and seed, see `asked_of`; they matter where a request names its file.
+        asked: prompts and seed, see `asked_of`; they matter where a request names its file.
         frames: that the video should have.
         quiet: do not warn; for a video that was looked at before.
 

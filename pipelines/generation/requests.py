@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipelines.media.images import check_images
 from pipelines.prompts.files import PromptRequest, check_prompt, read_prompt_file
-from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests
+from pipelines.prompts.jobs import PromptJob, plan_jobs, plan_scripts, read_requests
+from pipelines.prompts.schedules import read_schedule
 from wan.utils.errors import InputError
 
 
@@ -13,8 +14,13 @@ def requested_jobs(arguments: argparse.Namespace) -> list[PromptJob]:
     """The videos to make; with --i2v every one has an image, which can be read.
 
     Raises:
-        InputError: a prompt, an image or a prompt file that cannot be used; of images, the message names all.
+        InputError: a prompt, an image, a prompt file or a schedule that cannot be used; of images, the message names
+            all.
     """
+    if arguments.prompt_schedule is not None:
+        if arguments.i2v or arguments.image is not None:
+            raise InputError("--prompt_schedule names no images: leave --i2v and --image out")
+        return plan_scripts(read_schedule(arguments.prompt_schedule), arguments.seed)
     requests = _from_flags(arguments) if arguments.prompt is not None else _from_file(arguments)
     check_images(request.image for request in requests if request.image is not None)
     return plan_jobs(requests, arguments.seed)

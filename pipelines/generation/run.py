@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from arl2.rollout import num_blocks
 from pipelines.generation.announcements import announced
-from pipelines.generation.arguments import InferenceRun
+from pipelines.generation.arguments import InferenceRun, timeline_of
 from pipelines.generation.blocks import NonFiniteBlockError, VideoBlock
 from pipelines.generation.decoding import Phase
 from pipelines.generation.inputs.given import GivenVideo
+from pipelines.generation.inputs.request import Prompts
 from pipelines.generation.lockstep import Lockstep, join_processes
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.records import (
@@ -393,8 +394,12 @@ def new_stream(
     """The blocks of a job's video; see `CausalVideoPipeline.stream`."""
     config = run.config
     image = read_image(run.images[job.name], config.height, config.width, quiet=True) if run.images else None
+    prompt: str | list[tuple[int, Prompts]] = job.prompt
+    if job.prompts:
+        starts = timeline_of(config, run.given_frames).starts(job.prompts, job.name)
+        prompt = [(start, each.prompt) for start, each in zip(starts, job.prompts, strict=True)]
     return pipeline.stream(
-        job.prompt,
+        prompt,
         num_pixel_frames(run, pipeline),
         config.height,
         config.width,
@@ -403,6 +408,7 @@ def new_stream(
         strength=config.strength,
         seeds=[job.seed],
         memory=config.memory,
+        on_switch=config.on_switch,
         phase=phase,
         lockstep=lockstep,
     )
@@ -413,8 +419,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Origin of a video: prompt, settings, weights, devices, versions, and the memory it took."""
     found = {
-        "prompt": job.prompt,
-        "seed": job.seed,
+        **{name: value for name, value in asked_of(job).items() if value is not None},
         "settings": made_with,
         "lora_files": [str(source.path) for source in run.config.lora_sources()],
         **_on_device(run.device, pipeline.symmetric_bytes),

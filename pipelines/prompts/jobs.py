@@ -1,6 +1,7 @@
 """Jobs from prompts: a seed and a file name that depend on nothing but itself."""
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.prompts.files import PromptRequest, read_prompt_file
+from pipelines.prompts.schedules import Script, Switch
 from wan.utils.errors import InputError
 
 SLUG_LENGTH = 60
@@ -25,6 +27,7 @@ class PromptJob:
         seed: of its noise.
         name: of its files, without an ending; safe on every file system.
         image: its first frame, if the request names one.
+        prompts: all prompts of the video, `prompt` first, where there are several.
     """
 
     prompt: str
@@ -32,6 +35,7 @@ class PromptJob:
     seed: int
     name: str
     image: Path | None = None
+    prompts: tuple[Switch, ...] = ()
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -108,6 +112,31 @@ def plan_jobs(requests: Sequence[str | PromptRequest], seed: int) -> list[Prompt
     for job in jobs:
         if names[job.name.casefold()] > 1:
             raise InputError(f"two videos would be named {job.name}: give every request a name of its own")
+    return jobs
+
+
+def plan_scripts(scripts: Sequence[Script], seed: int) -> list[PromptJob]:
+    """One job per video of a schedule.
+
+    The seed is that of the first prompt alone, so that both videos are the same before the first switch. The name
+    depends on all prompts and when they begin.
+    """
+    seen: Counter[str] = Counter()
+    jobs = []
+    for script in scripts:
+        first = script.prompts[0].prompt
+        whole = json.dumps([each.as_plain() for each in script.prompts])
+        occurrence = seen[whole]
+        seen[whole] += 1
+        jobs.append(
+            PromptJob(
+                prompt=first,
+                occurrence=occurrence,
+                seed=prompt_seed(seed, first, occurrence),
+                name=output_name(f"{seed} {whole}", first, occurrence),
+                prompts=script.prompts if len(script.prompts) > 1 else (),
+            )
+        )
     return jobs
 
 

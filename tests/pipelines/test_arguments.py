@@ -90,7 +90,7 @@ def test_a_flag_without_being_given_leaves_the_config_alone(tmp_path: Path) -> N
 
 
 BAD_FLAGS = [
-    ("--promp y", "unknown flag --promp: did you mean --prompt?"),
+    ("--promp y", "unknown flag --promp: did you mean --prompt or --prompt_schedule?"),
     ("--conf c.yaml", "unknown flag --conf: did you mean --config?"),
     ("--num 6", "did you mean --num_output_frames?"),
     ("--cuda", "did you mean --cuda_graphs?"),
@@ -133,7 +133,7 @@ BAD_FLAGS = [
     ("window_frames=3", "unknown setting 'window_frames': give memory.window_frames=value"),
     ("hybrid=[0]", "hybrid [0] does not fit: give settings by name, hybrid.layers, hybrid.lora_rank, "),
     ("--seed ", "--seed is empty: give an integer"),
-    ("--promp y", "did you mean --prompt? --help lists all flags\n"),
+    ("--promp y", "did you mean --prompt or --prompt_schedule? --help lists all flags\n"),
     ("--lora_alpha 1e-320", "--lora_alpha 1e-320 is out of range"),
     ("num_output_frames=9 --num_output_frames 6", "given as a flag and as key=value, 6 and 9"),
     ("memory.kind=full --memory window", "memory.kind is given as a flag and as key=value"),

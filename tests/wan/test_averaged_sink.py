@@ -15,7 +15,8 @@ from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.model import HybridSettings
 from arl2.rollout import predict_flow, remember_block
-from wan.memory import AveragedSinkMemory, ConcatView, KVUpdate, Memory, MemorySpec, SlotUpdate
+from wan.averaged_sink import AveragedSinkMemory
+from wan.memory import ConcatView, KVUpdate, Memory, MemorySpec, SlotUpdate
 from wan.ops.attention import attention
 from wan.ops.rope import rotary_angles, rotate
 from wan.utils.errors import InputError

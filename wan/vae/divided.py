@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wan.snapshots import Snapshot
 from wan.vae.bands import Band
 from wan.vae.stream import LatentStream
 
@@ -46,6 +47,22 @@ class DividedStream(LatentStream):
             for video, streams in zip(videos, self._streams, strict=True)
         ]
         return torch.cat(parts)
+
+    def _by_part(self) -> dict[str, LatentStream]:
+        """Streams by the numbers of their video and band."""
+        return {
+            f"{video}.{band}": stream
+            for video, streams in enumerate(self._streams)
+            for band, stream in enumerate(streams)
+        }
+
+    def snapshot(self) -> Snapshot:
+        """See `LatentStream.snapshot`: what the streams of all parts remember."""
+        return Snapshot.joined({part: stream.snapshot() for part, stream in self._by_part().items()})
+
+    def _set_counters(self, snapshot: Snapshot) -> None:
+        for part, stream in self._by_part().items():
+            stream._set_counters(snapshot.part(part))
 
     def _bands(self, rows: int) -> list[Band | None]:
         if self._max_rows is None or self._band is not None:

@@ -25,6 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan.snapshots import Snapshot
 from wan.utils.device import triton_installed
 from wan.utils.errors import InputError
 from wan.vae.bands import ALL_ROWS, Band, StageHalos, plan_crops
@@ -375,3 +376,20 @@ class FastDecodeStream(LatentStream):
             frames += [frame.to(self._decoder.dtype) for frame in decoded]
             first = False
         return torch.stack(frames, dim=1).movedim(-1, 2)
+
+    def _rings(self) -> dict[str, _Ring]:
+        """By place: layers come into `_past` in the order of the decoder."""
+        return {str(place): held for place, held in enumerate(self._past.values()) if isinstance(held, _Ring)}
+
+    def snapshot(self) -> Snapshot:
+        """See `LatentStream.snapshot`: the rings, and what the last frames add to the next two."""
+        rings = self._rings()
+        tensors = {place: ring.frames_BHWSC for place, ring in rings.items()}
+        for held in self._past.values():
+            if not isinstance(held, _Ring):
+                tensors |= {"next": held[0], "after": held[1]}
+        return Snapshot(tensors, {place: ring.newest for place, ring in rings.items()})
+
+    def _set_counters(self, snapshot: Snapshot) -> None:
+        for place, ring in self._rings().items():
+            ring.newest = snapshot.counter(place, most=TAPS - 1)

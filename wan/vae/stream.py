@@ -5,7 +5,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from wan.snapshots import Snapshot
 from wan.utils.errors import InputError
+
+SETTLING_LATENTS = 2
+"""Latents after which what a decoder remembers has the shapes that it keeps."""
 
 
 def shape_error(what: str, x: Tensor, channels: int) -> InputError:
@@ -47,3 +51,29 @@ class LatentStream(ABC):
     @abstractmethod
     def _pixels(self, latents_BFCHW: Tensor) -> Tensor:
         """The frames, not clamped; a tensor that nobody else holds."""
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot:
+        """What it remembers of the video, as its own tensors, which decoding changes."""
+
+    @abstractmethod
+    def _set_counters(self, snapshot: Snapshot) -> None:
+        """Take over the whole numbers of a snapshot."""
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot, latents_BFCHW: Tensor) -> None:
+        """Go on where another stream of the same decoder was; for a new stream.
+
+        It decodes some latents first, so that it remembers tensors of the right shapes, which the snapshot overwrites.
+
+        Args:
+            snapshot: of the other stream.
+            latents_BFCHW: as many as the other stream had decoded, `SETTLING_LATENTS` at most; values do not matter.
+
+        Raises:
+            InputError: the snapshot is of another decoder or size.
+        """
+        if latents_BFCHW.shape[1]:
+            self.decode(latents_BFCHW)
+        snapshot.copy_to(self.snapshot().tensors)
+        self._set_counters(snapshot)

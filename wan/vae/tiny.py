@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_weights
 from wan.checkpoints.tensors import own_storage
+from wan.snapshots import Snapshot
 from wan.utils.errors import CheckpointError
 from wan.vae.stream import LatentStream
 
@@ -124,6 +125,13 @@ class TinyDecodeStream(LatentStream):
         # One latent at a time: the features of a frame are large.
         pixels = torch.cat([decoder.frames(latent, self._past) for latent in latents.unbind(1)], dim=1) * 2 - 1
         return pixels[:, decoder.frames_per_latent - 1 :] if first else pixels
+
+    def snapshot(self) -> Snapshot:
+        """See `LatentStream.snapshot`: the last input of every memory block."""
+        return Snapshot({str(place): held for place, held in self._past.items()})
+
+    def _set_counters(self, snapshot: Snapshot) -> None:
+        pass  # it counts nothing
 
 
 def load_tiny_decoder(

@@ -23,6 +23,7 @@ from wan.checkpoints.identify import family
 from wan.checkpoints.loading import StateDict, as_state_dict, load_strict, read_folder, read_weights
 from wan.checkpoints.saving import write_pickle
 from wan.checkpoints.tensors import own_storage, require_same_type
+from wan.snapshots import Snapshot
 from wan.utils.device import holds_float16, wide_range_dtype
 from wan.utils.errors import CheckpointError, InputError
 from wan.utils.ranges import Bounds, Length, shown
@@ -230,6 +231,14 @@ class DecodeStream(LatentStream):
             first, self._started = not self._started, True
             frames.append(self._model.decoder(latent, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
         return torch.cat(frames, dim=2).transpose(1, 2)
+
+    def snapshot(self) -> Snapshot:
+        """See `LatentStream.snapshot`: the last frames that each causal convolution saw."""
+        held = enumerate(self._cache)
+        return Snapshot({str(place): frames for place, frames in held if isinstance(frames, Tensor)})
+
+    def _set_counters(self, snapshot: Snapshot) -> None:
+        pass  # marks in the cache depend on the number of latents alone
 
 
 class EncodeStream:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from arl2.rollout import FewStepSampler, SeededNoise
 from pipelines.config import GeneratorSampling, MemoryConfig, MemoryKind, Strength
+from pipelines.generation.inputs.given import GivenVideo, Video
+from pipelines.media.images import Picture
 from pipelines.prompts.files import check_prompt
+from pipelines.prompts.schedules import OnSwitch
 from wan.flow import NUM_TRAIN_TIMESTEPS
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds, Seed, typed
@@ -28,6 +31,29 @@ MAX_GUIDANCE = 100.0
 Guidance = Annotated[float, Bounds(0, MAX_GUIDANCE)]
 NumSteps = Annotated[int, Bounds(1, NUM_TRAIN_TIMESTEPS)]
 NumVideos = Annotated[int, Bounds(1)]
+
+
+class CallArguments(TypedDict, total=False):
+    """Arguments of a call beside prompt, length and size; see `CausalVideoPipeline.__call__` and `stream`."""
+
+    negative_prompt: Prompts | None
+    guidance_scale: float | None
+    num_inference_steps: int | None
+    timesteps: Sequence[int] | None
+    num_videos_per_prompt: int
+    generator: Generators | None
+    seeds: Sequence[int] | None
+    latents: Tensor | None
+    prompt_embeds: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    image: Picture | Sequence[Picture] | None
+    video: Video | GivenVideo | None
+    strength: float | None
+    memory: MemoryConfig | str | None
+    on_switch: OnSwitch | str
+    max_sequence_length: int | None
+    callback_on_step_end: StepCallback | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ def read_texts(
     times: int = typed(NumVideos, num_videos_per_prompt, "num_videos_per_prompt")
     for name, embeds in {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}.items():
         if embeds is not None:
-            _require_floats(embeds, name, "embeddings from encode_prompt, [videos, tokens, channels]")
+            require_floats(embeds, name, "embeddings from encode_prompt, [videos, tokens, channels]")
     scale = _guidance(guidance_scale, guidance_distilled)
     has_negative = negative_prompt is not None or negative_prompt_embeds is not None
     if has_negative and scale <= 1:
@@ -180,7 +206,7 @@ def _as_values(given: Any, name: str, wanted: str) -> list[Any]:
     return list(given)
 
 
-def _require_floats(value: Any, name: str, wanted: str) -> None:
+def require_floats(value: Any, name: str, wanted: str) -> None:
     """Make sure that an argument is a dense tensor of floats.
 
     Raises:
@@ -272,7 +298,7 @@ def check_latents(latents: Tensor | None, strength: float | None, shape: Sequenc
         raise InputError("latents and strength both say what blocks start from: leave one of them out")
     if shape[1] is None:
         raise InputError("latents need a number of frames: give num_frames")
-    _require_floats(latents, "latents", "[videos, latent frames, channels, height, width], such as torch.randn")
+    require_floats(latents, "latents", "[videos, latent frames, channels, height, width], such as torch.randn")
     if tuple(latents.shape) != tuple(shape):
         raise InputError(
             f"latents have the shape {list(latents.shape)}: give noise for all frames of the video, {list(shape)} "

@@ -11,8 +11,10 @@ from pipelines.config import MemoryConfig
 from pipelines.generation.blocks import VideoBlock, VideoOutput
 from pipelines.generation.inputs.given import Video
 from pipelines.generation.inputs.request import CALLBACK_TENSORS, STORED, Generators, Prompts, StepCallback
+from pipelines.generation.inputs.schedule import Schedule
 from pipelines.generation.mixins.planning import PlanningMixin, VideoPlan
 from pipelines.media.images import Picture
+from pipelines.prompts.schedules import OnSwitch
 from wan.utils.errors import InputError
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
@@ -28,7 +30,7 @@ class CallMixin(PlanningMixin):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Prompts | None = None,
+        prompt: Prompts | Schedule | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -47,6 +49,7 @@ class CallMixin(PlanningMixin):
         video: Video | None = None,
         strength: float | None = None,
         memory: MemoryConfig | str | None = None,
+        on_switch: OnSwitch | str = OnSwitch.keep,
         max_sequence_length: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
@@ -56,7 +59,9 @@ class CallMixin(PlanningMixin):
         """Generate whole videos.
 
         Args:
-            prompt: one, or one per video of the batch.
+            prompt: one, or one per video of the batch; or a schedule of several that follow one another in every video,
+                `[(0, "…"), (40, "…")]`, each with the latent frame from which it holds. A block has one prompt: one
+                that begins inside of a block holds for all of it.
             num_frames: frames of a video, given ones included, 1 plus a multiple of 4 (of the VAE's stride); by default
                 those that the model's folder stores, else 81.
             height, width: pixels; by default those that the model's folder stores, else 480 and 832.
@@ -76,6 +81,8 @@ class CallMixin(PlanningMixin):
                 again, with `strength`; see `stream`.
             strength: fraction of the steps, in (0, 1], that a given video goes through again.
             memory: of the softmax layers, "trained", "full", "window" or a config.
+            on_switch: what happens to the memory when the prompt changes: "keep", or "recompute" what softmax layers
+                see under the new one; see docs/sessions.md.
             max_sequence_length: tokens after which prompts are cut.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after every step of every block, steps
                 counted over the video; the "latents" that it returns, if any, take the place of the block's.
@@ -111,6 +118,7 @@ class CallMixin(PlanningMixin):
             video=video,
             strength=strength,
             memory=memory,
+            on_switch=on_switch,
             max_sequence_length=max_sequence_length,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,

@@ -27,8 +27,10 @@ from pipelines.generation.inputs.request import (
     read_texts,
     with_tensors,
 )
+from pipelines.generation.inputs.schedule import Schedule, check_on_switch, split_schedule, with_prompt
 from pipelines.generation.mixins.prompts import PromptMixin
 from pipelines.media.images import Picture, first_frames
+from pipelines.prompts.schedules import OnSwitch, Switch, Timeline
 from wan.utils.errors import InputError
 from wan.utils.ranges import typed
 
@@ -68,6 +70,8 @@ class VideoPlan:
         latents: noise that blocks start from; None for drawn.
         callback: called after every step.
         max_sequence_length: tokens of a prompt.
+        switches: later texts, each with the latent frame of the block from which it holds.
+        on_switch: what happens to the memory then.
     """
 
     texts: Texts
@@ -82,6 +86,8 @@ class VideoPlan:
     latents: Tensor | None
     callback: StepCallback | None
     max_sequence_length: int | None
+    switches: tuple[tuple[int, Texts], ...] = ()
+    on_switch: OnSwitch = OnSwitch.keep
 
 
 class PlanningMixin(PromptMixin, DiffusionPipeline):
@@ -137,7 +143,7 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
 
     def plan(
         self,
-        prompt: Prompts | None,
+        prompt: Prompts | Schedule | None,
         num_frames: int | Stored | None,
         height: int | None,
         width: int | None,
@@ -156,6 +162,7 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         video: Video | GivenVideo | None = None,
         strength: float | None = None,
         memory: MemoryConfig | str | None = None,
+        on_switch: OnSwitch | str = OnSwitch.keep,
         max_sequence_length: int | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
@@ -171,18 +178,11 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
         height = self.default_of("height") if height is None else typed(Pixels, height, "height")
         width = self.default_of("width") if width is None else typed(Pixels, width, "width")
         size, settings = self.latent_size(height, width), self.sampling_settings()
-        texts = read_texts(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            guidance_scale,
-            num_videos_per_prompt,
-            settings.guidance_distilled,
-        )
+        first, later = split_schedule(prompt)
+        words = negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, num_videos_per_prompt
+        texts = read_texts(first, *words, settings.guidance_distilled)
         self.check_text(texts, max_sequence_length)
-        remembered = as_memory(memory)
-        self.check_memory(remembered)
+        remembered = self._read_memory(memory)
         sampler = choose_sampler(settings, num_inference_steps, timesteps)
         given = self._read_given(image, video, strength, texts.batch, height, width, sampler)
         frames, blocks = self._length(num_frames, given)
@@ -200,7 +200,34 @@ class PlanningMixin(PromptMixin, DiffusionPipeline):
             latents=latents,
             callback=with_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs),
             max_sequence_length=max_sequence_length,
+            switches=self._read_switches(texts, later, frames, given, max_sequence_length),
+            on_switch=check_on_switch(on_switch, remembered),
         )
+
+    def _read_memory(self, memory: MemoryConfig | str | None) -> MemoryConfig:
+        remembered = as_memory(memory)
+        self.check_memory(remembered)
+        return remembered
+
+    def _read_switches(
+        self,
+        texts: Texts,
+        later: Sequence[tuple[int, Prompts]],
+        frames: int | None,
+        given: Given,
+        max_sequence_length: int | None,
+    ) -> tuple[tuple[int, Texts], ...]:
+        """Later texts of a video, by the latent frame of the block from which they hold."""
+        if not later:
+            return ()
+        per_block: int = self.config.frames_per_block
+        context = given.latent_frames // per_block * per_block
+        timeline = Timeline(per_block, frames, context, self.wan_vae.temporal_compression)
+        starts = timeline.starts([Switch("", frame) for frame in (0, *(frame for frame, _ in later))], "the schedule")
+        found = tuple((start, with_prompt(texts, prompt)) for start, (_, prompt) in zip(starts[1:], later, strict=True))
+        for _, each in found:
+            self.check_text(each, max_sequence_length)
+        return found
 
     def _read_given(
         self,

@@ -56,7 +56,7 @@ class PromptMixin(PlacementMixin):
         self._check_length(max_sequence_length)
         for embeds in (texts.prompt_embeds, texts.negative_prompt_embeds):
             if embeds is not None:
-                self._check_embeds(embeds)
+                self.check_embeds(embeds)
         in_words = texts.prompts is not None or texts.negative_prompts is not None
         if in_words and (self.text_encoder is None or self.tokenizer is None):
             needed = "prompt_embeds and negative_prompt_embeds" if texts.is_guided else "prompt_embeds"
@@ -64,7 +64,12 @@ class PromptMixin(PlacementMixin):
         if max_sequence_length is not None and texts.prompts is None:
             raise InputError("max_sequence_length would do nothing to prompt_embeds: leave it out")
 
-    def _check_embeds(self, embeds_BTD: Tensor) -> None:
+    def check_embeds(self, embeds_BTD: Tensor) -> None:
+        """Make sure that the transformer takes text embeddings.
+
+        Raises:
+            InputError: another shape.
+        """
         most, width = self.transformer.config.text_len, self.transformer.config.text_dim
         if embeds_BTD.ndim != 3 or embeds_BTD.shape[2] != width or not 1 <= embeds_BTD.shape[1] <= most:
             raise InputError(

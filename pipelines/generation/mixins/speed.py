@@ -5,7 +5,7 @@ import time
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arl2.inference.blocks import require_divisible
 from arl2.inference.cuda_graphs import GraphedModel
@@ -13,12 +13,13 @@ from arl2.inference.memory_pool import MemoryPool
 from arl2.inference.model import InferenceModel
 from arl2.inference.parallel.factory import Exchange, new_sequence_parallel, new_sharded_weights
 from arl2.inference.parallel.sequence_parallel import SequenceParallel, ShardedWeights
-from arl2.model import HybridWanModel
+from arl2.lora import LoRALinear
 from arl2.rollout import predict_flow, remember_block
 from pipelines.config import MemoryConfig, SpeedConfig
 from pipelines.feasibility import check_speed
 from pipelines.generation.mixins.placement import PlacementMixin
 from pipelines.generation.streaming import SideStream
+from pipelines.provenance import part_fingerprint
 from wan.memory import Memory
 from wan.model import FlowModel
 from wan.utils.errors import InputError
@@ -39,10 +40,12 @@ class SpeedMixin(PlacementMixin):
         optimizes_by_default: whether a call on a CUDA device calls `optimize_for_inference` first, with the defaults of
             `SpeedConfig`, if nobody has called it.
         warm_up_seconds: duration of the last `warm_up`.
+        unmerged_fingerprint: of the transformer before its adapters were merged for the fast form; None while none are.
     """
 
     optimizes_by_default: bool = True
     warm_up_seconds: float | None = None
+    unmerged_fingerprint: str | None = None
     _speed: SpeedConfig | None = None
     _fast: FlowModel | None = None
     _pool: MemoryPool | None = None
@@ -122,10 +125,12 @@ class SpeedMixin(PlacementMixin):
         self._sharded = new_sharded_weights(parallel, device) if speed.shard_weights else None
         if is_fast:
             self._make_fast_form(speed, parallel)
-        self._form_is_made, self._weights_of_form = True, _weights(self.transformer) if is_fast else None
+        self._form_is_made, self._weights_of_form = True, weights_state(self.transformer) if is_fast else None
 
     def _make_fast_form(self, speed: SpeedConfig, parallel: SequenceParallel | None) -> None:
         model, device = self.transformer, self.transformer.device
+        if any(isinstance(part, LoRALinear) for block in model.layers() for part in block.ffn):
+            self.unmerged_fingerprint = part_fingerprint(model)
         # On the CPU the adapters' layers cost a GPU no memory, and come back exactly.
         adapters = model.merge_ffn_lora(keep_on=torch.device("cpu"))
         self._merged = tuple(f"blocks.{block}.ffn.{place}." for block, place in adapters.layers)
@@ -147,7 +152,7 @@ class SpeedMixin(PlacementMixin):
 
     def undo_fast_form(self) -> None:
         """As `leave_fast_form`, until the next pass."""
-        self._fast = self._pool = self._weights_of_form = None
+        self._fast = self._pool = self._weights_of_form = self.unmerged_fingerprint = None
         self._form_is_made, self._merged = False, ()
         self._undo.close()
 
@@ -163,7 +168,7 @@ class SpeedMixin(PlacementMixin):
                 log.info("the transformer computes in its fast form: leave_fast_form() to compute plainly")
                 self.optimize_for_inference()
             return
-        if self._form_is_made and self._weights_of_form in (None, found := _weights(self.transformer)):
+        if self._form_is_made and self._weights_of_form in (None, found := weights_state(self.transformer)):
             return
         if self._form_is_made:
             before = self._weights_of_form or {}
@@ -215,7 +220,7 @@ class SpeedMixin(PlacementMixin):
         return self.warm_up_seconds
 
 
-def _weights(model: HybridWanModel) -> Weights:
+def weights_state(model: nn.Module) -> Weights:
     """Where every parameter lies and how often it was written to: other after every change that PyTorch can see."""
     return {name: (value.data_ptr(), _version(value)) for name, value in model.named_parameters()}
 

@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from inference_world import flags_of, planned
 
 from pipelines.evaluation.sampling import Manifest, plan_videos
 from pipelines.evaluation.suites import Suite, SuiteEntry
+from pipelines.media.reader import read_clip
 from pipelines.media.video import count_frames
 from pipelines.prompts.jobs import prompt_seed
 from wan.utils.errors import InputError
@@ -130,6 +132,28 @@ def test_what_a_video_of_several_prompts_leaves_out_is_written_down(sample: Samp
     assert manifest(tmp_path / "out")["videos"]["a fox-0.mp4"]["left_out"] == ["it leaps"]
 
 
+def test_a_suite_of_several_prompts_per_video_is_sampled(
+    sample: Sample, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to the switch a video is that of its first prompt; after it, another."""
+    several = tmp_path / "several.jsonl"
+    several.write_text('{"prompts": ["a red shape", {"prompt": "a blue shape"}]}')
+    assert sample("--suite", several) == 0
+    (entry,) = manifest(tmp_path / "out")["videos"].values()
+    assert entry["prompts"] == [{"prompt": "a red shape"}, {"prompt": "a blue shape"}] and "left_out" not in entry
+    record = json.loads((tmp_path / "out" / "records" / "a red shape-0.json").read_text())
+    assert record["prompts"] == entry["prompts"]
+    capsys.readouterr()
+    assert sample("--suite", several, "--first_prompt") == 2, "one folder holds no mix of both"
+    assert "prompts was" in capsys.readouterr().err
+    assert sample("--suite", several, "--first_prompt", "--output_folder", tmp_path / "first") == 0
+    clips = [
+        list(read_clip(tmp_path / folder / "videos" / "a red shape-0.mp4", 32, 48, 16)) for folder in ("out", "first")
+    ]
+    errors = [np.abs(a.astype(int) - b).mean() for a, b in zip(*clips, strict=True)]
+    assert len(errors) == 21 and max(errors[:9]) < 1 < np.mean(errors[9:]), "the second of two blocks is another"
+
+
 def test_seeds_and_names_do_not_depend_on_the_part() -> None:
     entries = tuple(SuiteEntry(prompt, samples=2) for prompt in ("A", "a", "b"))
     whole = Suite("x", entries)
@@ -158,7 +182,8 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
         (("--suite", "nothing"), "no suite nothing: give vbench, vbench-long"),
         (("--suite", "vbench"), "run scripts/download_suites.py --suite vbench"),
         (("--dimensions", "size"), "--dimensions size: mine has paths"),
-        (("--suite", "interactive"), "a prompt cannot be switched inside of a video yet: give --first_prompt"),
+        (("--suite", "interactive"), "3 prompts for 2 blocks: make the video longer"),
+        (("--on_switch", "recompute"), "on_switch is of a prompt that changes"),
         (("--samples", 0), "--samples 0 is out of range"),
         (("strength=0.5",), "strength is of a video"),
     ],

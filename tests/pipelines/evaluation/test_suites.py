@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from pipelines.evaluation.names import MAX_STEM_BYTES, can_be_name, file_stems, ignores_case
 from pipelines.evaluation.sampling import plan_videos
 from pipelines.evaluation.suite_files import KNOWN, OWN, read_suite, read_suite_file, with_extended
-from pipelines.evaluation.suites import Suite, SuiteEntry, Switch, check_switches, limited, of_dimensions, with_samples
+from pipelines.evaluation.suites import Suite, SuiteEntry, limited, of_dimensions, with_samples
+from pipelines.prompts.schedules import Switch
 from wan.utils.errors import InputError
 
 VBENCH = [
@@ -82,7 +84,11 @@ def test_vbench_is_read_as_vbench_reads_it(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompts": []}', "line 1 is no video of several prompts"),
         ("a.jsonl", '{"prompts": ["a"]}\n{"prompt": "b"}', "line 2 is no video of several prompts"),
         ("a.jsonl", '{"prompts": ["a", {"prompt": "b", "frame": 9}]}', "prompts must begin at 0"),
-        ("a.jsonl", '{"prompts": [{"prompt": "a", "frame": 0}, {"prompt": "b", "second": 1}]}', "all in frames or all"),
+        (
+            "a.jsonl",
+            '{"prompts": [{"prompt": "a", "frame": 0}, {"prompt": "b", "second": 1}]}',
+            "all in frames, all",
+        ),
         ("a.jsonl", '{"prompts": [{"prompt": "a", "frame": 0}, {"prompt": "b", "frame": 0}]}', "follow each other"),
         ("a.jsonl", '{"prompts": ["a", {"prompt": "b", "frame": 1.5}]}', "prompt 2 needs a prompt and at most one"),
         ("a.jsonl", '{"prompts": ["a", 7]}', "prompt 2 is 7"),
@@ -104,15 +110,15 @@ def test_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert with_extended(suite, write(tmp_path / "long.txt", "One.\nTwo.\n"), None).entries[1].extended == "Two."
 
 
-def test_videos_of_several_prompts_are_refused_or_made_from_the_first(tmp_path: Path) -> None:
+def test_videos_of_several_prompts_are_made_of_all_or_of_the_first(tmp_path: Path) -> None:
     line = '{"prompts": [{"prompt": "a", "second": 0}, {"prompt": "b", "second": 2.5}], "dimensions": ["x"]}'
     suite = read_suite_file(write(tmp_path / "a.jsonl", line))
-    assert suite.entries[0].switches == (Switch("b", None, 2.5),) and suite.dimensions == ("x",)
-    with pytest.raises(InputError, match=r"line 1 has 2 prompts for one video.*--first_prompt"):
-        check_switches(suite, first_prompt=False)
-    check_switches(suite, first_prompt=True)
+    prompts = Switch("a", second=0.0), Switch("b", second=2.5)
+    assert suite.entries[0].prompts == prompts and suite.dimensions == ("x",)
     (video,) = plan_videos(suite, suite, 0, ignores_case=False)
-    assert video.job.prompt == "a" and video.job.name == "a-0"
+    assert video.job.prompt == "a" and video.job.name == "a-0" and video.job.prompts == prompts
+    (first,) = plan_videos(suite, suite, 0, ignores_case=False, first_prompt=True)
+    assert first.job == replace(video.job, prompts=())
     assert len(read_suite("interactive", tmp_path).entries) >= 4
 
 

@@ -1,0 +1,1 @@
+"""Videos that are generated block by block on request: held, steered, divided, saved and continued."""
