@@ -1,6 +1,6 @@
 """Make the paper's tables from files of results.
 
-    python scripts/make_tables.py output/bench/benchmark.json --format md --output tables.md
+    python scripts/make_tables.py output/bench/benchmark.json --format md --output_file tables.md
     python scripts/make_tables.py softmax=a/scores.json hybrid=b/scores.json --table quality drift --format latex
     python scripts/make_tables.py full=full.json no_gate=no_gate.json --table ablations --format csv
 
@@ -38,7 +38,7 @@ def tables_parser() -> Parser:
     add("--format", choices=[form.value for form in Format], default="md", help="md (default), latex or csv")
     sheet = "frames of the first prompts, a row per model, from the folders that scores name"
     add("--pictures", type=as_path, metavar="PATH", help=sheet)
-    add("--output", type=as_path, metavar="PATH", help="by default the terminal; links are relative to it")
+    add("--output_file", type=as_path, metavar="PATH", help="by default the terminal; links are relative to it")
     return parser
 
 
@@ -46,9 +46,9 @@ def tables_parser() -> Parser:
 def main() -> int:
     """Parse, read, write."""
     arguments = tables_parser().parse_args()
-    for target in filter(None, (arguments.output, arguments.pictures)):
+    for target in filter(None, (arguments.output_file, arguments.pictures)):
         check_target(target)
-    folder = Path.cwd() if arguments.output is None else arguments.output.parent
+    folder = Path.cwd() if arguments.output_file is None else arguments.output_file.parent
     sources, form = read_sources(arguments.runs), Format(arguments.format)
     text = written(make_tables(sources, arguments.table), form, folder)
     if arguments.pictures is not None:
@@ -56,12 +56,12 @@ def main() -> int:
         log.info("frames of %d prompts are in %s", shown, arguments.pictures)
         if form is Format.MARKDOWN:
             text += f"\n![frames by model](<{relative_link(arguments.pictures, folder)}>)\n"
-    if arguments.output is None:
+    if arguments.output_file is None:
         sys.stdout.write(text)
         return 0
-    with atomic_path(arguments.output) as temporary:
+    with atomic_path(arguments.output_file) as temporary:
         temporary.write_text(text)
-    log.info("the tables are in %s", arguments.output)
+    log.info("the tables are in %s", arguments.output_file)
     return 0
 
 

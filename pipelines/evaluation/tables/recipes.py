@@ -162,7 +162,7 @@ def _videos(request: Request, label: str, checkpoint: Path | None, layer: int | 
 
 def _table(request: Request, files: Sequence[str], pictures: bool = False) -> Step:
     sheet = ("--pictures", str(request.folder / "pictures.png")) if pictures else ()
-    words = _python("make_tables.py", *files, "--table", request.table, "--output", request.page, *sheet)
+    words = _python("make_tables.py", *files, "--table", request.table, "--output_file", request.page, *sheet)
     return Step(words, 0.0, request.page)
 
 

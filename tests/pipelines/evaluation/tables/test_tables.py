@@ -211,7 +211,7 @@ def test_the_command_writes_a_page(
 ) -> None:
     page = own.parent / "sub" / "tables.md"
     page.parent.mkdir()
-    monkeypatch.setattr(sys, "argv", ["make_tables.py", f"ours={own}", "--output", str(page)])
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", f"ours={own}", "--output_file", str(page)])
     assert script.main() == 0
     assert "(<../own.json>)" in page.read_text()
     monkeypatch.setattr(sys, "argv", ["make_tables.py", str(own), "--table", "quality", "--format", "csv"])
