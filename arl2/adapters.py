@@ -10,7 +10,7 @@ holds is the bfloat16 of its weights in that type plus all changes.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -169,10 +169,7 @@ class AdapterStack:
             InputError: there is no LoRA of a name.
             CheckpointError: a sum leaves the range of the type; the model is as before.
         """
-        unknown = weights.keys() - self._loras.keys()
-        if unknown:
-            known = summarize_names(self._loras) or "none"
-            raise InputError(f"there is no adapter {min(unknown)!r}: those loaded are {known}")
+        self._require_known(weights)
         before, wanted = self._weights, dict.fromkeys(self._loras, 0.0) | dict(weights)
         moved = [self._loras[name].names() for name in wanted if wanted[name] != before[name]]
         names = set[str]().union(*moved)
@@ -182,6 +179,21 @@ class AdapterStack:
             fuse(base_parameters(self._model), self._active(before), names, self._originals)
             raise
 
+    def remove(self, names: Collection[str]) -> None:
+        """Take some LoRAs off, and forget them; the others stay as they are.
+
+        Raises:
+            InputError: there is no LoRA of a name; then nothing is taken off.
+        """
+        self._require_known(names)
+        changed = set[str]().union(*(self._loras[name].names() for name in names))
+        weights = {name: weight for name, weight in self._weights.items() if name not in names}
+        fuse(base_parameters(self._model), self._active(weights), changed, self._originals)
+        self._weights = weights
+        self._loras = {name: lora for name, lora in self._loras.items() if name not in names}
+        needed = set[str]().union(*(lora.names() for lora in self._loras.values()))
+        self._originals = {name: value for name, value in self._originals.items() if name in needed}
+
     def take_off(self) -> None:
         """Give all changed parameters their original values, and forget the LoRAs."""
         fuse(base_parameters(self._model), (), self._originals, self._originals)
@@ -190,6 +202,12 @@ class AdapterStack:
     def forget(self) -> None:
         """Forget LoRAs and original values: what is changed stays so."""
         self._loras, self._weights, self._originals = {}, {}, {}
+
+    def _require_known(self, names: Collection[str]) -> None:
+        unknown = set(names) - self._loras.keys()
+        if unknown:
+            known = summarize_names(self._loras) or "none"
+            raise InputError(f"there is no adapter {min(unknown)!r}: those loaded are {known}")
 
     def _set(self, weights: Mapping[str, float], names: Iterable[str]) -> None:
         fuse(base_parameters(self._model), self._active(weights), names, self._originals)

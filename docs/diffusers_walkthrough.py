@@ -203,6 +203,12 @@ pipe.load_lora_weights(change, adapter_name="style")
 pipe.set_adapters("style", 0.5)
 refused("a weight of no number", lambda: pipe.set_adapters("style", "strong"))
 refused("one adapter twice", lambda: pipe.set_adapters(["style", "style"], [0.5, 1.0]))
+pipe.disable_lora()
+assert pipe.get_active_adapters() == []
+pipe.enable_lora()
+assert pipe.get_list_adapters() == {"transformer": ["style"]}
+refused("an adapter that is not there", lambda: pipe.delete_adapters("motion"))
+pipe.delete_adapters("style")
 pipe.unload_lora_weights()
 
 refused("no LoRA is loaded", lambda: pipe.set_adapters("style"))

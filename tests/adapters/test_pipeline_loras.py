@@ -252,3 +252,57 @@ def test_loras_reach_weights_that_are_offloaded(kind: str, pipeline: CausalVideo
     require_sum(pipeline, before, (pairs, 1.0))
     pipeline.unload_lora_weights()
     assert same(state(pipeline), before)
+
+
+def test_single_loras_are_deleted_and_all_are_switched_off_and_on(pipeline: CausalVideoPipeline) -> None:
+    before, first, second = state(pipeline), pairs_for(pipeline), pairs_for(pipeline)
+    assert pipeline.get_list_adapters() == {}
+    pipeline.load_lora_weights(entries(first), adapter_name="first")
+    pipeline.load_lora_weights(entries(second), adapter_name="second")
+    assert pipeline.get_list_adapters() == {"transformer": ["first", "second"]}
+    pipeline.set_adapters(["first", "second"], [0.5, -2.0])
+    pipeline.disable_lora()
+    assert same(state(pipeline), before) and pipeline.get_active_adapters() == []
+    pipeline.disable_lora()  # a second time changes nothing
+    pipeline.enable_lora()
+    require_sum(pipeline, before, (first, 0.5), (second, -2))
+    pipeline.disable_lora()
+    pipeline.set_adapters("second", 0.25)
+    pipeline.enable_lora()
+    require_sum(pipeline, before, (second, 0.25))
+    for names in ("third", ["second", "third"]):
+        with pytest.raises(InputError, match="no adapter 'third'"):
+            pipeline.delete_adapters(names)
+    require_sum(pipeline, before, (second, 0.25))
+    pipeline.set_adapters(["first", "second"], [0.5, -2.0])
+    pipeline.delete_adapters("second")
+    require_sum(pipeline, before, (first, 0.5))
+    assert pipeline.get_list_adapters() == {"transformer": ["first"]}
+    pipeline.load_lora_weights(entries(second), adapter_name="second")
+    pipeline.delete_adapters(["first", "second"])
+    assert same(state(pipeline), before) and pipeline.get_list_adapters() == {}
+    for call in (pipeline.disable_lora, pipeline.enable_lora, lambda: pipeline.delete_adapters("first")):
+        with pytest.raises(InputError, match="no adapter is loaded"):
+            call()
+
+
+def test_fused_loras_are_neither_deleted_nor_switched_off(pipeline: CausalVideoPipeline) -> None:
+    pipeline.load_lora_weights(entries(pairs_for(pipeline)), adapter_name="first")
+    pipeline.fuse_lora()
+    for call in (pipeline.disable_lora, pipeline.enable_lora, lambda: pipeline.delete_adapters("first")):
+        with pytest.raises(InputError, match="are fused"):
+            call()
+
+
+def test_what_is_deleted_reaches_the_fast_form(pipeline: CausalVideoPipeline) -> None:
+    plain = video(pipeline)
+    pipeline.optimize_for_inference(FAST)
+    pipeline.load_lora_weights(entries(pairs_for(pipeline)), adapter_name="first")
+    adapted = video(pipeline)
+    pipeline.disable_lora()
+    torch.testing.assert_close(video(pipeline), plain, rtol=1e-4, atol=1e-4)
+    pipeline.enable_lora()
+    torch.testing.assert_close(video(pipeline), adapted, rtol=1e-4, atol=1e-4)
+    pipeline.delete_adapters("first")
+    torch.testing.assert_close(video(pipeline), plain, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(adapted, plain, atol=1e-2)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class LoRAPipelineMixin:
     base_hybrid: HybridSettings | None = None
     _adapters: AdapterStack | None = None
     _before_fusing: dict[str, float] | None = None
+    _before_disabling: Mapping[str, float] = MappingProxyType({})
     _speed: SpeedConfig | None = None
 
     def optimize_for_inference(self, speed: SpeedConfig | None = None) -> None:
@@ -127,6 +129,53 @@ class LoRAPipelineMixin:
         weights = _weights(adapter_weights, names)
         with self._plain_form():
             self._stack().set_weights(dict(zip(names, weights, strict=True)))
+        self._before_disabling = {}
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget some LoRAs; the others stay as they are.
+
+        Args:
+            adapter_names: one or several.
+
+        Raises:
+            InputError: no such LoRA, one named twice, or LoRAs are fused. Then none is forgotten.
+        """
+        self._require_not_fused()
+        names = _names(adapter_names)
+        with self._plain_form():
+            self._stack().remove(names)
+
+    def disable_lora(self) -> None:
+        """Switch all LoRAs off until `enable_lora`, or until `set_adapters` gives them weights.
+
+        Raises:
+            InputError: none is loaded, or they are fused.
+        """
+        self._require_not_fused()
+        weights = {name: weight for name, weight in self._stack().weights.items() if weight}
+        if weights:
+            with self._plain_form():
+                self._stack().set_weights({})
+            self._before_disabling = weights
+
+    def enable_lora(self) -> None:
+        """Give LoRAs the weights that `disable_lora` took from them; those that have got others since keep them.
+
+        Raises:
+            InputError: none is loaded, or they are fused.
+            CheckpointError: a weight leaves the range of its type; the model is as before.
+        """
+        self._require_not_fused()
+        now = self._stack().weights
+        weights = {name: weight or self._before_disabling.get(name, 0.0) for name, weight in now.items()}
+        with self._plain_form():
+            self._stack().set_weights(weights)
+        self._before_disabling = {}
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of all LoRAs that are loaded, by the part that they are on; empty without any."""
+        names = [] if self._adapters is None else list(self._adapters.weights)
+        return {TRANSFORMER: names} if names else {}
 
     def get_active_adapters(self) -> list[str]:
         """Names of the LoRAs that are switched on."""
@@ -182,6 +231,7 @@ class LoRAPipelineMixin:
             with self._plain_form():
                 self._adapters.take_off()
         self._adapters = self._before_fusing = None
+        self._before_disabling = {}
 
     def _stack(self) -> AdapterStack:
         if self._adapters is None or not self._adapters.weights:
