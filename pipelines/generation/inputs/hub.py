@@ -1,4 +1,4 @@
-"""The folder of a model: one of this machine, or a repository of the hub in huggingface_hub's cache."""
+"""The folder of a model or of a LoRA: one of this machine, or a repository of the hub in huggingface_hub's cache."""
 
 import re
 from collections.abc import Mapping
@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from wan.checkpoints.identify import LORA_FILES
+from wan.checkpoints.peft import CONFIG_FILE
 from wan.utils.errors import InputError
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -53,6 +55,31 @@ def model_folder(name: str | Path, options: HubOptions, without: Mapping[str, bo
     if folder.exists() or isinstance(name, Path) or not _REPOSITORY.fullmatch(name):
         return folder
     patterns = [*SETTINGS, *(file for part, files in PARTS.items() if not without.get(part) for file in files)]
+    return _fetched(name, patterns, options, "model")
+
+
+def lora_folder(name: str | Path, weight_name: str | None, options: HubOptions) -> Path:
+    """The file or folder of a LoRA, fetched from the hub as `model_folder` does.
+
+    Args:
+        name: a file, a folder, or "owner/name".
+        weight_name: the file that is meant, without which those with the names of peft and diffusers are fetched.
+
+    Raises:
+        InputError: neither here nor in a repository that can be had.
+    """
+    path = Path(name)
+    if path.exists() or isinstance(name, Path) or not _REPOSITORY.fullmatch(name):
+        return path
+    return _fetched(name, [*(LORA_FILES if weight_name is None else (weight_name,)), CONFIG_FILE], options, "LoRA")
+
+
+def _fetched(name: str, patterns: list[str], options: HubOptions, what: str) -> Path:
+    """The folder of a repository in the cache, with the files of some patterns.
+
+    Raises:
+        InputError: it cannot be had.
+    """
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, **options._asdict()))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, GatedRepoError) as error:
@@ -64,7 +91,7 @@ def model_folder(name: str | Path, options: HubOptions, without: Mapping[str, bo
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(
             f"no folder {name} here, it is not whole in the hub's cache, and the hub was not reached: give the folder "
-            "of a model, or download it while you are online"
+            f"of a {what}, or download it while you are online"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from arl2.adapters import AdapterStack, Weighted, base_parameters, fuse
 from arl2.model import HybridSettings, HybridWanModel
 from pipelines.config import SpeedConfig
+from pipelines.generation.inputs.hub import HubOptions, lora_folder
 from pipelines.provenance import part_fingerprint
 from wan.checkpoints.lora import MAX_SCALE, lora_of, read_lora
 from wan.utils.errors import InputError
@@ -80,14 +81,19 @@ class LoRAPipelineMixin:
         adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> None:
         """Put a LoRA on the transformer, with weight 1, beside those that are on it.
 
         Args:
-            pretrained_model_name_or_path_or_dict: a file or folder, see `wan.checkpoints.lora`, or names to tensors;
-                never asks a hub.
+            pretrained_model_name_or_path_or_dict: a file or folder, see `wan.checkpoints.lora`; the name of a
+                repository ("owner/name"), whose file comes through huggingface_hub's cache; or names to tensors.
             adapter_name: "default_0" and so on by default.
-            weight_name: of the file, in a folder.
+            weight_name: of the file, in a folder or repository; by default the one named as peft or diffusers do.
+            revision, cache_dir, token, local_files_only: of the hub's files, as in huggingface_hub.
 
         Raises:
             CheckpointError: no LoRA, damaged, or not for this model; the model is as before.
@@ -100,10 +106,11 @@ class LoRAPipelineMixin:
             raise InputError(f"a LoRA is a {type(given).__name__}: give a file, a folder, or names to tensors")
         if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name):
             raise InputError(f"adapter_name {adapter_name!r} is no name: give text, or leave it out")
-        if weight_name is not None:
-            if isinstance(given, Mapping):
-                raise InputError("weight_name goes with a folder, not with tensors: leave it out")
-            given = Path(given) / weight_name
+        if weight_name is not None and isinstance(given, Mapping):
+            raise InputError("weight_name goes with a folder, not with tensors: leave it out")
+        if not isinstance(given, Mapping):
+            options = HubOptions(revision, cache_dir, token, local_files_only)
+            given = lora_folder(given, weight_name, options) / (weight_name or "")
         shapes = {name: parameter.shape for name, parameter in base_parameters(self.transformer).items()}
         lora = lora_of(given, shapes, "the LoRA") if isinstance(given, Mapping) else read_lora(Path(given), shapes)
         with self._plain_form():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers_world import new_pipeline
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.config import SpeedConfig
@@ -103,6 +104,34 @@ def test_a_repository_comes_through_the_cache(model: Path, monkeypatch: pytest.M
     asked.clear()
     load(str(model))
     assert not asked, "a folder never asks the hub"
+
+
+def test_a_lora_of_a_repository_comes_through_the_cache(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline, asked = load(model), list[list[str]]()
+    change = {"blocks.0.self_attn.q.diff_b": torch.full((pipeline.transformer.config.dim,), 0.5)}
+    for name in ("light.safetensors", "pytorch_lora_weights.safetensors"):
+        save_file(change, tmp_path / name)
+    before = pipeline.transformer.get_parameter("blocks.0.self_attn.q.bias").clone()
+
+    def snapshot(name: str, **options: Any) -> str:
+        assert name == "someone/lora" and options["revision"] == "v2"
+        asked.append(options["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    for weight_name in ("light.safetensors", None):
+        pipeline.load_lora_weights("someone/lora", weight_name=weight_name, revision="v2")
+        torch.testing.assert_close(pipeline.transformer.get_parameter("blocks.0.self_attn.q.bias"), before + 0.5)
+        pipeline.unload_lora_weights()
+    assert asked[0] == ["light.safetensors", "adapter_config.json"]
+    assert "pytorch_lora_weights.safetensors" in asked[1] and "light.safetensors" not in asked[1]
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"the hub was not reached: give the folder of a LoRA"):
+        pipeline.load_lora_weights("someone/lora", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(CheckpointError, match="no LoRA at nowhere"):
+        pipeline.load_lora_weights("nowhere")
 
 
 class UnknownError(RepositoryNotFoundError):
