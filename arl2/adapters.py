@@ -184,11 +184,11 @@ class AdapterStack:
 
         Raises:
             InputError: there is no LoRA of a name; then nothing is taken off.
+            CheckpointError: a sum of the others leaves the range of the type; the model is as before.
         """
         self._require_known(names)
-        changed = set[str]().union(*(self._loras[name].names() for name in names))
         weights = {name: weight for name, weight in self._weights.items() if name not in names}
-        fuse(base_parameters(self._model), self._active(weights), changed, self._originals)
+        self.set_weights(weights)
         self._weights = weights
         self._loras = {name: lora for name, lora in self._loras.items() if name not in names}
         needed = set[str]().union(*(lora.names() for lora in self._loras.values()))
