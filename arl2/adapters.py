@@ -10,7 +10,7 @@ holds is the bfloat16 of its weights in that type plus all changes.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -181,6 +181,19 @@ class AdapterStack:
         except CheckpointError:
             fuse(base_parameters(self._model), self._active(before), names, self._originals)
             raise
+
+    def remove(self, names: Collection[str]) -> None:
+        """Take some LoRAs off, and forget them; the others keep their weights.
+
+        Raises:
+            InputError: there is no LoRA of a name; the model is as before.
+            CheckpointError: a sum of the others leaves the range of the type; the model is as before.
+        """
+        self.set_weights(
+            {name: weight for name, weight in self._weights.items() if name not in names} | dict.fromkeys(names, 0.0)
+        )
+        for name in names:
+            del self._loras[name], self._weights[name]
 
     def take_off(self) -> None:
         """Give all changed parameters their original values, and forget the LoRAs."""

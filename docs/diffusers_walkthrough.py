@@ -195,12 +195,17 @@ refused("a picture of floats", lambda: pipe(PROMPT, image=np.zeros((64, 96, 3)))
 # %% [markdown]
 # ## LoRAs
 #
-# `load_lora_weights`, `set_adapters`, `fuse_lora` and so on, as in diffusers; see `docs/checkpoints.md`.
+# As in diffusers: `load_lora_weights`, `set_adapters`, `get_active_adapters`, `get_list_adapters`, `disable_lora`,
+# `enable_lora`, `delete_adapters`, `fuse_lora`, `unfuse_lora`, `unload_lora_weights`. Layouts of files and differences
+# stand in `docs/checkpoints.md`.
 
 # %%
 change = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.full((pipe.transformer.config.dim,), 0.1)}
 pipe.load_lora_weights(change, adapter_name="style")
 pipe.set_adapters("style", 0.5)
+pipe.disable_lora()
+print(pipe.get_list_adapters(), pipe.get_active_adapters())
+pipe.enable_lora()
 refused("a weight of no number", lambda: pipe.set_adapters("style", "strong"))
 refused("one adapter twice", lambda: pipe.set_adapters(["style", "style"], [0.5, 1.0]))
 pipe.unload_lora_weights()

@@ -252,3 +252,44 @@ def test_loras_reach_weights_that_are_offloaded(kind: str, pipeline: CausalVideo
     require_sum(pipeline, before, (pairs, 1.0))
     pipeline.unload_lora_weights()
     assert same(state(pipeline), before)
+
+
+def test_loras_are_switched_off_and_on_and_deleted(pipeline: CausalVideoPipeline) -> None:
+    before, first, second = state(pipeline), pairs_for(pipeline), pairs_for(pipeline)
+    assert pipeline.get_list_adapters() == {}
+    for call in (pipeline.disable_lora, pipeline.enable_lora):
+        with pytest.raises(InputError, match="no adapter is loaded"):
+            call()
+    pipeline.load_lora_weights(entries(first), "a")
+    pipeline.load_lora_weights(entries(second), "b")
+    pipeline.set_adapters(["a", "b"], [0.5, -2.0])
+    for _ in range(2):  # a second time changes nothing
+        pipeline.disable_lora()
+        assert same(state(pipeline), before) and pipeline.get_active_adapters() == []
+        assert pipeline.get_list_adapters() == {"transformer": ["a", "b"]}
+    for _ in range(2):
+        pipeline.enable_lora()
+        require_sum(pipeline, before, (first, 0.5), (second, -2))
+    with pytest.raises(InputError, match="there is no adapter 'c'"):
+        pipeline.delete_adapters(["a", "c"])
+    require_sum(pipeline, before, (first, 0.5), (second, -2))
+    pipeline.disable_lora()
+    pipeline.delete_adapters("a")
+    assert same(state(pipeline), before)
+    pipeline.enable_lora()
+    require_sum(pipeline, before, (second, -2))
+    pipeline.disable_lora()
+    pipeline.load_lora_weights(entries(first), "a")  # the name is free again
+    pipeline.enable_lora()
+    require_sum(pipeline, before, (first, 1), (second, -2))
+    pipeline.disable_lora()
+    pipeline.set_adapters("a")  # ends being switched off
+    pipeline.enable_lora()
+    require_sum(pipeline, before, (first, 1))
+    pipeline.fuse_lora()
+    for call in (pipeline.disable_lora, pipeline.enable_lora, lambda: pipeline.delete_adapters("a")):
+        with pytest.raises(InputError, match="the adapters are fused"):
+            call()
+    pipeline.unfuse_lora()
+    pipeline.delete_adapters(["a", "b"])
+    assert same(state(pipeline), before) and pipeline.get_list_adapters() == {}

@@ -41,6 +41,7 @@ class LoRAPipelineMixin:
     base_hybrid: HybridSettings | None = None
     _adapters: AdapterStack | None = None
     _before_fusing: dict[str, float] | None = None
+    _before_disabling: dict[str, float] | None = None
     _speed: SpeedConfig | None = None
 
     def optimize_for_inference(self, speed: SpeedConfig | None = None) -> None:
@@ -107,7 +108,10 @@ class LoRAPipelineMixin:
         with self._plain_form():
             stack = self._adapters = self._adapters or AdapterStack(self.transformer)
             numbers = (number for number in count(len(stack.weights)) if f"default_{number}" not in stack.weights)
-            stack.add(f"default_{next(numbers)}" if adapter_name is None else adapter_name, lora)
+            name = f"default_{next(numbers)}" if adapter_name is None else adapter_name
+            stack.add(name, lora)
+        if self._before_disabling is not None:
+            self._before_disabling[name] = 1.0
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -127,11 +131,62 @@ class LoRAPipelineMixin:
         weights = _weights(adapter_weights, names)
         with self._plain_form():
             self._stack().set_weights(dict(zip(names, weights, strict=True)))
+        self._before_disabling = None
 
     def get_active_adapters(self) -> list[str]:
         """Names of the LoRAs that are switched on."""
         weights = {} if self._adapters is None else self._adapters.weights
         return [name for name, weight in weights.items() if weight]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of all LoRAs, those that are switched off included, by the part that they change."""
+        names = [] if self._adapters is None else list(self._adapters.weights)
+        return {TRANSFORMER: names} if names else {}
+
+    def disable_lora(self) -> None:
+        """Switch all LoRAs off; `enable_lora` gives them their weights back.
+
+        Raises:
+            InputError: no LoRA is loaded, or LoRAs are fused.
+        """
+        self._require_not_fused()
+        stack = self._stack()
+        if any(stack.weights.values()):
+            with self._plain_form():
+                before = stack.weights
+                stack.set_weights({})
+            self._before_disabling = before
+
+    def enable_lora(self) -> None:
+        """Give LoRAs the weights that they had before `disable_lora`; without that before, nothing changes.
+
+        Raises:
+            InputError: no LoRA is loaded, or LoRAs are fused.
+            CheckpointError: a weight leaves the range of its type; the model is as before.
+        """
+        self._require_not_fused()
+        stack = self._stack()
+        if self._before_disabling is not None:
+            with self._plain_form():
+                stack.set_weights(self._before_disabling)
+            self._before_disabling = None
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take some LoRAs off and forget them; the others keep their weights.
+
+        Args:
+            adapter_names: one or several.
+
+        Raises:
+            InputError: no such LoRA, one named twice, or LoRAs are fused.
+            CheckpointError: a sum of the others leaves the range of its type; the model is as before.
+        """
+        self._require_not_fused()
+        names = _names(adapter_names)
+        with self._plain_form():
+            self._stack().remove(names)
+        if self._before_disabling is not None:
+            self._before_disabling = {name: w for name, w in self._before_disabling.items() if name not in names}
 
     def fuse_lora(
         self,
@@ -181,7 +236,7 @@ class LoRAPipelineMixin:
         else:
             with self._plain_form():
                 self._adapters.take_off()
-        self._adapters = self._before_fusing = None
+        self._adapters = self._before_fusing = self._before_disabling = None
 
     def _stack(self) -> AdapterStack:
         if self._adapters is None or not self._adapters.weights:
