@@ -48,12 +48,12 @@ def refused(what: str, call: Callable[[], Any]) -> None:
 # where there is no such folder. Types and devices go by name too.
 
 # %%
-pipe = CausalVideoPipeline.from_pretrained(str(MODEL), torch_dtype="float32", device_map="cpu")
+pipe = CausalVideoPipeline.from_pretrained(str(MODEL), dtype="float32", device_map="cpu")
 pipe.optimize_for_inference()  # on a CPU, the fast decoder; on a GPU the first call does so by itself
 pipe.set_progress_bar_config(disable=True)
 print(type(pipe.transformer).__name__, pipe.transformer.dtype, f"loaded in {pipe.load_seconds:.1f} s")
 
-refused("another type", lambda: CausalVideoPipeline.from_pretrained(MODEL, torch_dtype="int3"))
+refused("another type", lambda: CausalVideoPipeline.from_pretrained(MODEL, dtype="int3"))
 refused("balanced", lambda: CausalVideoPipeline.from_pretrained(MODEL, device_map="balanced"))
 refused("an unknown argument", lambda: CausalVideoPipeline.from_pretrained(MODEL, variant="fp16"))
 refused("no such model", lambda: CausalVideoPipeline.from_pretrained("nobody/nothing", local_files_only=True))

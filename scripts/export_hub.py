@@ -67,7 +67,7 @@ def main() -> int:
         use_ema=arguments.use_ema,
         hybrid=config.hybrid.settings(),
         lora=config.lora_sources(),
-        torch_dtype=DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
         device=torch.device("cpu"),
         height=config.height,
         width=config.width,

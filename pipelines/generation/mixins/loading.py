@@ -54,7 +54,8 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         checkpoint_path: str | Path | None = None,
         use_ema: bool = False,
         hybrid: HybridSettings = HybridSettings(),
-        torch_dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: str | None = None,
         vae_device: torch.device | None = None,
@@ -80,8 +81,9 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
-            torch_dtype: of all parts, or its name; float16 only of the transformer. "auto" takes the type of the
-                transformer's weights.
+            dtype: of all parts, or its name, float32 by default; float16 only of the transformer. "auto" takes the type
+                of the transformer's weights.
+            torch_dtype: the former name of `dtype`.
             device, device_map: of all parts, the CPU by default; the two names mean the same here.
             vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
@@ -98,7 +100,7 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             CheckpointError, InputError: something is missing, damaged or does not fit, or the hub cannot be reached.
             TypeError: an unknown argument; nothing was read then.
         """
-        begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(torch_dtype)
+        begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(dtype, torch_dtype)
         _check_settings(cls, sampling)
         _check_parts(transformer, vae, text_encoder, tokenizer, optimize)
         sources = _lora_sources(lora)
@@ -226,17 +228,21 @@ def _check_parts(transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any, 
         raise InputError(f"optimize is a {type(optimize).__name__}: give True, False or a SpeedConfig")
 
 
-def _dtype(given: torch.dtype | str) -> torch.dtype | None:
-    """A type of weights by itself or by its name, None for "auto".
+def _dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of weights by itself or by its name, under one of two names of the argument; None for "auto".
 
     Raises:
-        InputError: no such type.
+        InputError: no such type, or both arguments are given.
     """
+    if dtype is not None and torch_dtype is not None:
+        raise InputError("dtype and torch_dtype mean the same: give one of them")
+    name = "dtype" if torch_dtype is None else "torch_dtype"
+    given = next((each for each in (dtype, torch_dtype) if each is not None), torch.float32)
     if given == "auto":
         return None
     found = DTYPES.get(str(given).removeprefix("torch."))
     if found is None and given is not torch.float64:
-        raise InputError(f"torch_dtype {given!r} is unknown: give {', '.join(DTYPES)} or auto")
+        raise InputError(f"{name} {given!r} is unknown: give {', '.join(DTYPES)} or auto")
     return torch.float64 if found is None else found
 
 

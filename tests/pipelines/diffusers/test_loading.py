@@ -30,9 +30,11 @@ def video(pipeline: CausalVideoPipeline) -> Tensor:
 
 def test_types_by_name(model: Path) -> None:
     assert load(model).transformer.dtype is torch.float32
-    half = load(model, torch_dtype="bfloat16", device_map="cpu")
+    half = load(model, dtype="bfloat16", device_map="cpu")
     assert {half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}  # type: ignore[union-attr]
     assert load(model, torch_dtype="torch.bfloat16").dtype is torch.bfloat16
+    with pytest.raises(InputError, match="dtype and torch_dtype mean the same"):
+        load(model, dtype="bfloat16", torch_dtype="bfloat16")
     for name in ("int8", "half"):
         with pytest.raises(InputError, match="bfloat16, float16, float32 or auto"):
             load(model, torch_dtype=name)
