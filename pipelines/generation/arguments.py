@@ -251,7 +251,10 @@ def check_config(config: InferenceConfig, i2v: bool = False, video: Path | None 
     config.sampler()
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
-        raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
+        raise InputError(
+            f"no checkpoint at {checkpoint}: check the path, or fetch it with scripts/download_weights.py --what NAME, "
+            "whose --help has the names"
+        )
     for source in config.lora_sources():
         for file in source.files():
             if file.suffix != ".json":
