@@ -139,23 +139,26 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             self.optimize_for_inference(optimize)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the parts, arguments as for diffusers' pipelines; only the transformer is cast to float16.
+        """Move or cast the parts, arguments as for diffusers' pipelines.
 
-        A fast form of the transformer is undone, and made anew on the new device before the next pass.
+        Only the transformer is cast to float16, and gates of hybrid layers stay in float32 at least, as when a model is
+        loaded. A fast form of the transformer is undone, and made anew on the new device before the next pass.
         """
         for given in (*args, kwargs.get("device")):
             if isinstance(given, str | torch.device):
                 _device(given, None)
         self.undo_fast_form()
         self._side = None
-        if torch.float16 not in (*args, kwargs.get("dtype")):
+        types = [each for each in (*args, kwargs.get("dtype")) if isinstance(each, torch.dtype)]
+        # Diffusers notes it on models that one of its quantisers has changed: how to cast those is its own matter.
+        if len(types) != 1 or getattr(self.transformer, "hf_quantizer", None) is not None:
             return super().to(*args, **kwargs)
-        others = [argument for argument in args if argument is not torch.float16]
+        others = [argument for argument in args if not isinstance(argument, torch.dtype)]
         super().to(*others, **{name: value for name, value in kwargs.items() if name != "dtype"})
-        keep_gates_in_float32(self.transformer, torch.float16)
-        self.wan_vae.to(dtype=torch.float16)
+        keep_gates_in_float32(self.transformer, types[0])
+        self.wan_vae.to(dtype=types[0])
         if self.text_encoder is not None:
-            self.text_encoder.to(dtype=wide_range_dtype(torch.float16, self.text_encoder.device))
+            self.text_encoder.to(dtype=wide_range_dtype(types[0], self.text_encoder.device))
         return self
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
