@@ -316,6 +316,11 @@ def check_exchange(speed: SpeedConfig, device: torch.device, over_video: bool) -
         raise InputError(NO_SHARDING)
     if over_video and speed.exchange is Exchange.PEER and not can_be_peers:
         raise InputError(NO_PEERS)
+    if not over_video and speed.exchange is not Exchange.AUTO:
+        log.warning(
+            "exchange %s does nothing: it is of processes that compute one video together (--parallel video)",
+            speed.exchange.value,
+        )
 
 
 def check_vae_device(config: InferenceConfig, device: torch.device, over_video: bool) -> None:
