@@ -67,7 +67,7 @@ def main() -> int:
         use_ema=arguments.use_ema,
         hybrid=config.hybrid.settings(),
         lora=config.lora_sources(),
-        torch_dtype=DTYPES[arguments.dtype],
+        dtype=DTYPES[arguments.dtype],
         device=torch.device("cpu"),
         height=config.height,
         width=config.width,
@@ -89,7 +89,7 @@ def _memory_of_calls(config: InferenceConfig, pipeline: CausalVideoPipeline) -> 
     if config.caveat is not None:
         log.warning("%s", config.caveat)
     trained = pipeline.transformer.trained_memory
-    if config.memory.resolved(trained) == MemoryConfig().resolved(trained):
+    if config.memory.resolved(trained).identity() == MemoryConfig().resolved(trained).identity():
         return None
     log.warning(
         "the folder does not store the memory of kind %s: give it with every call, as the model card says",

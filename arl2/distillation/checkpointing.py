@@ -202,8 +202,10 @@ def require_within(progress: Progress, steps: int, checkpoints: Path) -> None:
 
 
 def _require_same(checkpoint: Path, before: Fingerprint, now: Fingerprint) -> None:
-    cure = "put them back, or choose another run_folder"
-    require_same_settings(current_names(before), now, f"{checkpoint} was trained", cure)
+    before, cure = current_names(before), "put them back, or choose another run_folder"
+    if before.get("global_batch") != now.get("global_batch"):
+        cure += " (global_batch is batch × accumulation × processes)"
+    require_same_settings(before, now, f"{checkpoint} was trained", cure)
 
 
 def read_page(checkpoint: Path) -> tuple[Progress, Fingerprint]:

@@ -259,7 +259,10 @@ def check_config(config: InferenceConfig, i2v: bool = False, video: Path | None 
     config.sampler()
     checkpoint = config.checkpoint_path
     if checkpoint is not None and not Path(checkpoint).exists():
-        raise InputError(f"no checkpoint at {checkpoint}: check the path, or run scripts/download_weights.py")
+        raise InputError(
+            f"no checkpoint at {checkpoint}: check the path, or fetch it with scripts/download_weights.py --what NAME, "
+            "whose --help has the names"
+        )
     for source in config.lora_sources():
         for file in source.files():
             if file.suffix != ".json":
@@ -355,6 +358,11 @@ def check_exchange(speed: SpeedConfig, device: torch.device, over_video: bool) -
         raise InputError(NO_SHARDING)
     if over_video and speed.exchange is Exchange.PEER and not can_be_peers:
         raise InputError(NO_PEERS)
+    if not over_video and speed.exchange is not Exchange.AUTO:
+        log.warning(
+            "exchange %s does nothing: it is of processes that compute one video together (--parallel video)",
+            speed.exchange.value,
+        )
 
 
 def check_vae_device(config: InferenceConfig, device: torch.device, over_video: bool) -> None:

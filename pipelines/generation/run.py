@@ -66,7 +66,7 @@ def load_pipeline(run: InferenceRun) -> CausalVideoPipeline:
         checkpoint_path=config.checkpoint_path,
         use_ema=run.use_ema,
         hybrid=config.hybrid.settings(),
-        torch_dtype=run.dtype,
+        dtype=run.dtype,
         device=run.device,
         vae_device=config.speed.vae_on(run.device),
         seed=run.seed,

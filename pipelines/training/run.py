@@ -202,16 +202,24 @@ def _train(config: TrainingConfig, data: Samples, accelerator: Accelerator, stop
     if progress is None:
         log_new_parameters(config, model, report)
     trainer = new_trainer(config, data, accelerator, new_objective(config, model), loading)
-    if progress is not None and progress.step == config.steps:
-        log.info(
-            "the run in %s is complete at step %d: %s", config.run_folder, progress.step, how_to_go_further(config)
-        )
+    if progress is not None:
+        log_progress(config, progress)
     if not trainer.run(stop):
         return False
     model.mark_trained(trained_memory(config, data))
     if not isinstance(config, GatesConfig):
         export(model, trainer.state.ema, Path(config.run_folder), accelerator)
     return True
+
+
+def log_progress(config: TrainingConfig, progress: Progress) -> None:
+    """Say where a run goes on, or that it is complete."""
+    if progress.step < config.steps:
+        log.info("the run in %s goes on after step %d of %d", config.run_folder, progress.step, config.steps)
+    else:
+        log.info(
+            "the run in %s is complete at step %d: %s", config.run_folder, progress.step, how_to_go_further(config)
+        )
 
 
 def how_to_go_further(config: TrainingConfig) -> str:

@@ -123,6 +123,10 @@ BAD_FLAGS = [
     ("--memory some", "--memory 'some' does not fit: give one of "),
     ("--dtype int8", "invalid choice"),
     ("--checkpoint_path ", "--checkpoint_path '' is out of range"),
+    (
+        "--checkpoint_path nowhere.pt",
+        "fetch it with scripts/download_weights.py --what NAME, whose --help has the names",
+    ),
     ("fps", "'fps' is no setting: give key=value"),
     ("fps=0", "fps 0 is out of range: give an integer from 1 to 1000"),
     ("fps=-16", "fps -16 is out of range"),

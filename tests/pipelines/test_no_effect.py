@@ -106,3 +106,12 @@ def test_one_data_folder_under_two_names(tmp_path: Path) -> None:
     for other in (f"{tmp_path}/", str(tmp_path / "link"), f"{tmp_path}/../{tmp_path.name}"):
         with pytest.raises(InputError, match="twice"):
             open_data(Stage1Config(data=[str(tmp_path), other]))
+
+
+@pytest.mark.parametrize("exchange", ["peer", "collective", "auto"])
+def test_an_exchange_between_no_processes_is_warned_of(
+    exchange: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = ["--config", TOY, "--prompt", "x", "--output_folder", str(tmp_path), "--exchange", exchange]
+    plan_run(inference_parser().parse_args([*flags, "--device", "cpu"]))
+    assert (f"exchange {exchange} does nothing" in caplog.text) == (exchange != "auto")

@@ -126,3 +126,16 @@ def test_what_a_folder_cannot_store_stands_on_its_card(
     caplog.clear()
     assert export(monkeypatch, *flags, tmp_path / "b", "memory.kind=window") == 0  # as in training
     assert "MemoryConfig" not in (tmp_path / "b" / "README.md").read_text() and "does not store" not in caplog.text
+
+
+def test_sizes_of_a_window_that_there_is_not_stand_on_no_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_pipeline().save_pretrained(tmp_path / "model")  # trained with full memory
+    text = CONFIG.format(folder=tmp_path / "model") + "memory: {{kind: {}, window_frames: 6, sink_frames: 0}}\n"
+    for kind in ("trained", "full"):
+        config = tmp_path / f"{kind}.yaml"
+        config.write_text(text.format(kind))
+        assert export(monkeypatch, "--config", config, "--output_folder", tmp_path / kind) == 0
+        assert "MemoryConfig" not in (tmp_path / kind / "README.md").read_text()
+        assert "does not store" not in caplog.text

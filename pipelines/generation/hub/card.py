@@ -103,7 +103,7 @@ there. Diffusers alone cannot run the model, since none of its pipelines keeps a
 import torch
 from diffusers import DiffusionPipeline
 {imports}
-pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True, torch_dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True, dtype=torch.bfloat16)
 pipe.to("cuda")
 frames = pipe("a cat on a windowsill", output_type="pil"{argument}).frames[0]
 ```{why}

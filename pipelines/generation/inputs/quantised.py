@@ -42,7 +42,7 @@ def load_quantised(
     require_finite(*read_folder(home, WEIGHT_FILES))  # a quantiser makes numbers of NaN
     try:
         model = HybridWanModel.from_pretrained(
-            home, quantization_config=config, torch_dtype=torch.float32 if dtype is None else dtype
+            home, quantization_config=config, dtype=torch.float32 if dtype is None else dtype
         )
     except InputError:
         raise

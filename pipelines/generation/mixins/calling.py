@@ -86,6 +86,8 @@ class CallMixin(PlanningMixin):
             max_sequence_length: tokens after which prompts are cut.
             callback_on_step_end: called with (pipeline, step, timestep, tensors) after every step of every block, steps
                 counted over the video; the "latents" that it returns, if any, take the place of the block's.
+                To stop early, raise an exception in it, or leave a loop over `stream`; diffusers' `_interrupt` is not
+                read.
             callback_on_step_end_tensor_inputs: tensors that it is given: "latents", [B, frames of the block, C, h, w].
             output_type: see `VideoOutput`.
             return_dict: whether to return a `VideoOutput`, else a tuple with the frames.

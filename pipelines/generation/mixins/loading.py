@@ -54,7 +54,8 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
         checkpoint_path: str | Path | None = None,
         use_ema: bool = False,
         hybrid: HybridSettings = HybridSettings(),
-        torch_dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         device_map: str | None = None,
         vae_device: torch.device | None = None,
@@ -80,8 +81,9 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             checkpoint_path: transformer weights, see `arl2.checkpoint.read_generator`; those of the folder without it.
             use_ema: take `generator_ema` of a checkpoint that has both.
             hybrid: hybrid layers and adapters; by default those of the weights.
-            torch_dtype: of all parts, or its name; float16 only of the transformer. "auto" takes the type of the
-                transformer's weights.
+            dtype: of all parts, or its name, float32 by default; float16 only of the transformer. "auto" takes the type
+                of the transformer's weights.
+            torch_dtype: the former name of `dtype`.
             device, device_map: of all parts, the CPU by default; the two names mean the same here.
             vae_device: where the VAE goes instead, to decode beside the transformer's work.
             seed: of parameters that a conversion adds.
@@ -98,7 +100,7 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             CheckpointError, InputError: something is missing, damaged or does not fit, or the hub cannot be reached.
             TypeError: an unknown argument; nothing was read then.
         """
-        begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(torch_dtype)
+        begin, place, dtype = time.perf_counter(), _device(device, device_map), _dtype(dtype, torch_dtype)
         _check_settings(cls, sampling)
         _check_parts(transformer, vae, text_encoder, tokenizer, optimize)
         sources = _lora_sources(lora)
@@ -137,23 +139,26 @@ class LoadingMixin(SpeedMixin, LoRAPipelineMixin):
             self.optimize_for_inference(optimize)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the parts, arguments as for diffusers' pipelines; only the transformer is cast to float16.
+        """Move or cast the parts, arguments as for diffusers' pipelines.
 
-        A fast form of the transformer is undone, and made anew on the new device before the next pass.
+        Only the transformer is cast to float16, and gates of hybrid layers stay in float32 at least, as when a model is
+        loaded. A fast form of the transformer is undone, and made anew on the new device before the next pass.
         """
         for given in (*args, kwargs.get("device")):
             if isinstance(given, str | torch.device):
                 _device(given, None)
         self.undo_fast_form()
         self._side = None
-        if torch.float16 not in (*args, kwargs.get("dtype")):
+        types = [each for each in (*args, kwargs.get("dtype")) if isinstance(each, torch.dtype)]
+        # Diffusers notes it on models that one of its quantisers has changed: how to cast those is its own matter.
+        if len(types) != 1 or getattr(self.transformer, "hf_quantizer", None) is not None:
             return super().to(*args, **kwargs)
-        others = [argument for argument in args if argument is not torch.float16]
+        others = [argument for argument in args if not isinstance(argument, torch.dtype)]
         super().to(*others, **{name: value for name, value in kwargs.items() if name != "dtype"})
-        keep_gates_in_float32(self.transformer, torch.float16)
-        self.wan_vae.to(dtype=torch.float16)
+        keep_gates_in_float32(self.transformer, types[0])
+        self.wan_vae.to(dtype=types[0])
         if self.text_encoder is not None:
-            self.text_encoder.to(dtype=wide_range_dtype(torch.float16, self.text_encoder.device))
+            self.text_encoder.to(dtype=wide_range_dtype(types[0], self.text_encoder.device))
         return self
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -226,17 +231,21 @@ def _check_parts(transformer: Any, vae: Any, text_encoder: Any, tokenizer: Any, 
         raise InputError(f"optimize is a {type(optimize).__name__}: give True, False or a SpeedConfig")
 
 
-def _dtype(given: torch.dtype | str) -> torch.dtype | None:
-    """A type of weights by itself or by its name, None for "auto".
+def _dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A type of weights by itself or by its name, under one of two names of the argument; None for "auto".
 
     Raises:
-        InputError: no such type.
+        InputError: no such type, or both arguments are given.
     """
+    if dtype is not None and torch_dtype is not None:
+        raise InputError("dtype and torch_dtype mean the same: give one of them")
+    name = "dtype" if torch_dtype is None else "torch_dtype"
+    given = next((each for each in (dtype, torch_dtype) if each is not None), torch.float32)
     if given == "auto":
         return None
     found = DTYPES.get(str(given).removeprefix("torch."))
     if found is None and given is not torch.float64:
-        raise InputError(f"torch_dtype {given!r} is unknown: give {', '.join(DTYPES)} or auto")
+        raise InputError(f"{name} {given!r} is unknown: give {', '.join(DTYPES)} or auto")
     return torch.float64 if found is None else found
 
 

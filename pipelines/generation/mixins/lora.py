@@ -116,7 +116,8 @@ class LoRAPipelineMixin:
         with self._plain_form():
             stack = self._adapters = self._adapters or AdapterStack(self.transformer)
             numbers = (number for number in count(len(stack.weights)) if f"default_{number}" not in stack.weights)
-            stack.add(f"default_{next(numbers)}" if adapter_name is None else adapter_name, lora)
+            name = f"default_{next(numbers)}" if adapter_name is None else adapter_name
+            stack.add(name, lora)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None

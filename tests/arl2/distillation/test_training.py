@@ -217,6 +217,7 @@ def test_another_config_or_other_data_do_not_resume(
         "(data_samples was": (f"data=[{trained_world / 'other'}]",),
         "optimizer.lr was 0.01, is 0.02": ("optimizer.lr=0.02", "seed=0"),
         "(global_batch was 2, is 1)": ("batch=1",),
+        "(global_batch is batch × accumulation × processes)": ("batch=3",),
         "set resume=true": ("resume=false",),
     }
     page = next(trained_world.rglob("run.json"))

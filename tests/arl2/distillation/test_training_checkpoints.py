@@ -327,7 +327,7 @@ def test_files_to_go_on_from_are_checked_before_models_load(
 
 
 @pytest.mark.parametrize(("decay", "cure"), [("constant", "steps=4"), ("cosine", "steps=4 run_folder=")])
-def test_a_complete_run_says_so_and_nothing_of_new_parameters(
+def test_a_run_says_whether_it_goes_on_or_is_complete(
     decay: str,
     cure: str,
     world: Path,
@@ -342,7 +342,10 @@ def test_a_complete_run_says_so_and_nothing_of_new_parameters(
     caplog.clear()
     assert go_on(monkeypatch, world, tmp_path / "run", *settings) == 0
     said = [record.getMessage() for record in caplog.records if "is complete at step 2" in record.getMessage()]
-    assert len(said) == 1 and cure in said[0] and "are new" not in caplog.text
+    assert len(said) == 1 and cure in said[0] and "are new" not in caplog.text and "goes on" not in caplog.text
+    if decay == "constant":
+        assert go_on(monkeypatch, world, tmp_path / "run", *settings, "steps=3") == 0
+        assert f"the run in {tmp_path / 'run'} goes on after step 2 of 3" in caplog.text
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:

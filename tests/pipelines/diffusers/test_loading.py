@@ -31,9 +31,11 @@ def video(pipeline: CausalVideoPipeline) -> Tensor:
 
 def test_types_by_name(model: Path) -> None:
     assert load(model).transformer.dtype is torch.float32
-    half = load(model, torch_dtype="bfloat16", device_map="cpu")
+    half = load(model, dtype="bfloat16", device_map="cpu")
     assert {half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}  # type: ignore[union-attr]
     assert load(model, torch_dtype="torch.bfloat16").dtype is torch.bfloat16
+    with pytest.raises(InputError, match="dtype and torch_dtype mean the same"):
+        load(model, dtype="bfloat16", torch_dtype="bfloat16")
     for name in ("int8", "half"):
         with pytest.raises(InputError, match="bfloat16, float16, float32 or auto"):
             load(model, torch_dtype=name)
@@ -316,3 +318,13 @@ def test_names_in_the_place_of_parts_and_devices_that_are_not_there(model: Path)
     for options, words in wrong.values():
         with pytest.raises(InputError, match=words):
             load(model, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_leaves_gates_as_loading_does(dtype: torch.dtype, model: Path) -> None:
+    moved, loaded = load(model).to("cpu", dtype), load(model, dtype=dtype)
+    assert loaded.transformer.dtype is loaded.transformer.get_parameter("blocks.0.self_attn.q.weight").dtype is dtype
+    for part in ("transformer", "vae", "text_encoder"):
+        one, other = getattr(moved, part).state_dict(), getattr(loaded, part).state_dict()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=f"{part}.{name}")
