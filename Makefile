@@ -6,11 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
+PAGE := $(VENV)/.page-installed
 
-.PHONY: demo test install lint format types clean
+.PHONY: demo app test install lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
+
+app: $(PAGE)  ## install, and open a page in which videos are generated live
+	$(BIN)/python scripts/app.py --config configs/toyworld/inference.yaml \
+	  --hybrid_checkpoint models/toyworld/hybrid_75.safetensors --open_browser
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
@@ -42,6 +47,11 @@ $(RUNTIME): requirements.txt setup.py | $(BIN)/python
 
 $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# requirements.txt is a constraint here: nothing may choose another version of what was tested.
+$(PAGE): setup.py $(RUNTIME)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.txt -e ".[demo]"
 	touch $@
 
 clean:

@@ -88,6 +88,7 @@ def main() -> int:
         raise InputError("the app is one process: start it without torchrun")
     from pipelines.app.page import Defaults, build, serving
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
     hybrid: Path | None = arguments.hybrid_checkpoint
     if hybrid is not None and not hybrid.exists():
         raise InputError(f"no checkpoint at {hybrid}: check the path of --hybrid_checkpoint")
@@ -98,8 +99,8 @@ def main() -> int:
         limits = limits_of(arguments, run.config)
         defaults = Defaults(arguments.prompt, run.config.height, run.config.width, limits.blocks, arguments.seed)
         with load_app(run, hybrid, limits, arguments.output_folder) as app:
-            page = build(app, defaults)
-            with serving(page, folder / "page", arguments.host, arguments.port, arguments.open_browser) as address:
+            page = build(app, defaults, folder / "page")
+            with serving(page, arguments.host, arguments.port, arguments.open_browser) as address:
                 log.info("the page is at %s; Ctrl-C ends it", address)
                 while True:
                     time.sleep(1)

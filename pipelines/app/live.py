@@ -4,11 +4,13 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -182,7 +184,7 @@ class LiveRun:
     def _submit_round(self) -> list[Future[LaneBlock]]:
         return [self._engine.submit(lane.step) for lane in self._lanes if not lane.is_done]
 
-    def _signs_of_life(self, pending: Sequence["Future[LaneBlock] | Future[None]"]) -> Iterator[Update]:
+    def _signs_of_life(self, pending: Sequence[Future[Any]]) -> Iterator[Update]:
         while not self._stopped.is_set() and wait(pending, SIGN_OF_LIFE_SECONDS).not_done:
             yield Update(RunState.running)
 
@@ -190,7 +192,8 @@ class LiveRun:
         begin = time.monotonic()
         while not self._stopped.is_set() and not self._go.wait(SIGN_OF_LIFE_SECONDS):
             if time.monotonic() - begin > self._limits.pause_seconds:
-                raise InputError(f"it was paused for {self._limits.pause_seconds:.0f} seconds, and has ended: start again")
+                seconds = self._limits.pause_seconds
+                raise InputError(f"it was paused for more than {seconds:.0f} seconds, and has ended: start again")
             yield Update(RunState.paused)
 
     def _wait_for_playback(self, frames: int) -> None:
@@ -253,7 +256,7 @@ class LiveRun:
     def close(self) -> None:
         """End, and remove all files."""
         self.stop()
-        self._engine.submit(self._remove)
+        self._later(self._remove)
 
     # -- in the engine's thread
 
@@ -303,7 +306,12 @@ class LiveRun:
     def _end(self) -> None:
         self._ended.set()
         self.stop()
-        self._engine.submit(self._release)
+        self._later(self._release)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        """Have the engine do something when it comes to it; an engine that has ended has done it all before."""
+        with suppress(RuntimeError):
+            self._engine.submit(work).add_done_callback(_log_failure)
 
     def _require_going(self) -> None:
         if self._ended.is_set() or self._stopped.is_set():
@@ -321,6 +329,12 @@ class LiveRun:
             raise
         except Exception as error:
             raise InputError(explain(error)) from error
+
+
+def _log_failure(done: "Future[None]") -> None:
+    error = None if done.cancelled() else done.exception()
+    if error is not None:
+        log.error("what a generation held could not be freed", exc_info=error)
 
 
 def explain(error: BaseException) -> str:

@@ -48,8 +48,8 @@ class AppModel:
             on_switch=self.on_switch,
         )
 
-    def bytes_remembered(self, request: Request, latent_frames: int) -> int:
-        """Bytes that the memory of a video takes after some latent frames; nothing is allocated."""
+    def bytes_remembered(self, request: Request, latent_frames: int | None) -> int:
+        """Bytes that the memory of a video takes after some latent frames, see `memory_bytes`."""
         return memory_bytes(self.pipeline, request, latent_frames, self.choose_memory(request))
 
 
@@ -61,10 +61,13 @@ def num_frames(pipeline: CausalVideoPipeline, blocks: int | None) -> int | None:
     return (latents - 1) * pipeline.wan_vae.temporal_compression + 1
 
 
-def memory_bytes(pipeline: CausalVideoPipeline, request: Request, latent_frames: int, memory: MemoryConfig) -> int:
+def memory_bytes(
+    pipeline: CausalVideoPipeline, request: Request, latent_frames: int | None, memory: MemoryConfig
+) -> int:
     """Bytes of a memory that holds so many latent frames of a video; nothing is allocated.
 
-    A window counts as a whole from the first frame on, as it is allocated.
+    Args:
+        latent_frames: None for a window that is full.
     """
     spec = pipeline.memory_spec(1, request.height, request.width, latent_frames, memory)
     return pipeline.transformer.new_memory(replace(spec, device=torch.device("meta"))).num_bytes
@@ -138,6 +141,5 @@ def equal_window(pipeline: CausalVideoPipeline, hybrid: AppModel, request: Reque
     per_block = int(pipeline.config.frames_per_block)
     full = MemoryConfig(MemoryKind.full)
     per_frame = memory_bytes(pipeline, request, per_block, full) // per_block
-    # A window is as large from the first frame on, so one block stands for a video without an end.
-    wanted = hybrid.bytes_remembered(request, (request.blocks or 1) * per_block)
+    wanted = hybrid.bytes_remembered(request, None if request.blocks is None else request.blocks * per_block)
     return MemoryConfig(MemoryKind.window, max(wanted // per_frame, per_block), 0)

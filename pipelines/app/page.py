@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.app.app import App
-from pipelines.app.limits import MAX_STEPS, MIN_SIDE
+from pipelines.app.limits import MAX_STEPS
 from pipelines.app.live import LaneBlock, RunState
 from pipelines.app.pictures import STYLE, lanes_html, message_html
 from wan.utils.errors import InputError
@@ -28,6 +28,8 @@ MAX_EVENTS = 256
 """Clicks of all visitors that wait to be handled."""
 CACHE_SECONDS = (300, 1800)
 """How often gradio looks for old copies of downloads, and how old they may become."""
+HEARTBEAT_SECONDS = "2"
+"""Time after which the server notices at the latest that a page's connection is gone."""
 MAX_UPLOAD = "1mb"
 """The page takes no files."""
 SAID = {
@@ -53,8 +55,14 @@ class Defaults:
     seed: int = 0
 
 
-def build(app: App, defaults: Defaults) -> gr.Blocks:
-    """The page of an app."""
+def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
+    """The page of an app.
+
+    Args:
+        folder: for gradio's copies of downloads.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read by components and by the server
+    os.environ["GRADIO_HEARTBEAT_INTERVAL"] = HEARTBEAT_SECONDS
     limits = app.limits
     with gr.Blocks(title="ARL² live", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown("# ARL² live\n" + "\n".join(f"- **{each.name}**: {each.about}" for each in app.models.values()))
@@ -62,10 +70,10 @@ def build(app: App, defaults: Defaults) -> gr.Blocks:
             prompt = gr.Textbox(defaults.prompt, label="Prompt", max_length=limits.prompt_characters, scale=3)
             models = gr.CheckboxGroup(list(app.models), value=list(app.models), label="Models, from the same noise")
         with gr.Row():
-            seed = gr.Number(defaults.seed, label="Seed", precision=0, minimum=0)
+            seed = gr.Number(defaults.seed, label="Seed", precision=0)
             steps = gr.Slider(0, MAX_STEPS, 0, step=1, label="Steps per block (0: the model's own)")
-            height = gr.Number(defaults.height, label="Height", precision=0, minimum=MIN_SIDE)
-            width = gr.Number(defaults.width, label="Width", precision=0, minimum=MIN_SIDE)
+            height = gr.Number(defaults.height, label="Height", precision=0)
+            width = gr.Number(defaults.width, label="Width", precision=0)
             blocks = gr.Slider(0, limits.blocks, defaults.blocks, step=1, label="Blocks (0: no end)")
         with gr.Row():
             buttons = {name: gr.Button(name) for name in ("Start", "Pause", "Go on", "Stop")}
@@ -86,12 +94,12 @@ def _add_steering(app: App, said: gr.HTML) -> None:
     with gr.Row():
         prompt = gr.Textbox(label="Another prompt", max_length=app.limits.prompt_characters, scale=3)
         switch = gr.Button("Switch")
-        seed = gr.Number(1, label="Seed of the fork", precision=0, minimum=0)
+        seed = gr.Number(1, label="Seed of the fork", precision=0)
         fork = gr.Button("Fork the first video")
     switch.click(_text_handler(app.switch), [prompt], said, api_name="switch", show_progress="hidden")
     fork.click(_number_handler(app.fork), [seed], said, api_name="fork", show_progress="hidden")
     with gr.Row():
-        number = gr.Number(1, label="Video", precision=0, minimum=1, maximum=app.limits.lanes)
+        number = gr.Number(1, label="Video", precision=0)
         save = gr.Button("Make an mp4 of what is there")
         file = gr.File(label="mp4", interactive=False)
     save.click(_saver(app), [number], [file, said], api_name="save", show_progress="hidden")
@@ -181,11 +189,10 @@ def _leaver(app: App) -> Callable[..., None]:
 
 
 @contextmanager
-def serving(page: gr.Blocks, folder: Path, host: str, port: int, open_browser: bool = False) -> Iterator[str]:
+def serving(page: gr.Blocks, host: str, port: int, open_browser: bool = False) -> Iterator[str]:
     """Serve a page while the context lasts.
 
     Args:
-        folder: for gradio's copies of downloads.
         host: address to listen on; 127.0.0.1 lets nobody else in.
         port: 0 for any that is free.
 
@@ -195,7 +202,6 @@ def serving(page: gr.Blocks, folder: Path, host: str, port: int, open_browser: b
     Raises:
         InputError: the port is taken, or the address is none of this machine.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
     try:
         _, address, _ = page.launch(
             server_name=host,
