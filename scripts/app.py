@@ -86,9 +86,6 @@ def main() -> int:
     arguments = app_parser().parse_args()
     if rank_and_world_size()[1] > 1:
         raise InputError("the app is one process: start it without torchrun")
-    from pipelines.app.page import Defaults, build, serving
-
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
     hybrid: Path | None = arguments.hybrid_checkpoint
     if hybrid is not None and not hybrid.exists():
         raise InputError(f"no checkpoint at {hybrid}: check the path of --hybrid_checkpoint")
@@ -97,6 +94,9 @@ def main() -> int:
         arguments.output_folder = folder / "runs"
         run = plan_run(arguments, lambda _: [])
         limits = limits_of(arguments, run.config)
+        from pipelines.app.page import Defaults, build, serving  # needs gradio, which the command line does not
+
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
         defaults = Defaults(arguments.prompt, run.config.height, run.config.width, limits.blocks, arguments.seed)
         with load_app(run, hybrid, limits, arguments.output_folder) as app:
             page = build(app, defaults, folder / "page")

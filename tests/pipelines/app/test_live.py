@@ -15,9 +15,9 @@ from app_world import BLOCKS, CONFIG, FORM, HEIGHT, WIDTH, lane_blocks, limits, 
 from PIL import Image
 
 from pipelines.app.app import App
+from pipelines.app.limits import Request
 from pipelines.app.live import LaneBlock, RunState, Update
 from pipelines.app.models import EQUAL_WINDOW, FULL, HYBRID, AppModel, memory_bytes, models_of, num_frames
-from pipelines.app.limits import Request
 from pipelines.app.pictures import animation, lanes_html, message_html
 from pipelines.config import MemoryConfig, MemoryKind
 from pipelines.media.video import count_frames
@@ -86,7 +86,7 @@ def test_an_equal_window_is_the_largest_that_is_no_larger_than_the_hybrid() -> N
         assert memory_bytes(softmax, request, None, larger) > bytes_of_hybrid
         assert window.window_frames == 3 or memory_bytes(softmax, request, None, window) <= bytes_of_hybrid
         found.append(window.window_frames)
-    assert found == sorted(found[:4]) + [found[4]] and found[4] < found[3]
+    assert found == [*sorted(found[:4]), found[4]] and found[4] < found[3]
 
 
 def test_models_without_a_second_checkpoint() -> None:
@@ -134,7 +134,7 @@ def test_a_switch_changes_the_prompt_and_the_frames(app: App) -> None:
     app.switch("a", "a blue shape")
     blocks = [*first.blocks, *lane_blocks(updates)]
     # One block was being computed at the switch.
-    assert [block.prompt for block in blocks][0] == "a red shape" and blocks[-1].prompt == "a blue shape"
+    assert blocks[0].prompt == "a red shape" and blocks[-1].prompt == "a blue shape"
     switched = next(number for number, block in enumerate(blocks) if block.prompt == "a blue shape")
     former, plain = len(frames(blocks[:switched])), stream(models()[HYBRID], MemoryConfig())
     assert 1 <= switched <= 3

@@ -1,8 +1,10 @@
 """The page itself, served on loopback and driven as a browser would drive it."""
 
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from app_world import FORM, HEIGHT, WIDTH, limits, models
 
 from pipelines.app.app import App
 from pipelines.app.models import HYBRID
+from pipelines.generation.sessions.session import Session
 from pipelines.media.video import count_frames
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -e '.[demo]'")
@@ -51,6 +54,12 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def sessions() -> int:
+    """Sessions that something still holds, and with them their memory."""
+    gc.collect()
+    return sum(type(each) is Session for each in gc.get_objects())
+
+
 def has_frames(job: Any) -> bool:
     return any("data:image/webp" in str(output[0]) for output in job.outputs())
 
@@ -77,7 +86,7 @@ def test_a_visitor_generates_steers_and_downloads(client: Any) -> None:
     assert "done" in client.predict(api_name="/stop")
     assert "stopped" in job.result()[1]
     second, _ = client.predict(2, api_name="/save")
-    assert 0 < count_frames(Path(first)) and 0 < count_frames(Path(second))
+    assert all(count_frames(Path(file)) > 0 for file in (first, second))
     none, message = client.predict(3, api_name="/save")
     assert none is None and "no video 3" in message
 
@@ -110,3 +119,27 @@ def test_another_session_sees_nothing_of_it(served: tuple[App, str, Path], clien
     assert "start first" in other.predict(1, api_name="/save")[1]
     assert "start first" in other.predict(api_name="/stop")
     other.close()
+
+
+def test_sixteen_visitors_of_whom_most_misbehave(served: tuple[App, str, Path], tmp_path: Path) -> None:
+    app, address, runs = served
+    clients = [new_client(address, tmp_path) for _ in range(16)]
+    assert sessions() == 0
+    stays, *others = [each.submit(*ENDLESS, api_name="/start") for each in clients[:2]]
+    until(lambda: has_frames(stays))
+    # Broken input, more than can wait, and pages that vanish while they wait, generate, or were refused.
+    others += [each.submit(*["", *ENDLESS[1:]], api_name="/start") for each in clients[2:6]]
+    others += [each.submit(*ENDLESS, api_name="/start") for each in clients[6:]]
+    until(lambda: sum(job.done() for job in others) == 4 + 6)
+    said = [job.result()[1] for job in others if job.done()]
+    assert sum("empty" in text for text in said) == 4 and sum("limit" in text for text in said) == 6
+    assert app.places == 6
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda each: each.close(), clients[1:]))
+    until(lambda: app.places == 1)
+    before = len(stays.outputs())
+    until(lambda: len(stays.outputs()) > before + 3)
+    assert "done" in clients[0].predict(api_name="/stop") and "stopped" in stays.result()[1]
+    clients[0].close()
+    until(lambda: not app.places and not list(runs.iterdir()))
+    until(lambda: sessions() == 0)
