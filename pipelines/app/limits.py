@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pipelines.config import FramesPerSecond, Pixels
+from pipelines.media.images import check_images
 from pipelines.prompts.files import check_prompt
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds, Seed, check_ranges, typed
@@ -61,6 +63,7 @@ class Request:
         models: names of the models, one per video.
         steps: denoising steps per block; None for the model's own.
         blocks: length of the video; None for no end.
+        image: picture to start with; None for none.
     """
 
     prompt: str
@@ -70,6 +73,7 @@ class Request:
     width: int
     steps: int | None = None
     blocks: int | None = None
+    image: Path | None = None
 
 
 def read_prompt(prompt: Any, limits: Limits) -> str:
@@ -91,7 +95,8 @@ def read_request(form: Mapping[str, Any], limits: Limits, known: Sequence[str]) 
     """Check what a page sends.
 
     Args:
-        form: values by the names of `Request`; steps of 0 stand for the model's own, blocks of 0 for no end.
+        form: values by the names of `Request`; steps of 0 stand for the model's own, blocks of 0 for no end,
+            and an image is None or a file.
         known: names of the models.
 
     Raises:
@@ -119,7 +124,22 @@ def read_request(form: Mapping[str, Any], limits: Limits, known: Sequence[str]) 
         width,
         steps or None,
         blocks or None,
+        _read_image(form["image"]),
     )
+
+
+def _read_image(path: Any) -> Path | None:
+    """A picture that a page has sent, as a file of this machine.
+
+    Raises:
+        InputError: it is none, or cannot be read.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str | Path):
+        raise InputError(f"the image is a {type(path).__name__}: give a picture file")
+    check_images([Path(path)])
+    return Path(path)
 
 
 def _read_models(names: Any, limits: Limits, known: Sequence[str]) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class AppModel:
             num_inference_steps=request.steps,
             memory=self.choose_memory(request),
             on_switch=self.on_switch,
+            image=request.image,
         )
 
     def bytes_remembered(self, request: Request, latent_frames: int | None) -> int:

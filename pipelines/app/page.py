@@ -30,8 +30,8 @@ CACHE_SECONDS = (300, 1800)
 """How often gradio looks for old copies of downloads, and how old they may become."""
 HEARTBEAT_SECONDS = "2"
 """Time after which the server notices at the latest that a page's connection is gone."""
-MAX_UPLOAD = "1mb"
-"""The page takes no files."""
+MAX_UPLOAD = "20mb"
+"""Size of a picture's file."""
 SAID = {
     RunState.running: "generating",
     RunState.paused: "paused",
@@ -78,7 +78,8 @@ def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
         with gr.Row():
             buttons = {name: gr.Button(name) for name in ("Start", "Pause", "Go on", "Stop")}
         said, stage = gr.HTML(), gr.HTML()
-        form = [prompt, models, seed, steps, height, width, blocks]
+        image = gr.File(label="Picture to start with", file_types=["image"], height=90)
+        form = [prompt, models, seed, steps, height, width, blocks, image]
         buttons["Start"].click(_starter(app), form, [stage, said], api_name="start", show_progress="hidden")
         for name, action in (("Pause", app.pause), ("Go on", app.go_on), ("Stop", app.stop)):
             event = {"api_name": name.lower().replace(" ", "_"), "show_progress": "hidden"}
@@ -106,12 +107,20 @@ def _add_steering(app: App, said: gr.HTML) -> None:
 
 
 def _starter(app: App) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    names = ("prompt", "models", "seed", "steps", "height", "width", "blocks")
+    names = ("prompt", "models", "seed", "steps", "height", "width", "blocks", "image")
 
     def start(
-        prompt: str, models: list[str], seed: int, steps: int, height: int, width: int, blocks: int, request: gr.Request
+        prompt: str,
+        models: list[str],
+        seed: int,
+        steps: int,
+        height: int,
+        width: int,
+        blocks: int,
+        image: str | None,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, Any]]:
-        values = (prompt, models, seed, steps, height, width, blocks)
+        values = (prompt, models, seed, steps, height, width, blocks, image)
         shown: dict[int, LaneBlock] = {}
         last: tuple[RunState, str] | None = None
         updates = app.start(_visitor(request), dict(zip(names, values, strict=True)))

@@ -21,6 +21,7 @@ FORM: dict[str, Any] = {
     "height": HEIGHT,
     "width": WIDTH,
     "blocks": BLOCKS,
+    "image": None,
 }
 
 

@@ -17,6 +17,7 @@ FORM: dict[str, Any] = {
     "height": 64,
     "width": 96,
     "blocks": 0,
+    "image": None,
 }
 
 
@@ -50,6 +51,9 @@ def test_a_request_is_read() -> None:
         ({"height": 65}, "at most 6144"),
         ({"height": 10**9}, "height"),
         ({"width": 8}, "at least 16"),
+        ({"image": "/nowhere/picture.png"}, "picture.png"),
+        ({"image": __file__}, "test_limits.py"),
+        ({"image": 5}, "int"),
         ({"width": -96, "height": -64}, "height|width"),
     ],
 )

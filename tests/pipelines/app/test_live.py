@@ -158,6 +158,16 @@ def test_a_fork_with_the_same_seed_goes_the_same_way_and_another_does_not(app: A
             call()
 
 
+def test_a_video_starts_with_a_picture(app: App, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(picture)
+    pipeline, options = models()[HYBRID].pipeline, {"seeds": [3], "num_inference_steps": 2, "image": picture}
+    expected = pipeline.stream("a red shape", num_frames(pipeline, BLOCKS), HEIGHT, WIDTH, **options)
+    found = frames(lane_blocks(app.start("a", ALONE | {"image": str(picture)})))
+    assert torch.equal(found, torch.cat([block.frames_BTHWC.wait()[0] for block in expected]))
+    assert not torch.equal(found, stream(models()[HYBRID], MemoryConfig()))
+
+
 def test_forks_are_bounded(app: App) -> None:
     updates = app.start("a", ENDLESS)
     next_blocks(updates)

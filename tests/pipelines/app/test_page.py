@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from app_world import FORM, HEIGHT, WIDTH, limits, models
+from PIL import Image
 
 from pipelines.app.app import App
 from pipelines.app.models import HYBRID
@@ -21,7 +22,7 @@ httpx = pytest.importorskip("httpx")
 gradio_client = pytest.importorskip("gradio_client")
 
 ALONE = list((FORM | {"models": [HYBRID]}).values())
-ENDLESS = [*ALONE[:-1], 0]
+ENDLESS = list((FORM | {"models": [HYBRID], "blocks": 0}).values())
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,18 @@ def test_a_visitor_generates_steers_and_downloads(client: Any) -> None:
     assert none is None and "no video 3" in message
 
 
-def test_bad_input_is_a_message_and_the_next_start_works(client: Any) -> None:
+def test_bad_input_is_a_message_and_the_next_start_works(client: Any, tmp_path: Path) -> None:
     for place, value, message in ((0, "", "empty"), (1, [], "no model"), (4, 10**9, "height"), (5, 31, "multiple")):
         form = [*ALONE[:place], value, *ALONE[place + 1 :]]
         assert message in client.submit(*form, api_name="/start").result()[1]
-    job = client.submit(*ALONE, api_name="/start")
-    assert "finished" in job.result()[1] and has_frames(job)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(picture)
+    (tmp_path / "text.png").write_text("no picture")
+    broken = client.submit(*ALONE[:-1], gradio_client.handle_file(tmp_path / "text.png"), api_name="/start")
+    assert "text.png" in broken.result()[1]
+    for image in (None, gradio_client.handle_file(picture)):
+        job = client.submit(*ALONE[:-1], image, api_name="/start")
+        assert "finished" in job.result()[1] and has_frames(job)
 
 
 def test_a_page_that_closes_in_the_middle_leaves_nothing(served: tuple[App, str, Path], tmp_path: Path) -> None:
