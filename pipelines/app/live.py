@@ -169,17 +169,29 @@ class LiveRun:
             self._end()
 
     def _blocks(self) -> Iterator[Update]:
-        pending = self._submit_round()
-        while pending:
-            yield from self._signs_of_life(pending)
-            # A block that was computed ahead is shown after a pause.
-            yield from self._pauses()
+        # At first each video is shown as soon as it is there; then they go on together.
+        for each in self._submit_round():
+            yield from self._computed([each])
             if self._stopped.is_set():
                 return
-            blocks = tuple(each.result() for each in pending)
-            pending = self._submit_round()
-            self._wait_for_playback(len(blocks[0].frames_THWC))
-            yield Update(RunState.running, blocks)
+            yield self._shown([each])
+        pending = self._submit_round()
+        while pending:
+            yield from self._computed(pending)
+            if self._stopped.is_set():
+                return
+            done, pending = pending, self._submit_round()
+            self._stopped.wait(max(0.0, self._due - time.monotonic()))  # until the page has played what it has
+            yield self._shown(done)
+
+    def _computed(self, pending: Sequence[Future[LaneBlock]]) -> Iterator[Update]:
+        yield from self._signs_of_life(pending)
+        yield from self._pauses()  # a block that was computed ahead is shown after a pause
+
+    def _shown(self, done: Sequence[Future[LaneBlock]]) -> Update:
+        blocks = tuple(each.result() for each in done)
+        self._due = time.monotonic() + len(blocks[0].frames_THWC) / self._limits.playback_fps
+        return Update(RunState.running, blocks)
 
     def _submit_round(self) -> list[Future[LaneBlock]]:
         return [self._engine.submit(lane.step) for lane in self._lanes if not lane.is_done]
@@ -195,11 +207,6 @@ class LiveRun:
                 seconds = self._limits.pause_seconds
                 raise InputError(f"it was paused for more than {seconds:.0f} seconds, and has ended: start again")
             yield Update(RunState.paused)
-
-    def _wait_for_playback(self, frames: int) -> None:
-        """Wait until the page has played what it has."""
-        self._stopped.wait(max(0.0, self._due - time.monotonic()))
-        self._due = time.monotonic() + frames / self._limits.playback_fps
 
     # -- for the page that steers
 

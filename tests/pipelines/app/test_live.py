@@ -75,6 +75,21 @@ def test_side_by_side_every_model_makes_its_video(app: App, tmp_path: Path) -> N
     assert app.places == 0
 
 
+def test_the_first_frames_are_shown_before_other_models_have_theirs(app: App) -> None:
+    counts = [len(update.blocks) for update in app.start("a", FORM) if update.blocks]
+    assert counts == [1, 1, 1, *[3] * (BLOCKS - 1)]
+
+
+def test_blocks_come_no_faster_than_they_play(tmp_path: Path) -> None:
+    with App(models(), limits(playback_fps=20), tmp_path) as app:
+        times, counts = [], []
+        for update in app.start("a", ALONE):
+            times += [time.monotonic()] if update.blocks else []
+            counts += [len(block.frames_THWC) for block in update.blocks]
+    for before, after, count in zip(times, times[1:], counts, strict=False):
+        assert after - before > 0.9 * count / 20
+
+
 def test_an_equal_window_is_the_largest_that_is_no_larger_than_the_hybrid() -> None:
     softmax, hybrid = models()[FULL].pipeline, models()[HYBRID]
     found = []
@@ -100,7 +115,7 @@ def test_models_without_a_second_checkpoint() -> None:
 
 def test_a_video_without_an_end_takes_constant_memory(app: App) -> None:
     updates = app.start("a", ENDLESS | {"models": [EQUAL_WINDOW, HYBRID]})
-    found = [next_blocks(updates) for _ in range(8)][2:]  # with full windows
+    found = [next_blocks(updates) for _ in range(9)][3:]  # with full windows
     assert len({tuple(block.remembered for block in update.blocks) for update in found}) == 1
     run = app._registry.of("a")
     assert [lane._session.memory_bytes for lane in run._lanes] == [block.remembered for block in found[-1].blocks]
