@@ -49,9 +49,12 @@ $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# requirements.txt is a constraint here: nothing may choose another version of what was tested.
+# requirements.txt is a constraint here: nothing may choose another version of what was tested. Gradio 6.31 asks for
+# Pillow below 13, which cannot read some TIFF files, and works with the newer one: that comes back.
 $(PAGE): setup.py $(RUNTIME)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.txt -e ".[demo]"
+	pillow="$$($(BIN)/python -m pip freeze | grep '^pillow==')" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.txt -e ".[demo]" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-warn-conflicts "$$pillow"
 	touch $@
 
 clean:
