@@ -8,11 +8,16 @@ RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 EVAL_VENV := .venv-eval
 EVALUATION := $(EVAL_VENV)/.evaluation-installed
+PAGE := $(VENV)/.page-installed
 
-.PHONY: demo test install eval-env lint format types clean
+.PHONY: demo app test install eval-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
+
+app: $(PAGE)  ## install, and open a page in which videos are generated live
+	$(BIN)/python scripts/app.py --config configs/toyworld/inference.yaml \
+	  --hybrid_checkpoint models/toyworld/hybrid_75.safetensors --open_browser
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
@@ -55,6 +60,14 @@ $(RUNTIME): requirements.txt setup.py | $(BIN)/python
 
 $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# requirements.txt is a constraint here: nothing may choose another version of what was tested. Gradio 6.31 asks for
+# Pillow below 13, which cannot read some TIFF files, and works with the newer one: that comes back.
+$(PAGE): setup.py $(RUNTIME)
+	pillow="$$($(BIN)/python -m pip freeze | grep '^pillow==')" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check -c requirements.txt -e ".[demo]" && \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-warn-conflicts "$$pillow"
 	touch $@
 
 clean:

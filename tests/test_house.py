@@ -22,7 +22,7 @@ FLOORS = {
         (".", "prompts"),
         ("media",),
         ("generation",),
-        ("training", "evaluation"),
+        ("training", "evaluation", "app"),
         ("benchmark",),
         ("toyworld",),
     ),
