@@ -164,6 +164,7 @@ def test_what_the_command_line_refuses(model: Path, tmp_path: Path) -> None:
         (("--prompt", "x", "--on_switch", "keep"), "on_switch is of a prompt that changes"),
         (("--prompt", "x", "on_switch=recompute"), "on_switch is of a prompt that changes"),
         (("--prompt_schedule", path, "--i2v"), "names no images"),
+        ((*anew, "memory.window_frames=5", "memory.sink_frames=0"), "whole blocks of 3 frames"),
         (
             (
                 "--prompt_schedule",
