@@ -165,19 +165,6 @@ def test_what_the_command_line_refuses(model: Path, tmp_path: Path) -> None:
         (("--prompt", "x", "on_switch=recompute"), "on_switch is of a prompt that changes"),
         (("--prompt_schedule", path, "--i2v"), "names no images"),
         ((*anew, "memory.window_frames=5", "memory.sink_frames=0"), "whole blocks of 3 frames"),
-        (
-            (
-                "--prompt_schedule",
-                path,
-                "--on_switch",
-                "recompute",
-                "--memory",
-                "window",
-                "memory.window_frames=5",
-                "memory.sink_frames=0",
-            ),
-            "whole blocks of 3 frames",
-        ),
         (("--prompt_schedule", tmp_path / "none.jsonl"), "no prompt file"),
     ):
         with pytest.raises(InputError, match=words):
