@@ -34,6 +34,25 @@ class _Past:
     states: Snapshot
 
 
+def recomputed_frames(frames_per_block: int, window_frames: int | None, sink_frames: int) -> int | None:
+    """Latent frames after the sink that are remembered anew; None for all.
+
+    Args:
+        frames_per_block, window_frames, sink_frames: see `PastBlocks`.
+
+    Raises:
+        InputError: window or sink do not consist of whole blocks.
+    """
+    recent = None if window_frames is None else window_frames - sink_frames - frames_per_block
+    if sink_frames % frames_per_block or (recent is not None and recent % frames_per_block):
+        raise InputError(
+            f"on_switch=recompute needs a window and a sink of whole blocks of {frames_per_block} frames, not "
+            f"{window_frames} with a sink of {sink_frames}: change memory.window_frames or memory.sink_frames, or "
+            "give on_switch=keep"
+        )
+    return recent
+
+
 class PastBlocks:
     """Latents of the blocks that softmax layers see, and the states before each; see the module.
 
@@ -47,13 +66,7 @@ class PastBlocks:
     """
 
     def __init__(self, memory: Memory, frames_per_block: int, window_frames: int | None, sink_frames: int) -> None:
-        recent = None if window_frames is None else window_frames - sink_frames - frames_per_block
-        if sink_frames % frames_per_block or (recent is not None and recent % frames_per_block):
-            raise InputError(
-                f"on_switch=recompute needs a window and a sink of whole blocks of {frames_per_block} frames, not "
-                f"{window_frames} with a sink of {sink_frames}: change memory.window_frames or memory.sink_frames, or "
-                "give on_switch=keep"
-            )
+        recent = recomputed_frames(frames_per_block, window_frames, sink_frames)
         self._memory, self._frames, self._sink_frames = memory, frames_per_block, sink_frames
         self._sink = list[Tensor]()
         self._recent = deque[_Past](maxlen=None if recent is None else recent // frames_per_block)

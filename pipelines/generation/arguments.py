@@ -10,6 +10,7 @@ import torch
 
 from arl2.inference.parallel.factory import NO_PEERS, NO_SHARDING, Exchange
 from arl2.inference.parallel.sequence_parallel import check_divides
+from arl2.inference.past_blocks import recomputed_frames
 from arl2.model import FFNLoRA, check_layers
 from arl2.rollout import num_blocks
 from pipelines.cli import choose_device, local_processes, rank_and_world_size
@@ -29,7 +30,7 @@ from pipelines.generation.inputs.schedule import check_on_switch
 from pipelines.generation.requests import requested_jobs
 from pipelines.prompts.jobs import PromptJob
 from pipelines.prompts.names import shown
-from pipelines.prompts.schedules import Timeline
+from pipelines.prompts.schedules import OnSwitch, Timeline
 from pipelines.settings import given_names, load_config
 from wan.checkpoints.formats import transformer_config
 from wan.checkpoints.loading import require_weight_file
@@ -295,7 +296,9 @@ def check_schedules(
     for job in scripted:
         timeline.starts(job.prompts, f"the video '{shown(job.prompt)[:60]}'")
     if scripted:
-        check_on_switch(config.on_switch, config.memory)
+        anew = check_on_switch(config.on_switch, config.memory) is OnSwitch.recompute
+        if anew and config.memory.kind is MemoryKind.window:
+            recomputed_frames(config.frames_per_block, *config.memory.window_for(config.num_output_frames))
     elif names_on_switch:
         raise InputError("on_switch is of a prompt that changes: give --prompt_schedule too, or drop it")
 

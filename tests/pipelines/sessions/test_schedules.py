@@ -159,10 +159,12 @@ def test_what_the_command_line_refuses(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     path = lines(tmp_path / "s.jsonl", {"prompts": ["a", "b"]})
     assert planned(config, "--prompt_schedule", path).jobs[0].prompts == (Switch("a"), Switch("b"))
+    anew = "--prompt_schedule", path, "--on_switch", "recompute", "--memory", "window"
     for flags, words in (
         (("--prompt", "x", "--on_switch", "keep"), "on_switch is of a prompt that changes"),
         (("--prompt", "x", "on_switch=recompute"), "on_switch is of a prompt that changes"),
         (("--prompt_schedule", path, "--i2v"), "names no images"),
+        ((*anew, "memory.window_frames=5", "memory.sink_frames=0"), "whole blocks of 3 frames"),
         (("--prompt_schedule", tmp_path / "none.jsonl"), "no prompt file"),
     ):
         with pytest.raises(InputError, match=words):
