@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arl2.state_memory import StateMemory
+from arl2.state_settings import NOISY_WRITES
 from wan.flow import FlowSchedule, add_noise, flow_to_x0
 from wan.memory import Memory
 from wan.model import CausalWanModel, FlowModel, TextKV
@@ -177,7 +178,7 @@ def predict_flow(
         assert flow is not None
         return flow
     if not isinstance(model, CausalWanModel):
-        raise InputError("states of writes noisy take every pass, which a fast form only lets attend: compute plainly")
+        raise InputError(f"{NOISY_WRITES}: compute plainly")
     flow, updates = model(latents_BFCHW, timesteps, text, views, positions, remember=True, attend=True)
     assert flow is not None and updates is not None
     for layer in written:

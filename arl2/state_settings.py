@@ -66,6 +66,10 @@ class Reads(StrEnum):
     TOKEN = "token"
 
 
+NOISY_WRITES = "states of writes noisy take every pass, which a fast form only lets attend"
+"""Why only the plain model computes `Writes.NOISY`."""
+
+
 class Writes(StrEnum):
     """Passes of a block that are written to the state.
 

@@ -20,7 +20,7 @@ from arl2.lora import merged_weight
 from arl2.ops.compiling import allow_variants
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write
 from arl2.state_memory import StateView
-from arl2.state_settings import StateSettings, Writes
+from arl2.state_settings import NOISY_WRITES, StateSettings, Writes
 from wan.memory import KVUpdate, SlotUpdate, SlotView
 from wan.model import Block, CausalWanModel
 from wan.ops.attention import attention
@@ -337,9 +337,6 @@ class BatchedStateWrites:
         k, v, log_decay, beta = (x.flatten(0, 1) for x in self._all)
         states = gated_delta_write(torch.cat(self._states), k, v, log_decay, beta, backend=backend)
         return list(states.chunk(len(self._states)))
-
-
-NOISY_WRITES = "states of writes noisy take every pass, which the fast form only lets attend"
 
 
 def fast_block(block: Block, form: BlockForm) -> FastBlock | PlainBlock:

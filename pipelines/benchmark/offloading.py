@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,14 +66,9 @@ def _whole_parts(pipeline: CausalVideoPipeline, device: torch.device) -> None:
     pipeline.enable_model_cpu_offload(device=device)
 
 
-def _layers(pipeline: CausalVideoPipeline, device: torch.device) -> None:
-    pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
-
-
-def _text_layers(pipeline: CausalVideoPipeline, device: torch.device) -> None:
-    pipeline.enable_group_offload(
-        device, offload_type="leaf_level", use_stream=device.type == "cuda", exclude_modules="transformer"
-    )
+def _layers(pipeline: CausalVideoPipeline, device: torch.device, exclude_modules: str | None = None) -> None:
+    is_gpu = device.type == "cuda"
+    pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=is_gpu, exclude_modules=exclude_modules)
 
 
 ROWS: dict[str, Callable[[CausalVideoPipeline, torch.device], None]] = {
@@ -80,7 +76,7 @@ ROWS: dict[str, Callable[[CausalVideoPipeline, torch.device], None]] = {
     "fast": _fast,
     "model-offload": _whole_parts,
     "group-offload": _layers,
-    "group-offload-text": _text_layers,
+    "group-offload-text": partial(_layers, exclude_modules="transformer"),
 }
 """How parts are placed, by row. `group-offload-text` keeps the transformer on the device; it computes plainly, too."""
 

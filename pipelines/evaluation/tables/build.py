@@ -72,6 +72,12 @@ def _cases(source: Source) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
         yield f"{source.label}: {name}, {case['frames']} frames", case["frames"], record
 
 
+def _why_empty(record: Mapping[str, Any]) -> str:
+    """Why a case of a benchmark lacks a figure: how it ended, or that its file does not have it."""
+    status: str = record.get("status", "not measured")
+    return "not in its file" if status == "ok" else status
+
+
 def efficiency_table(sources: Sequence[Source]) -> Table:
     """Speed and memory of every case of the benchmarks, and ratios to full softmax attention of equal length."""
     rows = []
@@ -85,7 +91,7 @@ def efficiency_table(sources: Sequence[Source]) -> Table:
         for label, frames, record in _cases(source):
             summary, full = record.get("summary", {}), base.get((frames, None), {})
             alike = base.get((frames, record["case"].get("vae")), {})  # the decoder takes memory
-            why = record.get("status", "not measured") if record.get("status") != "ok" else "not in its file"
+            why = _why_empty(record)
             fps, full_fps = _median(summary, "dit_fps"), _median(full, "dit_fps")
             peak, full_peak = _median(summary, "peak_bytes"), _median(alike, "peak_bytes")
             no_base = f"no row of full softmax attention over {frames} frames, measured alike, in its file"
@@ -111,7 +117,7 @@ def memory_table(sources: Sequence[Source]) -> Table:
     rows = []
     for source in _of_kind(sources, Kind.BENCHMARK, "memory"):
         for label, _, record in _cases(source):
-            why = record.get("status", "not measured") if record.get("status") != "ok" else "not in its file"
+            why = _why_empty(record)
             summary = record.get("summary", {})
             values = (record.get("memory_bytes"), _median(summary, "steady_bytes"), _median(summary, "peak_bytes"))
             rows.append(Row(label, tuple(_measured(value, source, why, GB) for value in values)))
@@ -129,9 +135,9 @@ def _scored(source: Source, *names: str, part: str = "value", digits: int = 4) -
         metric = metrics.get(name)
         if metric is None:
             continue
-        found = metric.get(part, metric)
-        if NOT_MEASURED in metric or found is None or NOT_MEASURED in found:
-            reason = str((metric if NOT_MEASURED in metric else found or {}).get(NOT_MEASURED, reason))
+        found = metric if NOT_MEASURED in metric else metric[part]
+        if NOT_MEASURED in found:
+            reason = str(found[NOT_MEASURED])
             continue
         interval = found.get("interval")
         return Cell(found["mean"], None if interval is None else tuple(interval), source.path, digits=digits)

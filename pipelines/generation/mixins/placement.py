@@ -8,10 +8,9 @@ import torch
 from accelerate.hooks import CpuOffload
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 
-from arl2.inference.blocks import NOISY_WRITES
 from arl2.inference.parallel.sequence_parallel import SequenceParallel
 from arl2.model import HybridWanModel
-from arl2.state_settings import Writes
+from arl2.state_settings import NOISY_WRITES, Writes
 from wan.utils.device import require_device
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
