@@ -49,8 +49,9 @@ class Transitions(NamedTuple):
     def states(self, state_BHKV: Tensor) -> Iterator[Tensor]:
         """Iterate over the states after each segment."""
         state = state_BHKV
-        for n in range(self.factor.shape[2]):
-            state = self.factor[:, :, n] @ state + self.added[:, :, n]
+        # The gradient of an index would be a tensor of zeros for all segments, once per segment.
+        for factor, added in zip(self.factor.unbind(2), self.added.unbind(2), strict=True):
+            state = factor @ state + added
             yield state
 
     def composed(self) -> "Transitions":
