@@ -82,6 +82,8 @@ class LongRow:
 RESAMPLED = ("context=resampled", "resample_steps=4", "steps=800")
 """All blocks are made from noise, as in inference; see `arl2.distillation.stage2.Context`. A step takes three times as
 long as one on the data."""
+ROUNDS = (*RESAMPLED, "resample_rounds=4")
+"""Errors add up over four blocks: what is remembered was made after blocks that were made themselves."""
 SLOWER = ("optimizer.lr=3.0e-4",)
 """All parameters train at a lower rate than adapters."""
 
@@ -134,7 +136,8 @@ PARTS: dict[str, tuple[LongRow, ...]] = {
         LongRow("hybrid_75_resampled_at_once", settings=RESAMPLED),
         LongRow("hybrid_75_resampled_1", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=1")),
         LongRow("hybrid_75_resampled_2", after="hybrid_75", settings=(*RESAMPLED, "resample_steps=2")),
-        LongRow("hybrid_75_resampled_twice", after="hybrid_75", settings=(*RESAMPLED, "resample_rounds=2")),
+        LongRow("hybrid_75_resampled_rounds", after="hybrid_75_resampled", settings=ROUNDS),
+        LongRow("hybrid_100_resampled_rounds", Layers.ALL, after="hybrid_100_resampled", settings=ROUNDS),
         LongRow("hybrid_75_longer", after="hybrid_75"),
         LongRow("hybrid_75_noise", settings=("context_sigma=0.3",)),
         LongRow("hybrid_100_resampled_at_once", Layers.ALL, after="hybrid_100_short", settings=RESAMPLED),
