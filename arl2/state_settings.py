@@ -86,7 +86,7 @@ class StateSettings:
     """How the states of all hybrid layers of a model work.
 
     Attributes:
-        rotation: see `Rotation`.
+        rotation: rotation of the state's queries and keys, see `Rotation`.
         rotation_period: latent frames after which the rotation of `WRAPPED` repeats.
         rotation_rate: factor on the frame's index of `SLOW`.
         decay: initial half-lives; trained weights are not changed by it.
@@ -96,9 +96,11 @@ class StateSettings:
         num_states: states per head. They share keys, queries and values, and differ in decay, write strength and gate.
         local_frames: latent frames before a block that its softmax sees. They are written to the state when they leave
             this window, see `arl2.state_memory`; 0 for none, as in the paper.
-        gate: see `Gate`. Without one the layer has no `gate_proj`.
-        reads: see `Reads`.
-        writes: see `Writes`.
+        gate: weight of a read in the output: headwise for a learned one per head, none for 1. Without a gate the layer has
+            no `gate_proj`.
+        reads: state that a token reads: block for the state after the block before, token for that state with the pass's
+            tokens up to it written.
+        writes: passes that are written: clean for the clean pass alone, noisy for every denoising pass too.
 
     Raises:
         InputError: a setting that another one needs is missing, or one is given that does nothing.

@@ -322,7 +322,14 @@ class SpeedConfig:
 
 @dataclass
 class HybridConfig:
-    """Which layers are hybrid; empty means those of the checkpoint. See `arl2.model.HybridSettings`."""
+    """Hybrid layers of the model.
+
+    Attributes:
+        layers: indices of the hybrid layers; empty for those of the checkpoint.
+        lora_rank: rank of the adapters; null for that of the checkpoint.
+        lora_alpha: scale of the adapters times their rank; used where the checkpoint does not say it.
+        ffn_lora: feed-forward networks with adapters: none, those of hybrid layers, or all.
+    """
 
     layers: LayerIndices = field(default_factory=list)
     lora_rank: Rank | None = None
@@ -340,7 +347,9 @@ class SamplingConfig:
 
     Attributes:
         frames_per_block: latent frames generated at a time, 3 for chunk-wise and 1 for frame-wise checkpoints.
-        denoising_steps, warp_denoising_steps, timestep_shift: see `arl2.rollout.FewStepSampler`.
+        denoising_steps: timesteps of the denoising steps, before warping.
+        warp_denoising_steps: whether the steps are mapped through the timestep shift, as the published configs do.
+        timestep_shift: shift of the flow schedule, s·σ / (1 + (s - 1)·σ) for a noise level σ.
     """
 
     frames_per_block: Annotated[int, Bounds(1, 1000)] = 3
@@ -421,7 +430,8 @@ class InferenceConfig(GeneratorSampling):
         num_output_frames: latent frames of a video; F of them decode to 4F - 3 frames.
         height, width: pixels.
         fps: of the video file.
-        attention_backend: see `wan.ops.attention.AttentionBackend`.
+        attention_backend: implementation of softmax attention: auto, math, efficient, flash, cudnn, flash_attention_2 or
+            flash_attention_3.
         speed: of the transformer.
         strength: with a given video, the fraction of the steps that it is taken through again; null to continue it.
         lora: LoRAs that are added to the weights, each FILE or FILE:SCALE; see `wan.checkpoints.lora`.

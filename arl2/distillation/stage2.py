@@ -77,8 +77,8 @@ class Stage2Settings(ObjectiveSettings):
     """Settings of stage 2 that the paper leaves open.
 
     Attributes:
-        context: see `Context`.
-        target: see `Target`.
+        context: source of the latents that are remembered: data, resampled or self_rollout; see `Context`.
+        target: target of the loss: flow for the velocity, x0 for the clean latents that it implies.
         checkpointing: recompute every transformer block in the backward pass instead of keeping its activations.
         offload_checkpoints: keep the inputs of the blocks in host memory until they are recomputed. At 14B that is
             27 GB per video of 21 latent frames of 480×832.
@@ -95,8 +95,9 @@ class Stage2Settings(ObjectiveSettings):
         resample_rounds: how often what is remembered is made, each time after the blocks of the time before. So errors
             add up over as many blocks; with all steps of the sampler and a round for every block but the first, blocks
             are those of a rollout from the data's first.
-        trainable: see `Trainable`. All parameters train on the data alone, since the teacher has them, too. Without
-            hybrid layers that makes the softmax model that a hybrid is compared with.
+        trainable: new for the parameters that the softmax model does not have, all for every parameter. All train on the
+            data alone, since the teacher has them, too. Without hybrid layers, that makes the softmax model that a
+            hybrid is compared with.
     """
 
     takes_segments: ClassVar[bool] = True

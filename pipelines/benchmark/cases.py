@@ -44,7 +44,7 @@ class SpeedOptions(SpeedConfig):
 
     Attributes, beside those of `pipelines.config.SpeedConfig`:
         overlap_decoding: off, so that transformer and decoder are measured apart.
-        attention_backend: see `wan.ops.attention.AttentionBackend`.
+        attention_backend: implementation of softmax attention, see `wan.ops.attention.AttentionBackend`.
         write_backend: who computes the writes to states.
     """
 
@@ -75,7 +75,13 @@ class RowConfig:
 
 @dataclass
 class QuickConfig:
-    """What --quick measures."""
+    """What --quick measures.
+
+    Attributes:
+        rows: names of the rows.
+        lengths: pixel frames of the videos.
+        repeats: measured runs per case.
+    """
 
     rows: Annotated[list[Name], Unique()] = field(default_factory=list)
     lengths: Lengths = field(default_factory=list)

@@ -154,9 +154,9 @@ class Stage2Config(TrainingConfig):
         layers_file, share: a file of scripts/select_layers.py, and which of its sets; null for 75.
         init_from: folder of a stage-1 run, or its trainables; null to start from untrained layers.
         lora, lora_rank, lora_alpha, ffn_lora: adapters, see `arl2.model.HybridSettings`.
-        context, target, checkpointing, offload_checkpoints, teacher_weight, data_weight, context_sigma, resample_steps,
-            resample_rounds, trainable: see `arl2.distillation.stage2.Stage2Settings`. With trainable all, there may be
-            no hybrid layer.
+        context, target, checkpointing, offload_checkpoints: see `arl2.distillation.stage2.Stage2Settings`.
+        teacher_weight, data_weight, context_sigma: see `arl2.distillation.stage2.Stage2Settings`.
+        resample_steps, resample_rounds, trainable: see `arl2.distillation.stage2.Stage2Settings`.
         memory: what the student's softmax layers see, as it will be at inference. A teacher says nothing of it, so kind
             trained is full.
         teacher_memory: what the teacher sees; with kind full its memory grows with the video.
