@@ -73,7 +73,7 @@ def test_a_file_keeps_the_rules(path: Path) -> None:
 
 @pytest.mark.parametrize(("folder", "suffix"), [("wan", ".py"), ("arl2", ".py"), ("scripts", "")])
 def test_the_map_names_every_file_and_room(folder: str, suffix: str) -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The map")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "code_map.md").read_text(encoding="utf-8")
     names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
     assert names and not {name for name in names if name + suffix not in page}
     rooms = {path.name for path in (ROOT / folder).iterdir() if (path / "__init__.py").is_file()}
