@@ -96,10 +96,10 @@ class StateSettings:
         num_states: states per head. They share keys, queries and values, and differ in decay, write strength and gate.
         local_frames: latent frames before a block that its softmax sees. They are written to the state when they leave
             this window, see `arl2.state_memory`; 0 for none, as in the paper.
-        gate: weight of a read in the output: headwise for a learned one per head, none for 1. Without a gate the layer has
-            no `gate_proj`.
-        reads: state that a token reads: block for the state after the block before, token for that state with the pass's
-            tokens up to it written.
+        gate: weight of a read in the output: headwise for a learned one per head, none for 1. Without a gate the layer
+            has no `gate_proj`.
+        reads: state that a token reads: block for the state after the block before, token for that state with the
+            pass's tokens up to it written.
         writes: passes that are written: clean for the clean pass alone, noisy for every denoising pass too.
 
     Raises:

@@ -70,8 +70,7 @@ class MemoryConfig:
         sink: first for the first frames as they were; average for a moving average of them and of all frames that have
             left the window, see `wan.averaged_sink.AveragedSinkMemory`.
         sink_decay: weight of the sink in that average when a frame leaves.
-        recompute: compute keys and values of a window's earlier frames anew before every block, see
-            `arl2.rollout.remember_anew`: they then hold nothing of frames that left the window.
+        recompute: compute a window's keys and values anew before every block, see `arl2.rollout.remember_anew`.
     """
 
     kind: MemoryKind = MemoryKind.trained
@@ -327,7 +326,7 @@ class HybridConfig:
     Attributes:
         layers: indices of the hybrid layers; empty for those of the checkpoint.
         lora_rank: rank of the adapters; null for that of the checkpoint.
-        lora_alpha: scale of the adapters times their rank; used where the checkpoint does not say it.
+        lora_alpha: scale of the adapters times their rank, where the checkpoint does not say it.
         ffn_lora: feed-forward networks with adapters: none, those of hybrid layers, or all.
     """
 
@@ -430,8 +429,7 @@ class InferenceConfig(GeneratorSampling):
         num_output_frames: latent frames of a video; F of them decode to 4F - 3 frames.
         height, width: pixels.
         fps: of the video file.
-        attention_backend: implementation of softmax attention: auto, math, efficient, flash, cudnn, flash_attention_2 or
-            flash_attention_3.
+        attention_backend: implementation of softmax attention, such as cudnn; see `wan.ops.attention.AttentionBackend`.
         speed: of the transformer.
         strength: with a given video, the fraction of the steps that it is taken through again; null to continue it.
         lora: LoRAs that are added to the weights, each FILE or FILE:SCALE; see `wan.checkpoints.lora`.

@@ -33,8 +33,8 @@ class NoiseLevels:
     """At which noise levels a block is compared with the teacher.
 
     Attributes:
-        source: list for the generator's own steps, drawn without replacement; uniform for uniform levels, mapped through
-            the timestep shift.
+        source: list for the generator's own steps, drawn without replacement; uniform for uniform levels, mapped
+            through the timestep shift.
         per_block: levels of every block in every step.
     """
 

@@ -95,8 +95,8 @@ class Stage2Settings(ObjectiveSettings):
         resample_rounds: how often what is remembered is made, each time after the blocks of the time before. So errors
             add up over as many blocks; with all steps of the sampler and a round for every block but the first, blocks
             are those of a rollout from the data's first.
-        trainable: new for the parameters that the softmax model does not have, all for every parameter. All train on the
-            data alone, since the teacher has them, too. Without hybrid layers, that makes the softmax model that a
+        trainable: new for the parameters that the softmax model does not have, all for every parameter. All train on
+            the data alone, since the teacher has them, too. Without hybrid layers, that makes the softmax model that a
             hybrid is compared with.
     """
 

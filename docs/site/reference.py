@@ -43,10 +43,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def entry_points() -> list[Path]:
     """Scripts that a user starts, relative to the repository."""
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/*/*.py")]
-    return sorted(
-        path.relative_to(ROOT) for path in paths if path.name != "setup.py" and "__main__" in path.read_text()
-    )
+    paths = [path for pattern in ("*.py", "scripts/*.py", "scripts/*/*.py") for path in ROOT.glob(pattern)]
+    started = [path for path in paths if path.name != "setup.py" and "__main__" in path.read_text()]
+    return sorted(path.relative_to(ROOT) for path in started)
 
 
 def commands_page() -> str:
@@ -74,8 +73,8 @@ def settings_page() -> str:
     """Every setting of every config: type and range, default, meaning."""
     parts = [
         "# Settings",
-        "Settings of the YAML files in `configs/`. Each can also be given on the command line as `key=value`; nested ones as "
-        "`outer.inner=value`. Unknown names, wrong types and values out of range are errors before any model is loaded.",
+        "Settings of the YAML files in `configs/`. Each can also be given on the command line as `key=value`; nested ones "
+        "as `outer.inner=value`. Unknown names, wrong types and values out of range are errors before anything loads.",
     ]
     for title, (module, name, used_by) in CONFIGS.items():
         kind = getattr(importlib.import_module(module), name)
