@@ -10,7 +10,7 @@ EVAL_VENV := .venv-eval
 EVALUATION := $(EVAL_VENV)/.evaluation-installed
 PAGE := $(VENV)/.page-installed
 
-.PHONY: demo app test install eval-env lint format types clean
+.PHONY: demo app docs test install eval-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
@@ -21,6 +21,9 @@ app: $(PAGE)  ## install, and open a page in which videos are generated live
 
 test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
+
+docs: $(DEVELOPMENT)  ## install, and build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 install: $(DEVELOPMENT)
 

@@ -73,8 +73,9 @@ def settings_page() -> str:
     """Every setting of every config: type and range, default, meaning."""
     parts = [
         "# Settings",
-        "Settings of the YAML files in `configs/`. Each can also be given on the command line as `key=value`; nested ones "
-        "as `outer.inner=value`. Unknown names, wrong types and values out of range are errors before anything loads.",
+        "Settings of the YAML files in `configs/`. Each can also be given on the command line as `key=value`, nested "
+        "ones as `outer.inner=value`. Unknown names, wrong types and values out of range are errors before anything "
+        "is loaded.",
     ]
     for title, (module, name, used_by) in CONFIGS.items():
         kind = getattr(importlib.import_module(module), name)
