@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arl2.lora import new_lora_pair, with_adapter
-from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
+from arl2.ops.gated_delta import DeltaInputs, WriteBackend
 from arl2.ops.token_reads import read_while_written
+from arl2.ops.update_rules import rule_named
 from arl2.state_memory import BlockwiseView as BlockwiseView  # imported from here by what was written before
 from arl2.state_memory import LocalBlocksView, LocalMemory, LocalWindow, joined, padded_in_front
 from arl2.state_memory import StateMemory as StateMemory
@@ -121,6 +122,7 @@ class HybridAttention(SelfAttention):
                 "the state would hold: lower it"
             )
         self.state = state
+        self._rule = rule_named(state.rule)
         self.enabled = True
         self.lora_enabled = True
         self.write_backend = WriteBackend.AUTO
@@ -360,9 +362,9 @@ class HybridAttention(SelfAttention):
             shape = self._state_shape(len(inputs.k), self.num_heads)
             first = torch.zeros(shape, device=inputs.k.device, dtype=inputs.log_decay.dtype)
         written = layout.num_blocks if include_last else layout.num_blocks - 1
-        blocks = (x[:, :written] for x in inputs.segments(layout.num_blocks))
+        blocks = DeltaInputs(*(x[:, :written] for x in inputs.segments(layout.num_blocks)))
         with torch.autocast(inputs.k.device.type, enabled=False):
-            return states_between(first, *blocks)
+            return self._rule.states_between(first, blocks)
 
     def read(self, state: Tensor, q: Tensor) -> Tensor:
         """Read φ_o(D^-½·qᵀS) for every token and state, in the dtype of the queries; φ_o is there for expanded values.
@@ -398,7 +400,7 @@ class HybridAttention(SelfAttention):
     def _written(self, state_BHKV: Tensor, inputs: DeltaInputs) -> Tensor:
         # Under autocast the products inside a write would lose the precision of the state.
         with torch.autocast(state_BHKV.device.type, enabled=False):
-            return gated_delta_write(state_BHKV, *inputs, backend=self.write_backend)
+            return self._rule.write(state_BHKV, inputs, self.write_backend)
 
     def delta_inputs(self, x_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, rotary: Rotary) -> DeltaInputs:
         """Keys k̂, values v̂, log decay and write strength of every token, from the teacher's projections."""

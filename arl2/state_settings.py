@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from arl2.ops.update_rules import GATED_DELTA, rule_named
 from wan.checkpoints.configs import check_settings
 from wan.checkpoints.fields import (
     STATE_VARIANT,
@@ -101,9 +102,10 @@ class StateSettings:
         reads: state that a token reads: block for the state after the block before, token for that state with the
             pass's tokens up to it written.
         writes: passes that are written: clean for the clean pass alone, noisy for every denoising pass too.
+        rule: name of the update rule, see `arl2.ops.update_rules`.
 
     Raises:
-        InputError: a setting that another one needs is missing, or one is given that does nothing.
+        InputError: a setting that another one needs is missing, one is given that does nothing, or the rule is unknown.
     """
 
     rotation: Rotation = Rotation.ABSOLUTE
@@ -117,8 +119,12 @@ class StateSettings:
     gate: Gate = Gate.HEADWISE
     reads: Reads = Reads.BLOCK
     writes: Writes = Writes.CLEAN
+    rule: str = GATED_DELTA
 
     def __post_init__(self) -> None:
+        rule_named(self.rule)
+        if self.reads is Reads.TOKEN and self.rule != GATED_DELTA:
+            raise InputError(f"{STATE_VARIANT}.reads token is built for {STATE_VARIANT}.rule {GATED_DELTA}: drop one")
         if self.reads is Reads.TOKEN and not (self.has_one_plain_state and not self.local_frames):
             raise InputError(
                 f"{STATE_VARIANT}.reads token is for one state of the paper's size without a window: drop "
@@ -178,6 +184,7 @@ class StateSettings:
     def has_fused_form(self) -> bool:
         """Whether `arl2.inference` has a form of such layers that is faster than the plain one."""
         as_usual = self.gate is Gate.HEADWISE and self.reads is Reads.BLOCK and self.writes is Writes.CLEAN
+        as_usual = as_usual and self.rule == GATED_DELTA
         return self.has_one_plain_state and not self.local_frames and as_usual
 
     def rotation_frames(self, frames_F: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class StateRecord:
     gate: Literal["headwise", "none"] = "headwise"
     reads: Literal["block", "token"] = "block"
     writes: Literal["clean", "noisy"] = "clean"
+    rule: str = "gated_delta"
 
 
 OPTIONAL_HYBRID: dict[str, Any] = {

@@ -50,6 +50,8 @@ VARIANTS = {
     "long window": StateSettings(Rotation.SPATIAL, value_expansion=2, num_states=2, local_frames=7),
     "no gate": StateSettings(gate=Gate.NONE),
     "token reads": StateSettings(Rotation.SPATIAL, reads=Reads.TOKEN),
+    "linear": StateSettings(rule="gated_linear"),
+    "wide linear": StateSettings(value_expansion=2, num_states=2, local_frames=2, rule="gated_linear"),
 }
 UNSET: dict[str, Any] = {"rotation_period": None, "rotation_rate": None}
 ALONE = HybridSettings((0, 1, 2))
