@@ -267,13 +267,15 @@ def own_folder(folder: Path) -> tuple[Path, str]:
     Raises:
         InputError: a process alone, or more processes, have filled the folder: what they made would be made again.
     """
-    from arl2.distillation.latent_writer import INDEX
+    from arl2.distillation.latent_writer import INDEX, WHOLE
+    from wan.utils.files import read_json
 
     rank, world_size = rank_and_world_size()
     own = {folder} if world_size == 1 else {folder / f"rank-{number}" for number in range(world_size)}
-    others = sorted(
-        {index.parent for index in (folder / INDEX, *folder.glob(f"rank-*/{INDEX}")) if index.exists()} - own
-    )
+    filled = {index.parent for index in (folder / INDEX, *folder.glob(f"rank-*/{INDEX}")) if index.exists()}
+    # A folder of this rank's name may be a part of another division.
+    parts = {path: str(read_json(path / INDEX).get("part", WHOLE)) for path in filled & own}
+    others = sorted(path for path in filled if not parts.get(path, "").endswith((WHOLE, f" of {world_size}")))
     if others:
         raise InputError(
             f"{others[0]} was filled by another number of processes, now {world_size}: start as many as before, or "

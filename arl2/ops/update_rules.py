@@ -12,6 +12,7 @@ from torch import Tensor
 from arl2.ops.gated_delta import DeltaInputs, WriteBackend, gated_delta_write, states_between
 from arl2.ops.gated_linear import linear_states_between, write_linear
 from wan.utils.errors import InputError
+from wan.utils.ranges import shown
 
 GATED_DELTA = "gated_delta"
 """The rule of the paper, and the only one that the fast form computes."""
@@ -56,7 +57,7 @@ def register_rule(name: str, rule: UpdateRule) -> None:
         InputError: the name is taken by another rule.
     """
     if _RULES.setdefault(name, rule) is not rule:
-        raise InputError(f"state.rule {name!r} is taken: choose another name")
+        raise InputError(f"state.rule {shown(name)} is taken: choose another name")
 
 
 def rule_named(name: str) -> UpdateRule:
@@ -67,5 +68,5 @@ def rule_named(name: str) -> UpdateRule:
     """
     if name not in _RULES:
         known = ", ".join(_RULES)
-        raise InputError(f"state.rule {name!r} is not known: give one of {known}, or register it (docs/extend.md)")
+        raise InputError(f"state.rule {shown(name)} is not known: give one of {known}, or register it (docs/extend.md)")
     return _RULES[name]

@@ -197,7 +197,8 @@ def probe_videos(
     if setup is not None and context is Context.TRUE:
         _watch_branches(setup, vae, probe, passes.first.where(asked, -1), votes)
     else:
-        _watch(setup, vae, probe, votes)
+        for first, pixels in watch(setup, vae, probe):
+            votes.add(first, detect(pixels, probe.scenes.halved))
     return answers_of(passes, votes, probe.scenes, asked)
 
 
@@ -208,8 +209,16 @@ def _true_blocks(vae: WanVAE, probe: LongProbe) -> Iterator[Tensor]:
         yield encoder.encode(as_pixels(frames).to(vae.dtype)).float()
 
 
-def _watch(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe, votes: PassVotes) -> None:
-    """Let a model make the videos after their given blocks, and read them as they come."""
+@torch.no_grad()
+def watch(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe) -> Iterator[tuple[int, Tensor]]:
+    """Let a model make the videos after their given blocks, block by block.
+
+    Args:
+        setup, vae, probe: see `probe_videos`.
+
+    Yields:
+        first frame of a block, and its pixels, [B, T, 3, H, W] in [-1, 1].
+    """
     truth, decoder = _true_blocks(vae, probe), vae.decode_stream()
     model = None if setup is None else _Model(setup, probe, _latent_shape(vae))
     for start in probe.starts:
@@ -222,8 +231,7 @@ def _watch(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe, votes: PassVo
         assert shown is not None
         if model is not None and start + FRAMES_PER_BLOCK < probe.latents:
             model.remember(shown, start)
-        pixels = decoder.decode(shown.to(vae.dtype)).float()
-        votes.add(_first_frame(start), detect(pixels, probe.scenes.halved))
+        yield _first_frame(start), decoder.decode(shown.to(vae.dtype)).float()
 
 
 def _watch_branches(setup: EvalSetup, vae: WanVAE, probe: LongProbe, firsts: Tensor, votes: PassVotes) -> None:

@@ -15,6 +15,8 @@ from wan.utils.device import require_device
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
 
+GROUPS = "enable_group_offload"
+
 
 class PlacementMixin(DiffusionPipeline):
     """Adds a device for the VAE alone to a pipeline, and diffusers' ways of offloading parts to the CPU.
@@ -109,7 +111,7 @@ class PlacementMixin(DiffusionPipeline):
                 "reads it back wrong; leave it out, or give exclude_modules='text_encoder'"
             )
         require_device(torch.device(onload_device))
-        self._require_can_offload("enable_group_offload")
+        self._require_can_offload(GROUPS)
         super().enable_group_offload(
             torch.device(onload_device),
             offload_device,
@@ -117,7 +119,7 @@ class PlacementMixin(DiffusionPipeline):
             exclude_modules=[*named, "vae"],
             **options,
         )
-        self._offloading = "enable_group_offload"
+        self._offloading = GROUPS
 
     def _offload(
         self,
@@ -138,6 +140,8 @@ class PlacementMixin(DiffusionPipeline):
         self.require_one_device(name)
         if self._parallel is not None:
             raise InputError(f"{name} does not go with parallelize: leave one of them out")
+        if self._offloading == GROUPS and name != GROUPS:
+            raise InputError(f"{name} does not go with {GROUPS}, which cannot be undone: load the pipeline again")
         self.undo_fast_form()
 
     def undo_fast_form(self) -> None:

@@ -94,6 +94,9 @@ def test_groups_of_layers(pipeline: CausalVideoPipeline, tmp_path: Path) -> None
     pipeline.enable_group_offload(CPU, offload_to_disk_path=str(tmp_path), exclude_modules="text_encoder")
     assert list(tmp_path.glob("*.safetensors")), "weights are on the disk between uses"
     torch.testing.assert_close(video(pipeline), expected)
+    for other in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        with pytest.raises(InputError, match=f"{other} does not go with enable_group_offload, which cannot be undone"):
+            getattr(pipeline, other)(device="cpu")
     with pytest.raises(InputError, match="enable_group_offload keeps them"):
         pipeline.optimize_for_inference(SpeedConfig(compile=True))
 
