@@ -6,7 +6,7 @@ Every prompt is made twice from the same noise: by the softmax model, which keep
 that was distilled from it, which has a state of fixed size in three of four layers.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -8,7 +8,7 @@ A connection that drops is taken up where it broke. A run that was stopped can b
 the one it was at begins anew.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -14,7 +14,7 @@ or removed. Clips are told by their content, so a clip under another path or wit
 Another VAE, text encoder, size, rate or number of processes is refused.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

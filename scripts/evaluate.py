@@ -10,7 +10,7 @@ again scores what is left. Weights are files (docs/evaluation.md has their sourc
 comparison ends with status 1 if B is worse by more than the tolerance, or lacks what A has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -6,7 +6,7 @@
     DiffusionPipeline.from_pretrained("hub/mine", trust_remote_code=True)   # where this package is installed
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

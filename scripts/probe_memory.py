@@ -23,7 +23,7 @@ model remember true frames alone, which tells forgetting from the drift of its o
 makes the rows and videos that the file lacks.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -49,6 +49,7 @@ from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig
+from pipelines.console.shipped import find_shipped
 from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
@@ -116,7 +117,7 @@ def also_models(
     for name, _, path in (one.partition("=") for one in also):
         if not name or not path or name in taken or name in models:
             raise InputError(f"--also {name}={path}: give NAME=WEIGHTS, with a name that no other row has")
-        models[name] = read_model(folder, path, device)
+        models[name] = read_model(folder, str(find_shipped(Path(path))), device)
     return models
 
 

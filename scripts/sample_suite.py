@@ -10,7 +10,7 @@ seed and hash, and what made them all. A run that is started again goes on; othe
 docs/evaluation.md says what a run of each suite takes.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

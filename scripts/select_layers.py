@@ -15,7 +15,7 @@ control. vbench: what videos lose in six dimensions of VBench when one layer is 
 the folder of evaluations that `scripts/reproduce.py layers` makes, or a file {"layer": score} with low for good.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -52,7 +52,7 @@ from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, Memo
 from pipelines.dtypes import choose_dtype
 from pipelines.evaluation.layer_scores import read_layer_scores
 from pipelines.evaluation.tables.vbench import SHOWN
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import architecture_of, text_fingerprints
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     add("--yaml", type=as_path, required=True, metavar="PATH", help="where the sets go")
     weights = "a stage-1 export with all layers hybrid"
     parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
-    group.add_argument("--data_path", type=as_path, metavar="PATH", help="prompts, one a line")
+    group.add_argument("--data_path", type=as_input, metavar="PATH", help="prompts, one a line")
     videos = "how many; the first prompts, again with other noise"
     parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**5)], videos, group=group, default=12)
     parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     )
     dimensions = "vbench: of a folder of evaluations (default the paper's six)"
     add("--dimensions", nargs="+", default=list(SHOWN), metavar="NAME", help=dimensions)
-    add("--training", type=as_path, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
+    add("--training", type=as_input, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
     parser.add_seed("of noise, or of the random scores")
     parser.add_device()

@@ -6,7 +6,7 @@
 The folder holds pairs of .json and .safetensors, and manifests (.json alone). Exit status 1 if any case fails.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -23,7 +23,7 @@ from pipelines.feasibility import (
     room_for_generation,
     tokens_per_frame,
 )
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.inputs.given import GivenVideo, frames_to_continue
 from pipelines.generation.inputs.request import check_strength
 from pipelines.generation.inputs.schedule import check_on_switch
@@ -69,11 +69,11 @@ def inference_parser() -> Parser:
     add("--metrics_dir", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data_path", type=as_path, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
+        "--data_path", type=as_input, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
     scripts = "several prompts per video, each from some frame, block or second on: JSON lines (docs/sessions.md)"
-    source.add_argument("--prompt_schedule", type=as_path, metavar="PATH", help=scripts)
+    source.add_argument("--prompt_schedule", type=as_input, metavar="PATH", help=scripts)
     add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
     add("--i2v", action="store_true", help="start from an image")
     add("--video", type=as_path, metavar="PATH", help="a video that every output continues, or goes through again")

@@ -174,7 +174,7 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=precision_of(weights_dtype(config, device)),
-            log_with=None if config.tracker == "none" else config.tracker,
+            log_with=config.active_tracker(),
             project_dir=config.run_folder,
         )
 
@@ -438,7 +438,7 @@ def describe_run(
     """Write the page of a session that can train, and begin its tracking; all ranks must call this."""
     if accelerator.is_main_process:
         write_run_page(config, folder, fingerprint, accelerator)
-    if config.tracker != "none":
+    if config.active_tracker() is not None:
         with writing(folder):
             accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
 

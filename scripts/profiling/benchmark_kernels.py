@@ -6,7 +6,7 @@
 Errors are relative to float64, beside those of the plain form in bfloat16. Attention and writes are timed by backend.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

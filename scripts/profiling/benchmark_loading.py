@@ -8,7 +8,7 @@ Writes random weights and a random video per process, reads the weights once so 
 starts the stage under torchrun with the config's settings.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipelines.benchmark.loading import JSON_FILE, LoadingBenchmark, run_loading_benchmark
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 
 OUTPUT_FOLDER = Path("output/benchmark_loading")
 FLAGS = {
@@ -40,7 +40,7 @@ def main() -> int:
     """Parse, measure, report."""
     parser = Parser(__doc__, LoadingBenchmark)
     add = parser.add_argument
-    add("--config", type=as_path, required=True, metavar="PATH", help="YAML file of the stage, see configs/")
+    add("--config", type=as_input, required=True, metavar="PATH", help="YAML file of the stage, see configs/")
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     add("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=f"of all files ({OUTPUT_FOLDER})")

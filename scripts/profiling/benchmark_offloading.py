@@ -9,7 +9,7 @@ Weights are random. Each row generates one video to warm up and one that is meas
 of the row plain, whose parts are all on the device.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

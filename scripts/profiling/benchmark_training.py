@@ -10,7 +10,7 @@ Weights and data are random. Every row is written as soon as it is measured, and
 one stopped; a row for which memory runs out says so.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -4,7 +4,7 @@ python scripts/profiling/make_random_model.py --size 1.3B --output_folder wan_mo
 python scripts/profiling/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -7,7 +7,7 @@ Weights are random, as in scripts/benchmark.py, whose configs and rows these are
 for launches, copies, the CPU. On a CPU it is operations and not kernels.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

@@ -16,7 +16,7 @@ settings, seconds, card and versions in the work folder. A step that was made wi
 were made again since, is not skipped but refused: --step makes it again. One process at a time works on a folder.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -62,7 +62,7 @@ from arl2.toyworld.world.latents import (
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from pipelines.records import read_record, write_record
@@ -367,7 +367,7 @@ def main() -> int:
     videos = "at most, everywhere; few for a rehearsal"
     parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**7)], videos, default=TRAINING_VIDEOS)
     trained = "folder of a trained VAE, such as models/toyworld/vae: trains none"
-    parser.add_argument("--vae", type=as_path, metavar="PATH", help=trained)
+    parser.add_argument("--vae", type=as_input, metavar="PATH", help=trained)
     parser.add_device(None)
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.step is None and arguments.num_videos == TRAINING_VIDEOS:

@@ -13,16 +13,16 @@ Other worlds, lengths, fractions or models are refused. The data are those of sc
 and train_stage2.py take the folder.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
 
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
+from pipelines.console.shipped import ROOT
 from pipelines.dtypes import choose_dtype
-from pipelines.flags import Parser, as_path
-from pipelines.provenance import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.draw import DrawSettings, draw_latents
 
 FLAGS = {
@@ -40,7 +40,7 @@ def main() -> int:
     parser = Parser(__doc__, DrawSettings, aliases={"--videos": "--num_videos", "--folder": "--output_folder"})
     bundle = "the toy world's bundle, of which VAE and text encoder are taken; models/toyworld by default"
     parser.add_argument(
-        "--model_folder", type=as_path, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle
+        "--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle
     )
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
     worlds = "kinds of scenes, in turn if there are several; standard by default"

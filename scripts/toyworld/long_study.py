@@ -14,7 +14,7 @@ command may run several times at once, on one GPU or several (CUDA_VISIBLE_DEVIC
 other has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -26,8 +26,8 @@ import time
 from arl2.toyworld.study.long_rows import PARTS
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
-from pipelines.provenance import ROOT
+from pipelines.console.shipped import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.long_study import LongStudy, LongStudySettings, rows_of
 from pipelines.toyworld.long_table import write_tables
 from pipelines.toyworld.study import OutOfTimeError
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     add("--part", choices=("data", *PARTS, "curves", "table"), required=True, nargs="+", help="what to make")
     add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
     bundle = "the bundle: VAE, text encoder, few-step generator, hybrid (models/toyworld)"
-    add("--model_folder", type=as_path, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
+    add("--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     parser.add_value("--budget_seconds", NotNegative, "stop cleanly after them")

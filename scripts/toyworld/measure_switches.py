@@ -8,7 +8,7 @@ reader of the toy world then tells what the last third of the video shows: what 
 one named, or something else. Both ways of `on_switch` start from the same noise.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -25,10 +25,10 @@ from arl2.toyworld.world.reader import detect
 from arl2.toyworld.world.scenes import COLOURS, SHAPES
 from pipelines.cli import choose_device, entry_point
 from pipelines.config import MemoryConfig, MemoryKind
+from pipelines.console.shipped import ROOT
 from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.prompts.schedules import OnSwitch
-from pipelines.provenance import ROOT
 from wan.utils.files import check_target, write_json
 from wan.utils.ranges import Bounds
 

@@ -3,7 +3,7 @@
 python scripts/toyworld/toyworld_samples.py
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

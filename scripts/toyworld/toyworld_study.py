@@ -12,7 +12,7 @@ is kept in the middle: leave that much between the budget and a hard limit. The 
 once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no other has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -23,14 +23,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
 from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
+from pipelines.console.shipped import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
 from pipelines.toyworld.table import write_report
 from wan.utils.errors import InputError
@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     add("--part", choices=parts, required=True, nargs="+", help="what to make")
     add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
     bundle = "the bundle: VAE, text encoder, few-step generator (models/toyworld)"
-    add("--model_folder", type=as_path, default=Path("models/toyworld"), metavar="PATH", help=bundle)
+    add("--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
     number("--steps", Count, "of every training but stage 1, in the place of configs/toyworld/*.yaml")
     number("--stage1_steps", Count, "of stage 1")
     number("--num_videos", Annotated[int, Bounds(2, 10**5)], "of an exam", default=256)
