@@ -29,6 +29,20 @@ log = logging.getLogger(__name__)
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 _UNSET: Any = object()
+_GROUPS = {
+    "input": ("--config", "settings", "--data_path", "--prompt", "--image", "--i2v", "--video", "--strength"),
+    "model": (
+        *("--checkpoint_path", "--model_folder", "--use_ema", "--lora", "--hybrid_layers", "--lora_rank"),
+        *("--lora_alpha", "--ffn_lora_all_layers", "--size"),
+    ),
+    "results": (
+        *("--output_folder", "--output_file", "--metrics_folder", "--json", "--yaml", "--pictures"),
+        *("--again", "--prune"),
+    ),
+    "device": ("--device", "--dtype"),
+}
+_GROUP_OF = {flag: title for title, flags in _GROUPS.items() for flag in flags}
+"""Where the help lists flags that several programs have."""
 _is_asked_for_parser: ContextVar[bool] = ContextVar("is_asked_for_parser", default=False)
 SceneSeed = Annotated[int, Bounds(0, 2**40)]
 """What scenes of the toy world are drawn from: scene n of a set has the seed's successor n."""
@@ -158,6 +172,18 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(
                 "settings", nargs="*", metavar="key=value", help="any setting of the config, in the place of the file's"
             )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's; flags that several programs have stand in the same group of the help everywhere."""
+        title = _GROUP_OF.get(names[0])
+        if title is None:
+            return super().add_argument(*names, **options)
+        return self.add_argument_group(title).add_argument(*names, **options)
+
+    def add_argument_group(self, title: str) -> "argparse._ArgumentGroup":  # type: ignore[override]
+        """The group of a title, a new one where there is none."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else super().add_argument_group(title)
 
     def add_setting(
         self,

@@ -42,7 +42,7 @@ def app_parser() -> Parser:
     parser = Parser(__doc__, InferenceConfig, reads_config=True, config_help="as for inference.py")
     second = "a hybrid to compare with the softmax model of the config, and with its window of as many bytes"
     parser.add_argument("--hybrid_checkpoint", type=as_input, metavar="PATH", help=second)
-    parser.add_argument("--prompt", default=PROMPT, help="in the page at first")
+    parser.add_argument("--prompt", default=PROMPT, help=f"in the page at first (default {PROMPT!r})")
     page = parser.add_argument_group("page")
     page.add_argument("--host", default=LOCAL, help=f"address to listen on (default {LOCAL}: this machine alone)")
     parser.add_value("--port", Annotated[int, Bounds(0, 65535)], "0 for any that is free", group=page, default=PORT)
@@ -52,7 +52,7 @@ def app_parser() -> Parser:
     parser.add_value("--waiting", waiting, "generations that wait behind them", group=page, default=Limits.waiting)
     add_generation_flags(parser)
     # inference.py has these; a page's videos begin with nothing, and go where the page says.
-    parser.set_defaults(i2v=False, image=None, video=None, metrics_dir=None)
+    parser.set_defaults(i2v=False, image=None, video=None, metrics_folder=None)
     return parser
 
 

@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     add, setting = parser.add_argument, parser.add_setting
     add("source", type=as_input, help="weights of any supported format")
     add("target", type=as_path, help=".pt, .safetensors or a folder that does not exist yet")
-    sizes = parser.add_mutually_exclusive_group()
+    sizes = parser.add_argument_group("model").add_mutually_exclusive_group()
     about = "folder with the transformer's config.json, for a bare weight file; hybrid weights alone are put on its own"
     sizes.add_argument("--model_folder", type=as_input, metavar="PATH", help=about)
     sizes.add_argument("--size", choices=WAN_SIZES, help="sizes of the transformer, for a bare weight file")

@@ -48,7 +48,8 @@ def evaluate_parser() -> Parser:
     names = f"{', '.join(OWN)}; groups: {', '.join(GROUPS)} (default pixels)"
     add("--metrics", nargs="+", metavar="NAME", help=names)
     add("--reference", type=as_path, metavar="PATH", help="videos of the same names, for psnr and ssim")
-    add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help="weights of metrics")
+    weights = f"weights of metrics (default {DEFAULT_FOLDER})"
+    add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help=weights)
     results = "what VBench wrote, *_eval_results.json, for the group vbench"
     add("--vbench_results", type=as_path, metavar="PATH", help=results)
     files = f"a file of weights: {', '.join(SOURCES)}"

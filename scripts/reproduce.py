@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def reproduce_parser() -> Parser:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, aliases={"--samples": "--videos_per_prompt"})
     add = parser.add_argument
     add("table", choices=tuple(RECIPES), help="which table")
     about = "as for inference.py; of efficiency, benchmark.py"
@@ -49,7 +49,7 @@ def reproduce_parser() -> Parser:
     suite = "prompts, as for sample_suite.py; by default vbench, for drift moviegen, for layers hundred"
     add("--suite", metavar="NAME", help=suite)
     parser.add_value("--limit", Annotated[int, Bounds(1, 10**6)], "so many prompts, or videos of a probe, at most")
-    parser.add_value("--samples", Annotated[int, Bounds(1, 9999)], "videos per prompt")
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 9999)], "videos per prompt")
     metrics = "as for evaluate.py (default pixels learned)"
     add("--metrics", nargs="+", default=["pixels", "learned"], metavar="NAME", help=metrics)
     add(
@@ -86,7 +86,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         checkpoints,
         arguments.suite,
         arguments.limit,
-        arguments.samples,
+        arguments.videos_per_prompt,
         tuple(arguments.metrics),
         arguments.device,
         tuple(arguments.set),

@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     add("--yaml", type=as_path, required=True, metavar="PATH", help="where the sets go")
     weights = "a stage-1 export with all layers hybrid"
     parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
-    group.add_argument("--data_path", type=as_input, metavar="PATH", help="prompts, one a line")
+    group.add_argument("--data_path", type=as_input, metavar="PATH", help="prompts: text, JSON lines or CSV")
     videos = "how many; the first prompts, again with other noise"
     parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**5)], videos, group=group, default=12)
     parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)

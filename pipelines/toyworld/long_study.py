@@ -54,7 +54,7 @@ STAGE1_WEIGHTS = ROOT / "docs" / "results" / "distillation" / "study" / "stage1.
 SHIPPED_HYBRID = "hybrid_75.safetensors"
 LONG_LATENTS = 4 * STANDARD_LATENTS
 SLOW_DECAY = "state.decay=slow"
-WORK = "--work"
+WORK = "--output_folder"
 Result = dict[str, Any]
 
 

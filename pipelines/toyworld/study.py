@@ -74,7 +74,7 @@ from wan.vae.wan_vae import WanVAE, load_vae, spatial_stride
 log = logging.getLogger(__name__)
 
 CONFIGS = ROOT / "configs" / "toyworld"
-WORK = "--work"
+WORK = "--output_folder"
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
 

@@ -1,6 +1,6 @@
 """Measure sessions on the toy world: bytes of a saved one, and what a video shows after its prompt has changed.
 
-    python scripts/toyworld/measure_switches.py --videos 16 --json switches.json
+    python scripts/toyworld/measure_switches.py --num_videos 16 --json switches.json
 
 Every video begins as "a red ring moves behind the wall and comes out again", with a colour and a shape that its number
 chooses, and is switched after three blocks, while the object is away or about to be, to another colour and shape. The
@@ -102,9 +102,9 @@ def bytes_of_saves(pipeline: CausalVideoPipeline, memory: MemoryConfig, folder: 
 @entry_point()
 def main() -> int:
     """Parse, generate, save, read, write."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
     parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
-    parser.add_value("--videos", Annotated[int, Bounds(1, 10**6)], "videos per row", default=16)
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**6)], "videos per row", default=16)
     parser.add_device(None)
     arguments = parser.parse_args()
     check_target(arguments.json)
@@ -117,7 +117,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             page[name] = {"bytes of a save": bytes_of_saves(pipeline, memory, Path(temporary))}
         for on_switch in OnSwitch:
-            page[name][on_switch.value] = outcomes(pipeline, memory, on_switch, arguments.videos)
+            page[name][on_switch.value] = outcomes(pipeline, memory, on_switch, arguments.num_videos)
         log.info("%s: %s", name, page[name])
         write_json(arguments.json, page)
     return 0

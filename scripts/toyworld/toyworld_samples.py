@@ -68,7 +68,7 @@ def main() -> int:
     parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
     folder = Path("docs/images")
     parser.add_argument(
-        "--output_folder", type=as_path, default=folder, metavar="PATH", help=f"where both go ({folder})"
+        "--output_folder", type=as_path, default=folder, metavar="PATH", help=f"where both go (default {folder})"
     )
     parser.add_value("--seed", SceneSeed, "the default shows all colours and shapes", default=6816)
     parser.add_value("--fps", FramesPerSecond, "of the video", default=16)

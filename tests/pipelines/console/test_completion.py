@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from pipelines.cli import entry_point
 from pipelines.console.commands import COMMANDS
-from pipelines.console.completion import completion_parser, whole_parser
+from pipelines.console.completion import completion_parser
 from pipelines.flags import Parser, parser_of
 
 pytest.importorskip("shtab", reason="pip install -r requirements.txt")
@@ -59,12 +58,3 @@ def test_the_parser_of_an_entry_point_is_had_without_running_it() -> None:
     with pytest.raises(ValueError, match="parses no command line"):
         parser_of(lambda: 0)
     assert completion_parser().parse_args(["zsh"]).shell == "zsh", "afterwards parsers parse again"
-
-
-def flags(parser: Parser) -> Iterator[str]:
-    """Long flags of a parser."""
-    return (flag for action in parser._actions for flag in action.option_strings if flag.startswith("--"))
-
-
-def test_every_command_has_flags() -> None:
-    assert "--help" in {flag for action in whole_parser()._actions for flag in action.option_strings}

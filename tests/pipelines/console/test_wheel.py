@@ -83,7 +83,7 @@ def test_commands_of_the_wheel_work_in_an_empty_folder(site: Path, tmp_path: Pat
     arl2("generate", *config, "--prompt", "a red ring", "--num_output_frames", "3", "--output_folder", "videos")
     (video,) = (tmp_path / "videos").glob("*.mp4")
     assert read_video(video).shape == (9, 64, 96, 3)
-    arl2("draw-latents", "--num_videos", "2", "--latent_frames", "6", "--output_folder", "data/toyworld")
+    arl2("draw-latents", "--num_videos", "2", "--num_output_frames", "6", "--output_folder", "data/toyworld")
     stage1 = ("--config", "configs/toyworld/stage1.yaml", "--device", "cpu")
     arl2("train-stage1", *stage1, "steps=2", "batch=1", "optimizer.warmup_steps=1", "sample_every=0")
     assert (tmp_path / "runs" / "toyworld" / "stage1" / "export").is_dir()
