@@ -106,7 +106,9 @@ def encode_all(
     missing = {sample.key: sample for sample in writer.missing(list(samples.values()), prune=True)}
     skipped, failed = len(videos) - len(samples), 0
     with Progress(disable=quiet) as progress:
-        for video in progress.track([one for one in videos if one.source in missing], description="videos"):
+        left = [one for one in videos if one.source in missing]
+        done = len(videos) - len(left)
+        for video in progress.track(left, total=len(videos), completed=done, description="videos"):
             sample = missing[video.source]
             latents = None
             if not writer.has_latents(sample):

@@ -138,10 +138,12 @@ def main() -> int:
         console.print(comparison_table(rows))
         for line in left_out(rows):
             log.warning("%s", line)
+        if arguments.json is not None:
+            log.info("the comparison is in %s", arguments.json)
         return EXIT_FAILURE if any(row.fails for row in rows) else 0
     page = score(plan(arguments), arguments.json)
     console.print(score_table(page))
-    log.info("%s has the scores of %d videos", arguments.json, len(page["videos"]))
+    log.info("the scores of %d videos are in %s", len(page["videos"]), arguments.json)
     return 0 if any("value" in metric for metric in page["metrics"].values()) else EXIT_FAILURE
 
 

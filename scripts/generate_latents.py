@@ -169,7 +169,8 @@ def generate_all(jobs: list[PromptJob], teacher: Teacher, writer: LatentWriter, 
     missing = writer.missing([SampleInfo(job.name, job.prompt, job.seed) for job in jobs], prune)
     failed = 0
     with Progress(disable=quiet) as progress:
-        for sample in progress.track(missing, description="rollouts"):
+        done = len(jobs) - len(missing)
+        for sample in progress.track(missing, total=len(jobs), completed=done, description="rollouts"):
             text_BTD = teacher.encoder.encode([sample.prompt])
             latents = None
             if not writer.has_latents(sample):

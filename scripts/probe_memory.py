@@ -286,11 +286,13 @@ def main() -> int:
     device = choose_device(arguments.device)
     if settings is not None:
         probe_long(arguments, config, device, settings)
+        log.info("the figures are in %s", arguments.json)
         return 0
     with reserved(arguments.json):
         result = probe(arguments, config, device)
         write_json(arguments.json, without_infinities(result))
     print_table(result["models"])
+    log.info("the figures are in %s", arguments.json)
     return 0
 
 

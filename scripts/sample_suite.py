@@ -116,7 +116,7 @@ def main() -> int:
     finally:
         manifest.close()
     if manifest.found:  # a process that only follows another writes none
-        log.info("%s names %d of %d videos", manifest.path, manifest.found, len(videos))
+        log.info("%d of %d videos are in %s, named by %s", manifest.found, len(videos), folder / VIDEOS, manifest.path)
     return 1 if failed else 0
 
 

@@ -194,7 +194,8 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
         records.made_with(settings | text_fingerprints(encoder))
         missing = [job for job in jobs if records.find(job.name) is None]
         if missing:
-            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records)
+            done = len(jobs) - len(missing)
+            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records, done)
         return means(records, jobs)
 
 
@@ -205,20 +206,27 @@ def score_videos(
     model: HybridWanModel,
     encoder: TextEncoder,
     records: Records,
+    done: int,
 ) -> None:
-    """Make videos batch by batch and note the scores of each, by layer."""
+    """Make videos batch by batch and note the scores of each, by layer.
+
+    Args:
+        done: how many an earlier run has made, for the progress bar.
+    """
     sampler = config.sampler()
     stride = spatial_stride(Path(config.model_folder))
     shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     with Progress() as progress:
-        for batch in progress.track(batches, description="batches of videos"):
+        bar = progress.add_task("videos", total=done + len(jobs), completed=done)
+        for batch in batches:
             text = encoder.encode([job.prompt for job in batch])
             noise = SeededNoise([job.seed for job in batch], shape, model.device)
             scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
             for place, job in enumerate(batch):
                 records.put(job.name, {str(layer): values[place] for layer, values in scores.items()})
+            progress.advance(bar, len(batch))
 
 
 def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
@@ -267,6 +275,8 @@ def main() -> int:
             str(layer), f"{score:.4g}", *("×" if layer in selection.layers(share) else "" for share in SHARES)
         )
     Console().print(table)
+    if arguments.method == "replacement" and arguments.json is not None:
+        log.info("the scores of every video are in %s", arguments.json)
     log.info("the sets are in %s", arguments.yaml)
     return 0
 

@@ -83,6 +83,7 @@ def main() -> int:
     if arguments.json:
         rows = [row(result) for result in results]
         write_json(arguments.json, {"device": name, "torch": torch.__version__, "results": rows})
+        console.print(f"the results are in {arguments.json}", markup=False)
     return 1 if failed else 0
 
 

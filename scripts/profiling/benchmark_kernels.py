@@ -265,6 +265,7 @@ def main() -> int:
         bench_writes(bench)
     page = {"device": device_name(device), "torch": torch.__version__, "rows": bench.rows}
     write_json(arguments.json, page)
+    Console(soft_wrap=True, highlight=False).print(f"the figures are in {arguments.json}", markup=False)
     return 0
 
 

@@ -62,7 +62,9 @@ def main() -> int:
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
         differences = (f"{row[key]:.3g}" if key in row else "–" for key in ("mean_difference", "greatest_difference"))
         table.add_row(name, f"{row['fps']:.2f}", f"{row['first_frame_seconds']:.2f}", peak, *differences)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"results in {arguments.output_folder / JSON_FILE}", soft_wrap=True, markup=False)
     return 0
 
 

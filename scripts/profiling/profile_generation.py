@@ -108,9 +108,11 @@ def main() -> int:
     check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     with tempfile.TemporaryDirectory() as folder:
         result = measure(config, device, dtype, Path(folder))
-    Console().print(*pages(result), sep="\n")
+    console = Console()
+    console.print(*pages(result), sep="\n")
     if arguments.json is not None:
         write_json(arguments.json, result)
+        console.print(f"all figures are in {arguments.json}", soft_wrap=True, markup=False)
     return 0
 
 

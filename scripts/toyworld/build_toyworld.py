@@ -377,6 +377,7 @@ def main() -> int:
     with exclusive(arguments.output_folder / ".lock", str(arguments.output_folder)):
         build = Build(arguments.output_folder, device, arguments.steps, arguments.num_videos, arguments.vae)
         run_steps(build, arguments.step)
+    log.info("models and their figures are in %s", arguments.output_folder)
     return 0
 
 

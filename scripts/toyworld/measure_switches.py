@@ -120,6 +120,7 @@ def main() -> int:
             page[name][on_switch.value] = outcomes(pipeline, memory, on_switch, arguments.num_videos)
         log.info("%s: %s", name, page[name])
         write_json(arguments.json, page)
+    log.info("the figures are in %s", arguments.json)
     return 0
 
 

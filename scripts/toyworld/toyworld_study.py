@@ -189,6 +189,7 @@ def main() -> int:
             log.info("part %s: %.0f s", part, time.perf_counter() - started)
     except OutOfTimeError:
         log.info("the time is over; the same command goes on where this one stopped")
+    log.info("everything is in %s", arguments.output_folder)
     return 0
 
 
