@@ -13,7 +13,7 @@ assert VERSION is not None
 SHIPPED = (
     *("inference.py", "train_stage1.py", "train_stage2.py", "scripts/**/*.py"),
     *("configs/**/*.yaml", "prompts/*.jsonl", "prompts/*.txt", "models/toyworld/**/*.json"),
-    "models/toyworld/**/*.safetensors",
+    *("models/toyworld/**/*.safetensors", "docs/results/distillation/study/stage1.safetensors"),
 )
 """What a wheel holds beside the packages, in the folder that `pipelines/console/shipped.py` reads."""
 

@@ -1,8 +1,10 @@
 """The table of `arl2`'s commands, its help, its answers, and how it runs a script."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from paths import ROOT
 from arl2 import __version__
 from pipelines.console import commands
 from pipelines.console.commands import COMMANDS, GROUPS, find_command, in_words_of_console, nearest, overview, running
+from wan.utils.signals import GO_ON
 
 SCRIPTS = {path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("*.py")}
 ENTRY_POINTS = {"inference.py", "train_stage1.py", "train_stage2.py"}
@@ -106,3 +109,32 @@ def test_texts_name_commands_in_the_place_of_scripts(under_console: ExitStack) -
 
 def test_texts_of_scripts_stay_as_they_are() -> None:
     assert in_words_of_console("python scripts/benchmark.py") == "python scripts/benchmark.py"
+
+
+def test_the_document_names_every_command() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    cells = [row.split("|")[1] for row in page.splitlines() if row.startswith("| `arl2 ")]
+    named = [name for cell in cells for name in cell.replace("`", "").replace("arl2 ", "").strip().split(", ")]
+    assert sorted(named) == sorted(COMMANDS)
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    (mask,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(mask >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads handlers from /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_command_imports_is_one_line(number: signal.Signals) -> None:
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "arl2", "select-layers", "--help"]
+    process = subprocess.Popen(line, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number and errors == f"interrupted: {GO_ON}\n"

@@ -13,8 +13,13 @@ from paths import ROOT
 
 from pipelines.media.video import read_video
 
-NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "inference.py", "train_stage1.py")
-FOLDERS = ("wan", "arl2", "pipelines", "scripts", "configs", "prompts", "models/toyworld")
+NEEDED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+PACKAGES = ("wan", "arl2", "pipelines")
+SHIPPED_FOLDERS = ("scripts", "configs", "prompts", "models/toyworld")
+SHIPPED_FILES = (
+    *("inference.py", "train_stage1.py", "train_stage2.py"),
+    "docs/results/distillation/study/stage1.safetensors",
+)
 MAX_BYTES = 30 * 10**6
 SETUPTOOLS = 77
 """The first release that pyproject.toml takes."""
@@ -38,9 +43,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if int(found.partition(".")[0]) < SETUPTOOLS:
         pytest.skip(f"setuptools {SETUPTOOLS} or newer builds the wheel: pip install -r requirements-dev.txt")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*NEEDED, "train_stage2.py"):
-        shutil.copy(ROOT / name, source)
-    for name in FOLDERS:
+    for name in (*NEEDED, *SHIPPED_FILES):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    for name in (*PACKAGES, *SHIPPED_FOLDERS):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "configs" / "notes.txt").write_text("no part of it")
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, ".", cwd=source)
@@ -60,15 +66,11 @@ def test_the_wheel_holds_what_ships_and_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < MAX_BYTES
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.partition("/")[0] for name in names}
-    assert {"wan", "arl2", "pipelines"} == {top for top in tops if not top.endswith(".dist-info")}
+    assert set(PACKAGES) == {top for top in tops if not top.endswith(".dist-info")}
     shipped = {name.partition("console/checkout/")[2] for name in names if "console/checkout/" in name}
-    wanted = [path for name in FOLDERS[3:] for path in (ROOT / name).rglob("*")]
+    wanted = [path for name in SHIPPED_FOLDERS for path in (ROOT / name).rglob("*")]
     files = [path for path in wanted if path.is_file() and "__pycache__" not in path.parts]
-    assert shipped == {path.relative_to(ROOT).as_posix() for path in files} | {
-        "inference.py",
-        "train_stage1.py",
-        "train_stage2.py",
-    }
+    assert shipped == {path.relative_to(ROOT).as_posix() for path in files} | set(SHIPPED_FILES)
 
 
 def test_commands_of_the_wheel_work_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
