@@ -6,7 +6,7 @@
 Under torchrun the prompts are divided over the ranks; with --parallel video all ranks compute every video together.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

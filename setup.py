@@ -1,13 +1,47 @@
 """Packaging. `pip install -e .`; extras: gpu, flash-attn, train, eval, demo, dev."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "arl2" / "__init__.py").read_text())
 assert VERSION is not None
+SHIPPED = (
+    *("inference.py", "train_stage1.py", "train_stage2.py", "scripts/**/*.py"),
+    *("configs/**/*.yaml", "prompts/*.jsonl", "prompts/*.txt", "models/toyworld/**/*.json"),
+    *("models/toyworld/**/*.safetensors", "docs/results/distillation/study/stage1.safetensors"),
+)
+"""What a wheel holds beside the packages, in the folder that `pipelines/console/shipped.py` reads."""
+
+
+class BuildWithShipped(build_py):
+    """Puts what ships beside the code into the wheel; an editable install has it in the checkout."""
+
+    def run(self) -> None:
+        """Copy the packages, and then what ships."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "pipelines" / "console" / "checkout"
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier build, which may hold what was deleted since
+        for path in shipped():
+            copy = target / path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / path, copy)
+
+    def get_source_files(self) -> list[str]:
+        """Source distributions hold what ships, too."""
+        return [*super().get_source_files(), *map(str, shipped())]
+
+
+def shipped() -> list[Path]:
+    """Paths below the root."""
+    return sorted({path.relative_to(ROOT) for pattern in SHIPPED for path in ROOT.glob(pattern)})
+
 
 setup(
     name="arl2",
@@ -16,9 +50,15 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["wan", "wan.*", "arl2", "arl2.*", "pipelines", "pipelines.*"]),
     package_data={"pipelines.evaluation.tables": ["*.yaml"]},
+    cmdclass={"build_py": BuildWithShipped},
+    entry_points={"console_scripts": ["arl2 = pipelines.console.run:main"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "diffusers>=0.42,<0.43",
@@ -37,6 +77,7 @@ setup(
         "tqdm>=4.70",
         "rich>=15",
         "pyyaml>=6",
+        "shtab>=1.13,<2",
     ],
     extras_require={
         # Kernels for the recurrent memory. They need a GPU, and come without a build.

@@ -6,7 +6,7 @@
 Started again, a run goes on where it was stopped.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

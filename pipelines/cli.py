@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.logging import RichHandler
 
+from pipelines.console.commands import in_words_of_console
 from wan.utils.errors import InputError, Interrupted, lost_peer, out_of_memory
 from wan.utils.signals import EXIT_SIGNAL, GO_ON, Interruption, end_at_once_while_waiting, interruptible
 
@@ -141,7 +142,7 @@ def _tell(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     # Rich answers a broken pipe with SystemExit.
     with suppress(OSError, ValueError, SystemExit):
-        console.print(" ".join(message.split()), style="red", markup=False)
+        console.print(" ".join(in_words_of_console(message).split()), style="red", markup=False)
 
 
 def _discard(stream: TextIO) -> None:
@@ -160,6 +161,10 @@ class _LogHandler(RichHandler):
     """
 
     lost: OSError | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging's; under `arl2` messages name commands in the place of scripts."""
+        return in_words_of_console(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """As logging's, but quiet for errors of the output."""

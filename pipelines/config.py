@@ -21,7 +21,7 @@ from wan.flow import NUM_TRAIN_TIMESTEPS, Shift
 from wan.memory import check_window
 from wan.utils.device import HALF, triton_installed
 from wan.utils.errors import CheckpointError, InputError
-from wan.utils.ranges import Bounds, Falling, IsDevice, LayerIndices, Length, PathText, declarations, typed
+from wan.utils.ranges import Bounds, Falling, InputPath, IsDevice, LayerIndices, Length, PathText, declarations, typed
 
 Frames = Annotated[int, Bounds(1, 10**6)]
 """Latent frames of a video."""
@@ -437,8 +437,8 @@ class InferenceConfig(GeneratorSampling):
         caveat: what a preset needs that this code lacks, and its effect; warned of when the model is loaded.
     """
 
-    model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
-    checkpoint_path: PathText | None = None
+    model_folder: InputPath = "wan_models/Wan2.1-T2V-1.3B"
+    checkpoint_path: InputPath | None = None
     num_output_frames: Frames = 21
     height: Pixels = 480
     width: Pixels = 832

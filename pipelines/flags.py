@@ -12,10 +12,14 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from enum import Enum
+from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+from pipelines.console.commands import PROGRAM, in_words_of_console, running
+from pipelines.console.shipped import find_shipped
 from pipelines.dtypes import DTYPES
 from pipelines.yaml_files import resolve
 from wan.utils.errors import InputError
@@ -25,8 +29,47 @@ log = logging.getLogger(__name__)
 
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 _UNSET: Any = object()
+_GROUPS = {
+    "input": ("--config", "settings", "--data_path", "--prompt", "--image", "--i2v", "--video", "--strength"),
+    "model": (
+        *("--checkpoint_path", "--model_folder", "--use_ema", "--lora", "--hybrid_layers", "--lora_rank"),
+        *("--lora_alpha", "--ffn_lora_all_layers", "--size"),
+    ),
+    "results": (
+        *("--output_folder", "--output_file", "--metrics_folder", "--json", "--yaml", "--pictures"),
+        *("--again", "--prune"),
+    ),
+    "device": ("--device", "--dtype"),
+}
+_GROUP_OF = {flag: title for title, flags in _GROUPS.items() for flag in flags}
+"""Where the help lists flags that several programs have."""
+_is_asked_for_parser: ContextVar[bool] = ContextVar("is_asked_for_parser", default=False)
 SceneSeed = Annotated[int, Bounds(0, 2**40)]
 """What scenes of the toy world are drawn from: scene n of a set has the seed's successor n."""
+
+
+class _ParserFound(BaseException):
+    """Carries the parser of an entry point out of it."""
+
+    def __init__(self, parser: "Parser") -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def parser_of(main: Callable[[], int]) -> "Parser":
+    """The parser of an entry point, which parses its command line before it does anything else.
+
+    Raises:
+        ValueError: it parses none.
+    """
+    token = _is_asked_for_parser.set(True)
+    try:
+        unwrap(main)()
+    except _ParserFound as found:
+        return found.parser
+    finally:
+        _is_asked_for_parser.reset(token)
+    raise ValueError(f"{main} parses no command line")
 
 
 class _Store(argparse.Action):
@@ -111,7 +154,9 @@ class Parser(argparse.ArgumentParser):
         config_help: str = "YAML file, see configs/",
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        command = running.get()
+        prog = None if command is None else f"{PROGRAM} {command.name}"
+        super().__init__(prog, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
         actions: dict[str | None, type[argparse.Action]] = {None: _Store, "store": _Store, "collect": _Collect}
         for name, action in (actions | {"store_true": _StoreConstant, "switch": _Switch}).items():
             self.register("action", name, action)
@@ -127,6 +172,18 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(
                 "settings", nargs="*", metavar="key=value", help="any setting of the config, in the place of the file's"
             )
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As argparse's; flags that several programs have stand in the same group of the help everywhere."""
+        title = _GROUP_OF.get(names[0])
+        if title is None:
+            return super().add_argument(*names, **options)
+        return self.add_argument_group(title).add_argument(*names, **options)
+
+    def add_argument_group(self, title: str) -> "argparse._ArgumentGroup":  # type: ignore[override]
+        """The group of a title, a new one where there is none."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else super().add_argument_group(title)
 
     def add_setting(
         self,
@@ -187,6 +244,10 @@ class Parser(argparse.ArgumentParser):
             about = "by default bfloat16 on a GPU and float32 on a CPU"
             group.add_argument("--dtype", choices=list(dtypes), help=about)
 
+    def format_help(self) -> str:
+        """As argparse's; under `arl2` it names commands in the place of scripts."""
+        return in_words_of_console(super().format_help())
+
     def error(self, message: str) -> Any:
         """Raise the error of a command line.
 
@@ -209,6 +270,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: something that cannot be understood.
         """
+        if _is_asked_for_parser.get():
+            raise _ParserFound(self)
         flags, settings = self._apart(list(sys.argv[1:] if args is None else args))
         parsed, extras = super().parse_known_args(flags, namespace)
         # Positional settings that argparse took are those without "=".
@@ -217,6 +280,8 @@ class Parser(argparse.ArgumentParser):
             self.error(what)
         given = dict(getattr(parsed, "given", {}))
         parsed.settings = settings
+        if self._reads_config:
+            parsed.config = find_shipped(parsed.config)
         names = [setting.partition("=")[0].strip() for setting in settings]
         for name in names:
             self._refuse_flag_as_setting(name)
@@ -351,6 +416,11 @@ def as_path(text: str) -> Path:
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return value
+
+
+def as_input(text: str) -> Path:
+    """A path from the command line that is read: of the working directory, or else of what ships, `find_shipped`."""
+    return find_shipped(as_path(text))
 
 
 def field_default(kind: type, field: str) -> Any:

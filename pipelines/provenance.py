@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import nn
 
 from arl2 import __version__
 from arl2.model import HybridWanModel
+from pipelines.console.shipped import IN_WHEEL, SOURCES
+from pipelines.console.shipped import ROOT as ROOT
 from wan.checkpoints.fields import HYBRID, SIZES, STATE_VARIANT, UNTRAINED
 from wan.checkpoints.loading import fingerprint_of
 from wan.text import SPECIAL_TOKENS, TextEncoder
@@ -23,7 +24,6 @@ from wan.vae.wan_vae import WanVAE
 
 PACKAGES = ("triton", "diffusers", "transformers", "flash-linear-attention")
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
-ROOT = Path(__file__).parents[1]
 PACKAGES_OF_OURS = ("arl2", "pipelines", "wan")
 HASH_DIGITS = 16
 VAE_FIELDS = ("latents_mean", "latents_std", "temperal_downsample")
@@ -139,16 +139,20 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a mark if files differ from it; None outside of a repository."""
-    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+    """The commit of this code, with a mark if files differ from it; None outside of its repository."""
+    if ROOT != SOURCES:  # an environment may lie in a repository of something else
+        return None
+    return _output("git", "-C", str(SOURCES), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
 
 
 def source_fingerprint() -> str:
     """Hash of this code as it lies on the disk; without git, and of changes that no commit has, too."""
     digest = hashlib.sha256()
     for package in PACKAGES_OF_OURS:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+        for path in sorted((SOURCES / package).rglob("*.py")):
+            if path.is_relative_to(IN_WHEEL):  # entry points, which a checkout has elsewhere
+                continue
+            digest.update(f"{path.relative_to(SOURCES)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:HASH_DIGITS]
 
 

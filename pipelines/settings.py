@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+from pipelines.console.shipped import find_shipped
 from pipelines.yaml_files import Quoted, parse, read_mapping
 from wan.utils.errors import InputError
-from wan.utils.ranges import declaration, declarations, declared, shown, typed, unknown_setting
+from wan.utils.ranges import IsInputPath, declaration, declarations, declared, shown, typed, unknown_setting
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,17 @@ def load_config(
         config: Config = typed(kind, values, "")
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
+    _take_shipped(config, kind)
     return config
+
+
+def _take_shipped(config: Any, kind: type) -> None:
+    """Let paths to read that name nothing lead to what comes with the project, see `find_shipped`."""
+    for name, hint in declarations(kind).items():
+        value = vars(config)[name]
+        if isinstance(value, str) and any(isinstance(rule, IsInputPath) for rule in declared(hint).rules):
+            found = find_shipped(Path(value))
+            vars(config)[name] = value if found == Path(value) else str(found)
 
 
 def given_names(kind: type, arguments: argparse.Namespace) -> set[str]:

@@ -21,6 +21,7 @@ from yaml.events import (
     SequenceStartEvent,
 )
 
+from pipelines.console.shipped import ROOT
 from wan.utils.errors import InputError
 
 MAX_BYTES = 2**20
@@ -47,7 +48,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         if not path.is_file():
             there = "is no regular file" if path.exists() else "is not there"
             cause = "is a folder" if path.is_dir() else there
-            raise InputError(f"no {what} file {path}: it {cause}; see configs/ for those that come with the project")
+            raise InputError(f"no {what} file {path}: it {cause}; those of the project are in {ROOT / 'configs'}")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{what} {path} is larger than 1 MiB: give a YAML file of settings")
         data = path.read_bytes()

@@ -6,7 +6,7 @@
 It needs gradio: pip install -e '.[demo]'. `make app` installs that and opens the page on the toy world.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -24,7 +24,7 @@ from pipelines.app.limits import Limits
 from pipelines.app.models import models_of
 from pipelines.cli import entry_point, rank_and_world_size
 from pipelines.config import InferenceConfig
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input
 from pipelines.generation.arguments import InferenceRun, add_generation_flags, plan_run
 from pipelines.generation.run import load_pipeline
 from wan.utils.errors import InputError
@@ -41,8 +41,8 @@ def app_parser() -> Parser:
     """The command line."""
     parser = Parser(__doc__, InferenceConfig, reads_config=True, config_help="as for inference.py")
     second = "a hybrid to compare with the softmax model of the config, and with its window of as many bytes"
-    parser.add_argument("--hybrid_checkpoint", type=as_path, metavar="PATH", help=second)
-    parser.add_argument("--prompt", default=PROMPT, help="in the page at first")
+    parser.add_argument("--hybrid_checkpoint", type=as_input, metavar="PATH", help=second)
+    parser.add_argument("--prompt", default=PROMPT, help=f"in the page at first (default {PROMPT!r})")
     page = parser.add_argument_group("page")
     page.add_argument("--host", default=LOCAL, help=f"address to listen on (default {LOCAL}: this machine alone)")
     parser.add_value("--port", Annotated[int, Bounds(0, 65535)], "0 for any that is free", group=page, default=PORT)
@@ -52,7 +52,7 @@ def app_parser() -> Parser:
     parser.add_value("--waiting", waiting, "generations that wait behind them", group=page, default=Limits.waiting)
     add_generation_flags(parser)
     # inference.py has these; a page's videos begin with nothing, and go where the page says.
-    parser.set_defaults(i2v=False, image=None, video=None, metrics_dir=None)
+    parser.set_defaults(i2v=False, image=None, video=None, metrics_folder=None)
     return parser
 
 

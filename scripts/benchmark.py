@@ -10,7 +10,7 @@ Every row is written as soon as it is measured; the same command goes on where a
 memory runs out says so. What a row may leave out is a case of its own: without the VAE, or sampled.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

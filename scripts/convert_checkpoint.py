@@ -11,7 +11,7 @@
 The target's ending decides: .pt (Causal Forcing / ARL²), .safetensors (bare names), or a folder (sharded safetensors).
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -27,7 +27,7 @@ from arl2.checkpoint import LoadReport, build_hybrid, holds_hybrid_alone, read_g
 from arl2.model import FFNLoRA, HybridWanModel
 from pipelines.cli import entry_point
 from pipelines.config import HybridConfig
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from wan.checkpoints.fields import SIZES
 from wan.checkpoints.formats import TransformerWeights, read_transformer, transformer_config
 from wan.checkpoints.lora import LoRASource
@@ -45,11 +45,11 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__, HybridConfig, aliases={"--config": "--model_folder"})
     add, setting = parser.add_argument, parser.add_setting
-    add("source", type=as_path, help="weights of any supported format")
+    add("source", type=as_input, help="weights of any supported format")
     add("target", type=as_path, help=".pt, .safetensors or a folder that does not exist yet")
-    sizes = parser.add_mutually_exclusive_group()
+    sizes = parser.add_argument_group("model").add_mutually_exclusive_group()
     about = "folder with the transformer's config.json, for a bare weight file; hybrid weights alone are put on its own"
-    sizes.add_argument("--model_folder", type=as_path, metavar="PATH", help=about)
+    sizes.add_argument("--model_folder", type=as_input, metavar="PATH", help=about)
     sizes.add_argument("--size", choices=WAN_SIZES, help="sizes of the transformer, for a bare weight file")
     add("--use_ema", action="store_true", help="take generator_ema of a file that has both")
     setting("--hybrid_layers", "layers", "convert to hybrid in these layers, untrained")

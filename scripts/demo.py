@@ -10,7 +10,7 @@ under a caption that names nothing: memory.png has a frame for every time that i
 are right; memory.webp moves.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

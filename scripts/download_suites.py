@@ -8,7 +8,7 @@ them anew. Prompts keep the licences of their authors (docs/evaluation.md). Long
 released (issue 22 of NVlabs/LongLive); `--suite interactive` of sample_suite.py takes our own.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

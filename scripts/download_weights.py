@@ -8,7 +8,7 @@ A connection that drops is taken up where it broke. A run that was stopped can b
 the one it was at begins anew.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -148,7 +148,8 @@ def fetch(source: Source, folder: Path, endpoint: str | None) -> Path:
 def main() -> int:
     """Parse, fetch, report."""
     parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
-    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="+", default=DEFAULT, help="which weights")
+    about = f"which weights (default {' '.join(DEFAULT)})"
+    parser.add_argument("--what", choices=[*SOURCES, "all"], nargs="+", default=DEFAULT, help=about)
     below = "below which wan_models/ and checkpoints/ go; by default here"
     parser.add_argument("--output_folder", type=as_path, default=Path(), metavar="PATH", help=below)
     parser.add_argument("--endpoint", help="another hub, a mirror for instance (default: $HF_ENDPOINT)")

@@ -14,7 +14,7 @@ or removed. Clips are told by their content, so a clip under another path or wit
 Another VAE, text encoder, size, rate or number of processes is refused.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -106,7 +106,9 @@ def encode_all(
     missing = {sample.key: sample for sample in writer.missing(list(samples.values()), prune=True)}
     skipped, failed = len(videos) - len(samples), 0
     with Progress(disable=quiet) as progress:
-        for video in progress.track([one for one in videos if one.source in missing], description="videos"):
+        left = [one for one in videos if one.source in missing]
+        done = len(videos) - len(left)
+        for video in progress.track(left, total=len(videos), completed=done, description="videos"):
             sample = missing[video.source]
             latents = None
             if not writer.has_latents(sample):

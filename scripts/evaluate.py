@@ -10,7 +10,7 @@ again scores what is left. Weights are files (docs/evaluation.md has their sourc
 comparison ends with status 1 if B is worse by more than the tolerance, or lacks what A has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -48,7 +48,8 @@ def evaluate_parser() -> Parser:
     names = f"{', '.join(OWN)}; groups: {', '.join(GROUPS)} (default pixels)"
     add("--metrics", nargs="+", metavar="NAME", help=names)
     add("--reference", type=as_path, metavar="PATH", help="videos of the same names, for psnr and ssim")
-    add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help="weights of metrics")
+    weights = f"weights of metrics (default {DEFAULT_FOLDER})"
+    add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help=weights)
     results = "what VBench wrote, *_eval_results.json, for the group vbench"
     add("--vbench_results", type=as_path, metavar="PATH", help=results)
     files = f"a file of weights: {', '.join(SOURCES)}"
@@ -137,10 +138,12 @@ def main() -> int:
         console.print(comparison_table(rows))
         for line in left_out(rows):
             log.warning("%s", line)
+        if arguments.json is not None:
+            log.info("the comparison is in %s", arguments.json)
         return EXIT_FAILURE if any(row.fails for row in rows) else 0
     page = score(plan(arguments), arguments.json)
     console.print(score_table(page))
-    log.info("%s has the scores of %d videos", arguments.json, len(page["videos"]))
+    log.info("the scores of %d videos are in %s", len(page["videos"]), arguments.json)
     return 0 if any("value" in metric for metric in page["metrics"].values()) else EXIT_FAILURE
 
 

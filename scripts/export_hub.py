@@ -6,7 +6,7 @@
     DiffusionPipeline.from_pretrained("hub/mine", trust_remote_code=True)   # where this package is installed
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -31,6 +31,8 @@ from wan.vae.wan_vae import temporal_stride
 
 log = logging.getLogger(__name__)
 
+BASE_MODEL = "Wan-AI/Wan2.1-T2V-1.3B"
+
 
 def new_parser() -> Parser:
     """The command line."""
@@ -43,7 +45,8 @@ def new_parser() -> Parser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
     add("--name", help="title of the model card; by default the folder's name")
     add("--licence", default="apache-2.0", help="identifier of the licence on the hub (default apache-2.0)")
-    add("--base_model", default="Wan-AI/Wan2.1-T2V-1.3B", help="repository that the model was made from")
+    base = f"repository that the model was made from (default {BASE_MODEL})"
+    add("--base_model", default=BASE_MODEL, help=base)
     add("--recipe", type=as_path, metavar="FILE", help="Markdown that says how the model was made")
     add("--records", type=as_path, metavar="PATH", help="a folder with records of inference.py, for numbers")
     return parser

@@ -14,7 +14,7 @@ lines made stays, since it is as valid. --prune removes it: then the folder hold
 more. Another teacher, text encoder, setting or number of processes is refused.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -36,7 +36,7 @@ from arl2.rollout import SeededNoise, num_blocks, rollout
 from pipelines.cli import choose_device, end_together, entry_point, own_folder, rank_and_world_size
 from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, MemoryConfig, SpeedConfig
 from pipelines.dtypes import choose_dtype
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests, shard_jobs
 from pipelines.provenance import architecture_of, text_fingerprints
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
         aliases={"--folder": "--output_folder"},
     )
     parser.add_argument(
-        "--data_path", type=as_path, required=True, metavar="PATH", help="prompts: text, JSON lines or CSV"
+        "--data_path", type=as_input, required=True, metavar="PATH", help="prompts: text, JSON lines or CSV"
     )
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
     parser.add_setting("--checkpoint_path", "checkpoint_path", "the teacher's weights; by default the config's")
@@ -169,7 +169,8 @@ def generate_all(jobs: list[PromptJob], teacher: Teacher, writer: LatentWriter, 
     missing = writer.missing([SampleInfo(job.name, job.prompt, job.seed) for job in jobs], prune)
     failed = 0
     with Progress(disable=quiet) as progress:
-        for sample in progress.track(missing, description="rollouts"):
+        done = len(jobs) - len(missing)
+        for sample in progress.track(missing, total=len(jobs), completed=done, description="rollouts"):
             text_BTD = teacher.encoder.encode([sample.prompt])
             latents = None
             if not writer.has_latents(sample):

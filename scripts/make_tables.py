@@ -9,7 +9,7 @@ and scripts/probe_memory.py (recall), and the YAML of scripts/select_layers.py (
 file that it comes from; published figures of others stand below and are marked. What was not measured says why.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()

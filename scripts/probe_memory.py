@@ -11,7 +11,7 @@ Each is judged on videos that go on from two given blocks, on videos made from a
 whether videos made from a caption that names colour and shape obey it.
 Ceilings (the videos themselves, and through the VAE) and the leak of the VAE stand beside them.
 
-    python scripts/probe_memory.py --config … --times 16 --videos 24 --seed 1 [--world long] --json probe_long.json
+    python scripts/probe_memory.py --config … --times 16 --num_videos 24 --seed 1 [--world long] --json probe_long.json
 
 With --times, videos that go on from given blocks are T times as long as those that the shipped models were trained on,
 and read as they are made, so that memory does not grow with T. Every object that comes out again is a question; the
@@ -23,7 +23,7 @@ model remember true frames alone, which tells forgetting from the drift of its o
 makes the rows and videos that the file lacks.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -49,6 +49,7 @@ from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, STANDARD_HIDDEN_FRAMES
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
 from pipelines.config import InferenceConfig
+from pipelines.console.shipped import find_shipped
 from pipelines.flags import Parser, SceneSeed, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
@@ -116,7 +117,7 @@ def also_models(
     for name, _, path in (one.partition("=") for one in also):
         if not name or not path or name in taken or name in models:
             raise InputError(f"--also {name}={path}: give NAME=WEIGHTS, with a name that no other row has")
-        models[name] = read_model(folder, path, device)
+        models[name] = read_model(folder, str(find_shipped(Path(path))), device)
     return models
 
 
@@ -128,7 +129,7 @@ def chosen(rows: dict[str, Row], only: Sequence[str] | None) -> dict[str, Row]:
     """
     unknown = set(only or ()) - rows.keys()
     if unknown:
-        raise InputError(f"--only {min(unknown)}: no such row; there are {', '.join(rows)}")
+        raise InputError(f"--rows {min(unknown)}: no such row; there are {', '.join(rows)}")
     return {name: row for name, row in rows.items() if only is None or name in only}
 
 
@@ -217,7 +218,7 @@ def probe_long(
             rows["teacher_multi_step"] = multi_step_setup(arguments.multi_step, pipeline, config)
         vae = WanVAE(pipeline.vae, fast=True)
         encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
-        results = run_rows(chosen(rows, arguments.only), vae, encoder, settings, records)
+        results = run_rows(chosen(rows, arguments.rows), vae, encoder, settings, records)
     for table in tables_of(results):
         Console().print(table)
 
@@ -229,7 +230,7 @@ def probe(arguments: argparse.Namespace, config: InferenceConfig, device: torch.
         InputError: a model that is missing or damaged, or a row that cannot be.
     """
     pipeline = load_pipeline(config, device)
-    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.only)
+    rows = chosen(eval_setups(pipeline, config, arguments.multi_step, arguments.also), arguments.rows)
     vae = WanVAE(pipeline.vae)
     encoder = TextEncoder(pipeline.text_encoder, pipeline.tokenizer, pipeline.transformer.config.text_len)
     probe_set = make_probe_set(vae, encoder, arguments.num_videos, arguments.seed, arguments.hidden_frames)
@@ -255,7 +256,7 @@ def parse() -> argparse.Namespace:
         InferenceConfig,
         reads_config=True,
         config_help="as for inference.py",
-        aliases={"--videos": "--num_videos"},
+        aliases={"--videos": "--num_videos", "--only": "--rows"},
     )
     parser.add_value("--num_videos", Annotated[int, Bounds(2, 10**5)], "how many of every form", default=256)
     parser.add_value("--seed", SceneSeed, "of the scenes and the noise", default=0)
@@ -269,7 +270,7 @@ def parse() -> argparse.Namespace:
     parser.add_value("--batch", Annotated[int, Bounds(1, 10**4)], "videos at once with --times, for speed alone")
     parser.add_argument("--multi_step", type=as_path, metavar="PATH", help="folder of the multi-step model")
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=WEIGHTS", help="further transformers")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these rows alone; a row takes minutes on a CPU")
     parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
     parser.add_device(None)
     return parser.parse_args()
@@ -285,11 +286,13 @@ def main() -> int:
     device = choose_device(arguments.device)
     if settings is not None:
         probe_long(arguments, config, device, settings)
+        log.info("the figures are in %s", arguments.json)
         return 0
     with reserved(arguments.json):
         result = probe(arguments, config, device)
         write_json(arguments.json, without_infinities(result))
     print_table(result["models"])
+    log.info("the figures are in %s", arguments.json)
     return 0
 
 

@@ -10,7 +10,7 @@ is proven. With --run the commands are run one after the other, and the first th
 goes on where it stopped.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -25,9 +25,10 @@ from typing import Annotated
 from rich.console import Console
 
 from pipelines.cli import entry_point
+from pipelines.console.commands import in_words_of_console
+from pipelines.console.shipped import ROOT, find_shipped
 from pipelines.evaluation.tables.recipes import RECIPES, Request, Step, steps_of
-from pipelines.flags import Parser, as_path
-from pipelines.provenance import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from wan.utils.errors import InputError
 from wan.utils.files import check_writable
 from wan.utils.ranges import Bounds
@@ -37,19 +38,18 @@ log = logging.getLogger(__name__)
 
 def reproduce_parser() -> Parser:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, aliases={"--samples": "--videos_per_prompt"})
     add = parser.add_argument
     add("table", choices=tuple(RECIPES), help="which table")
-    add(
-        "--config", type=as_path, required=True, metavar="FILE", help="as for inference.py; of efficiency, benchmark.py"
-    )
+    about = "as for inference.py; of efficiency, benchmark.py"
+    add("--config", type=as_input, required=True, metavar="FILE", help=about)
     weights = "weights by name; a name alone for those of the config"
     add("--checkpoint_path", nargs="+", default=[], metavar="NAME[=PATH]", help=weights)
     add("--output_folder", type=as_path, metavar="PATH", help="of everything (default output/TABLE)")
     suite = "prompts, as for sample_suite.py; by default vbench, for drift moviegen, for layers hundred"
     add("--suite", metavar="NAME", help=suite)
     parser.add_value("--limit", Annotated[int, Bounds(1, 10**6)], "so many prompts, or videos of a probe, at most")
-    parser.add_value("--samples", Annotated[int, Bounds(1, 9999)], "videos per prompt")
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, 9999)], "videos per prompt")
     metrics = "as for evaluate.py (default pixels learned)"
     add("--metrics", nargs="+", default=["pixels", "learned"], metavar="NAME", help=metrics)
     add(
@@ -75,9 +75,10 @@ def request_of(arguments: argparse.Namespace) -> Request:
             raise InputError(f"--checkpoint_path {text}: give NAME=PATH, or a NAME for the config's own weights")
         if name in checkpoints:
             raise InputError(f"--checkpoint_path names {name} twice: give every model a name of its own")
-        if equals and not Path(path).exists():
+        found = find_shipped(Path(path)) if equals else None
+        if found is not None and not found.exists():
             raise InputError(f"--checkpoint_path {name}: no file or folder {path}")
-        checkpoints[name] = Path(path) if equals else None
+        checkpoints[name] = found
     return Request(
         arguments.table,
         arguments.config,
@@ -85,7 +86,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         checkpoints,
         arguments.suite,
         arguments.limit,
-        arguments.samples,
+        arguments.videos_per_prompt,
         tuple(arguments.metrics),
         arguments.device,
         tuple(arguments.set),
@@ -98,7 +99,7 @@ def print_steps(steps: list[Step]) -> None:
     for step in steps:
         hours = "no rate was measured" if step.hours is None else f"{step.hours:.1f} H100-hours"
         console.print(f"# {hours if step.hours != 0 else 'seconds'}")
-        console.print(step.line)
+        console.print(in_words_of_console(step.line).replace(f"{ROOT}/", ""))
     known = [step.hours for step in steps if step.hours is not None]
     console.print(f"# in all: {sum(known):.1f} H100-hours, and {len(steps) - len(known)} commands of unknown length")
 
@@ -107,8 +108,10 @@ def run_steps(steps: list[Step]) -> int:
     """Run commands until one fails; returns its status, which is 0 if none does."""
     for number, step in enumerate(steps, 1):
         log.info("%d of %d: %s", number, len(steps), step.line)
-        words = [sys.executable, *step.words[1:]] if step.words[0] == "python" else list(step.words)
-        status = subprocess.run(words, cwd=ROOT, check=False).returncode
+        # Scripts are where the project is; what they write goes where this command was started.
+        words = [str(ROOT / word) if word.endswith(".py") else word for word in step.words]
+        words = [sys.executable, *words[1:]] if words[0] == "python" else words
+        status = subprocess.run(words, check=False).returncode
         if status:
             log.error("it ended with status %d: mend that, and start the same command again to go on", status)
             return status if status > 0 else 128 - status

@@ -3,14 +3,14 @@
     python scripts/download_suites.py --suite vbench
     torchrun --nproc_per_node 8 scripts/sample_suite.py --suite vbench --output_folder output/vbench \\
         --config configs/causal_forcing_dmd_chunkwise.yaml --checkpoint_path checkpoints/chunkwise/causal_forcing.pt
-    python scripts/sample_suite.py --suite hundred --samples 1 --limit 12 …      # prompts of our own; a part of them
+    python scripts/sample_suite.py --suite hundred --videos_per_prompt 1 --limit 12 …    # a part of our own prompts
 
 Short prompts name the videos, extended ones condition the model. manifest.json says of every video its prompt, index,
 seed and hash, and what made them all. A run that is started again goes on; other settings are refused.
 docs/evaluation.md says what a run of each suite takes.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -35,10 +35,13 @@ from wan.vae.wan_vae import temporal_stride
 
 log = logging.getLogger(__name__)
 
+FORMER = {"--samples": "--videos_per_prompt"}
+"""Former names of flags."""
+
 
 def suite_parser() -> Parser:
     """The command line."""
-    parser = Parser(__doc__, InferenceConfig, reads_config=True, config_help="as for inference.py")
+    parser = Parser(__doc__, InferenceConfig, reads_config=True, config_help="as for inference.py", aliases=FORMER)
     add = parser.add_argument
     add("--suite", required=True, metavar="NAME", help=f"{', '.join(KNOWN)}, or a file (docs/evaluation.md)")
     add("--output_folder", type=as_path, required=True, metavar="PATH", help="where videos and manifest go")
@@ -49,7 +52,7 @@ def suite_parser() -> Parser:
     samples = (
         "videos per prompt; by default what the suite asks for: 5 for VBench (25 where it tests flickering), else 1"
     )
-    parser.add_value("--samples", Annotated[int, Bounds(1, MAX_SAMPLES)], samples)
+    parser.add_value("--videos_per_prompt", Annotated[int, Bounds(1, MAX_SAMPLES)], samples)
     add("--dimensions", nargs="+", metavar="NAME", help="prompts that test one of these alone")
     limit = "so many prompts at most, spread evenly over the dimensions"
     parser.add_value("--limit", Annotated[int, Bounds(1, 10**6)], limit)
@@ -72,8 +75,8 @@ def plan(arguments: argparse.Namespace) -> tuple[Suite, list[SuiteVideo]]:
         part = of_dimensions(part, arguments.dimensions)
     if arguments.limit is not None:
         part = limited(part, arguments.limit)
-    if arguments.samples is not None:
-        part = with_samples(part, arguments.samples)
+    if arguments.videos_per_prompt is not None:
+        part = with_samples(part, arguments.videos_per_prompt)
     videos: Path = arguments.output_folder / VIDEOS
     check_writable(videos)
     return part, plan_videos(whole, part, arguments.seed, ignores_case(videos), arguments.first_prompt)
@@ -101,7 +104,7 @@ def main() -> int:
     arguments = suite_parser().parse_args()
     folder: Path = arguments.output_folder
     suite, videos = plan(arguments)
-    arguments.output_folder, arguments.metrics_dir = folder / VIDEOS, folder / RECORDS
+    arguments.output_folder, arguments.metrics_folder = folder / VIDEOS, folder / RECORDS
     run = plan_run(arguments, lambda _: [video.job for video in videos])
     warn_of_length(run, suite.name)
     log.info("%s: %d prompts, %d videos", suite.name, len(suite.entries), len(videos))
@@ -113,7 +116,7 @@ def main() -> int:
     finally:
         manifest.close()
     if manifest.found:  # a process that only follows another writes none
-        log.info("%s names %d of %d videos", manifest.path, manifest.found, len(videos))
+        log.info("%d of %d videos are in %s, named by %s", manifest.found, len(videos), folder / VIDEOS, manifest.path)
     return 1 if failed else 0
 
 

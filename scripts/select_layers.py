@@ -15,7 +15,7 @@ control. vbench: what videos lose in six dimensions of VBench when one layer is 
 the folder of evaluations that `scripts/reproduce.py layers` makes, or a file {"layer": score} with low for good.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -52,7 +52,7 @@ from pipelines.config import NOT_OF_LATENTS, HybridConfig, InferenceConfig, Memo
 from pipelines.dtypes import choose_dtype
 from pipelines.evaluation.layer_scores import read_layer_scores
 from pipelines.evaluation.tables.vbench import SHOWN
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.arguments import check_config, check_device
 from pipelines.prompts.jobs import PromptJob, plan_jobs, read_requests, repeat_requests
 from pipelines.provenance import architecture_of, text_fingerprints
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
     add("--yaml", type=as_path, required=True, metavar="PATH", help="where the sets go")
     weights = "a stage-1 export with all layers hybrid"
     parser.add_setting("--checkpoint_path", "checkpoint_path", weights, group=group)
-    group.add_argument("--data_path", type=as_path, metavar="PATH", help="prompts, one a line")
+    group.add_argument("--data_path", type=as_input, metavar="PATH", help="prompts: text, JSON lines or CSV")
     videos = "how many; the first prompts, again with other noise"
     parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**5)], videos, group=group, default=12)
     parser.add_value("--batch", BatchSize, "videos at a time", group=group, default=1)
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     )
     dimensions = "vbench: of a folder of evaluations (default the paper's six)"
     add("--dimensions", nargs="+", default=list(SHOWN), metavar="NAME", help=dimensions)
-    add("--training", type=as_path, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
+    add("--training", type=as_input, metavar="PATH", help="gates: config of the training, see configs/gates.yaml")
     add("--set", nargs="+", default=[], metavar="key=value", help="gates: in the place of the training config's own")
     parser.add_seed("of noise, or of the random scores")
     parser.add_device()
@@ -194,7 +194,8 @@ def score_by_replacement(arguments: argparse.Namespace, config: InferenceConfig)
         records.made_with(settings | text_fingerprints(encoder))
         missing = [job for job in jobs if records.find(job.name) is None]
         if missing:
-            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records)
+            done = len(jobs) - len(missing)
+            score_videos(missing, arguments.batch, config, load(config, weights, dtype, device), encoder, records, done)
         return means(records, jobs)
 
 
@@ -205,20 +206,27 @@ def score_videos(
     model: HybridWanModel,
     encoder: TextEncoder,
     records: Records,
+    done: int,
 ) -> None:
-    """Make videos batch by batch and note the scores of each, by layer."""
+    """Make videos batch by batch and note the scores of each, by layer.
+
+    Args:
+        done: how many an earlier run has made, for the progress bar.
+    """
     sampler = config.sampler()
     stride = spatial_stride(Path(config.model_folder))
     shape = (config.frames_per_block, model.config.in_dim, config.height // stride, config.width // stride)
     blocks = num_blocks(config.num_output_frames, config.frames_per_block)
     batches = [jobs[first : first + batch_size] for first in range(0, len(jobs), batch_size)]
     with Progress() as progress:
-        for batch in progress.track(batches, description="batches of videos"):
+        bar = progress.add_task("videos", total=done + len(jobs), completed=done)
+        for batch in batches:
             text = encoder.encode([job.prompt for job in batch])
             noise = SeededNoise([job.seed for job in batch], shape, model.device)
             scores = replacement_scores(model, sampler, text, noise, blocks, config.context_noise)
             for place, job in enumerate(batch):
                 records.put(job.name, {str(layer): values[place] for layer, values in scores.items()})
+            progress.advance(bar, len(batch))
 
 
 def score_by_file(arguments: argparse.Namespace, config: InferenceConfig) -> dict[int, float]:
@@ -267,6 +275,8 @@ def main() -> int:
             str(layer), f"{score:.4g}", *("×" if layer in selection.layers(share) else "" for share in SHARES)
         )
     Console().print(table)
+    if arguments.method == "replacement" and arguments.json is not None:
+        log.info("the scores of every video are in %s", arguments.json)
     log.info("the sets are in %s", arguments.yaml)
     return 0
 

@@ -1,12 +1,12 @@
 """Replay golden vectors through the project and say, case by case, whether our numbers are the reference's.
 
     python scripts/verify.py tests/golden
-    python scripts/verify.py tests/golden --device cuda --dtype bfloat16 --backend cudnn
+    python scripts/verify.py tests/golden --device cuda --dtype bfloat16 --attention_backend cudnn
 
 The folder holds pairs of .json and .safetensors, and manifests (.json alone). Exit status 1 if any case fails.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -24,7 +24,7 @@ from pipelines.cli import choose_device, entry_point
 from pipelines.dtypes import DTYPES
 from pipelines.flags import Parser, as_path
 from pipelines.provenance import device_name
-from wan.ops.attention import require_backend
+from wan.ops.attention import AttentionBackend, require_backend
 from wan.utils.files import check_target, write_json
 
 VERIFY_DTYPES = DTYPES | {"float64": torch.float64}
@@ -56,11 +56,12 @@ def row(result: CaseResult) -> dict[str, Any]:
 @entry_point()
 def main() -> int:
     """Parse, replay, report."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, aliases={"--backend": "--attention_backend"})
     parser.add_argument("folder", type=as_path, help="folder of golden files")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda or cuda:N")
     parser.add_argument("--dtype", choices=VERIFY_DTYPES, default="float32", help="of the weights (default float32)")
-    parser.add_argument("--backend", default="auto", help="attention backend, see wan/ops/attention.py")
+    backends = f"{', '.join(AttentionBackend)} (default auto)"
+    parser.add_argument("--attention_backend", default="auto", metavar="NAME", help=backends)
     parser.add_argument("--json", type=as_path, metavar="PATH", help="also write the results here")
     arguments = parser.parse_args()
     device, dtype = choose_device(arguments.device), VERIFY_DTYPES[arguments.dtype]
@@ -68,7 +69,7 @@ def main() -> int:
         check_target(arguments.json)
     # TF32 keeps 10 bits of mantissa: float32 must mean float32 here.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    precision = Precision(device, dtype, require_backend(arguments.backend, device, dtype))
+    precision = Precision(device, dtype, require_backend(arguments.attention_backend, device, dtype))
     console, results = Console(soft_wrap=True, highlight=False), []
     for result in verify_folder(arguments.folder, precision):
         console.print(line(result), style=None if result.passed else "red", markup=False)
@@ -82,6 +83,7 @@ def main() -> int:
     if arguments.json:
         rows = [row(result) for result in results]
         write_json(arguments.json, {"device": name, "torch": torch.__version__, "results": rows})
+        console.print(f"the results are in {arguments.json}", markup=False)
     return 1 if failed else 0
 
 

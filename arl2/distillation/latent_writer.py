@@ -36,11 +36,11 @@ from wan.utils.settings import plain, require_same_settings
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
-LOCK = ".lock"
-WHOLE = "whole"
+LOCK, WHOLE = ".lock", "whole"
 FORMAT = "arl2 latents, version 2"
 FORMATS = ("arl2 latents, version 1", FORMAT)
 """What can be read; version 1 does not say what its samples were made from, and is not gone on with."""
+MAKERS = "scripts/generate_latents.py, scripts/encode_videos.py or scripts/toyworld/draw_latents.py"
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 LATENT_AXES, TEXT_AXES = 4, 2
 CLOCK_STEPS = (0.05, 2.0)
@@ -475,7 +475,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     if not os.path.lexists(folder / INDEX):
         parts = ",".join(sorted(str(index.parent) for index in folder.glob(f"*/{INDEX}")))
-        cure = f"give its parts, data=[{parts}]" if parts else "make some with scripts/generate_latents.py"
+        cure = f"give its parts, data=[{parts}]" if parts else f"make some with {MAKERS}"
         raise InputError(f"no training data in {folder}: {cure}")
     index = read_json(folder / INDEX)
     if index.get("format") not in FORMATS:

@@ -14,8 +14,9 @@ import torch
 from arl2.distillation.trainer import LOSSES
 from pipelines.benchmark.training import latent_size, write_random_videos
 from pipelines.config import Frames, Pixels
+from pipelines.console.shipped import ROOT, SOURCES
 from pipelines.generation.random_model import random_transformer
-from pipelines.provenance import ROOT, environment
+from pipelines.provenance import environment
 from pipelines.training.export import write_model_folder
 from wan.checkpoints.formats import WEIGHT_FILES, transformer_config
 from wan.config import WAN_SIZES
@@ -119,7 +120,7 @@ def watch(line: list[str], run: Path, steps: int, timeout: float) -> dict[str, A
     started, begun = time.monotonic(), None
     host: list[tuple[float, int]] = []
     gpu_peak: list[int] = []
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(SOURCES), os.getenv("PYTHONPATH"))))
     said = run.with_suffix(".txt")  # a file, since a pipe that nobody reads would fill and hold the run up
     environment_of_run = os.environ | {"PYTHONPATH": paths}
     with said.open("w") as output, subprocess.Popen(line, env=environment_of_run, stderr=output) as process:

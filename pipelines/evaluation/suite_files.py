@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.console.shipped import ROOT
 from pipelines.evaluation.suites import DIMENSIONS, Suite, SuiteEntry
 from pipelines.prompts.files import check_prompt, checked_dimensions, read_lines, read_prompt_file
 from pipelines.prompts.names import shown
@@ -24,7 +25,7 @@ from wan.utils.files import parse_json
 log = logging.getLogger(__name__)
 
 CURE = "download it again with scripts/download_suites.py, or give another file"
-OWN = Path(__file__).parents[2] / "prompts"
+OWN = ROOT / "prompts"
 FLICKERING, FLICKERING_SAMPLES = "temporal_flickering", 25
 """VBench keeps only still videos of this dimension, and asks for more of them, so that enough are left
 (prompts/README.md of Vchitect/VBench, state of 2024). Version 0.1.5 itself reads the first five."""

@@ -23,7 +23,7 @@ from pipelines.feasibility import (
     room_for_generation,
     tokens_per_frame,
 )
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.inputs.given import GivenVideo, frames_to_continue
 from pipelines.generation.inputs.request import check_strength
 from pipelines.generation.inputs.schedule import check_on_switch
@@ -57,6 +57,7 @@ def inference_parser() -> Parser:
         "Generate videos from prompts with a causal Wan model, hybrid or softmax.",
         InferenceConfig,
         reads_config=True,
+        aliases={"--metrics_dir": "--metrics_folder"},
     )
     add = parser.add_argument
     add(
@@ -66,14 +67,14 @@ def inference_parser() -> Parser:
         metavar="PATH",
         help="where videos go; finished ones are skipped",
     )
-    add("--metrics_dir", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
-    source = parser.add_mutually_exclusive_group(required=True)
+    add("--metrics_folder", type=as_path, metavar="PATH", help="where measurements go; by default the output folder")
+    source = parser.add_argument_group("input").add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--data_path", type=as_path, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
+        "--data_path", type=as_input, metavar="PATH", help="prompts: text, JSON lines or CSV; with --i2v also images"
     )
     source.add_argument("--prompt", help="one prompt instead of a file")
     scripts = "several prompts per video, each from some frame, block or second on: JSON lines (docs/sessions.md)"
-    source.add_argument("--prompt_schedule", type=as_path, metavar="PATH", help=scripts)
+    source.add_argument("--prompt_schedule", type=as_input, metavar="PATH", help=scripts)
     add("--image", type=as_path, metavar="PATH", help="with --i2v and --prompt: the first frame")
     add("--i2v", action="store_true", help="start from an image")
     add("--video", type=as_path, metavar="PATH", help="a video that every output continues, or goes through again")
@@ -210,7 +211,7 @@ def plan_run(
     check_device(config, device, dtype, processes=rank_and_world_size()[1] if over_video else 1)
     jobs = read_jobs(arguments)
     check_schedules(config, jobs, given_frames, "on_switch" in given_names(InferenceConfig, arguments))
-    metrics_folder = arguments.metrics_dir or arguments.output_folder
+    metrics_folder = arguments.metrics_folder or arguments.output_folder
     for folder in (arguments.output_folder, metrics_folder):
         check_writable(folder)
     return InferenceRun(

@@ -126,8 +126,8 @@ def is_finished(
         return False
     if not record.is_file():
         raise InputError(
-            f"{video} is there, {record}, which would say what made it, is not: give the --metrics_dir of that run, or "
-            "another --output_folder, or delete the video"
+            f"{video} is there, {record}, which would say what made it, is not: give the --metrics_folder of that run, "
+            "or another --output_folder, or delete the video"
         )
     try:
         found = _read_record(record)

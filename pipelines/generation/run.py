@@ -237,7 +237,7 @@ class _Maker:
             pipeline.warm_up(run.config.height, run.config.width, run.config.memory)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=quiet) as progress:
-            bar = progress.add_task("videos", total=len(todo))
+            bar = progress.add_task("videos", total=len(jobs), completed=len(jobs) - len(todo))
             others: list[PromptJob] = []
             for job in todo:
                 try:

@@ -120,7 +120,8 @@ def _draw_all(
     missing = writer.missing([sample for of_world in samples.values() for sample in of_world], prune=True)
     size = settings.batch or BATCH[vae.device.type]
     with Progress(disable=not missing) as progress:
-        task = progress.add_task("videos", total=len(missing))
+        total = sum(map(len, samples.values()))
+        task = progress.add_task("videos", total=total, completed=total - len(missing))
         for world, batch in _batches_of(samples, missing, size):
             seeds = torch.tensor([sample.seed for sample in batch], device=vae.device)
             with torch.autocast(vae.device.type, dtype, enabled=dtype != torch.float32):

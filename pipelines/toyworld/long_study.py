@@ -30,8 +30,9 @@ from arl2.toyworld.probe.memory_benchmark import equal_memory_window
 from arl2.toyworld.study.long_rows import Layers, LongRow, Stage, Start, Window
 from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, HEIGHT, WIDTH
 from arl2.toyworld.world.worlds import World
+from pipelines.console.shipped import ROOT
 from pipelines.dtypes import choose_dtype
-from pipelines.provenance import ROOT, device_name, git_commit
+from pipelines.provenance import device_name, git_commit
 from pipelines.records import claimed, open_records, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.toyworld.draw import DrawSettings, draw_latents
@@ -53,7 +54,7 @@ STAGE1_WEIGHTS = ROOT / "docs" / "results" / "distillation" / "study" / "stage1.
 SHIPPED_HYBRID = "hybrid_75.safetensors"
 LONG_LATENTS = 4 * STANDARD_LATENTS
 SLOW_DECAY = "state.decay=slow"
-WORK = "--work"
+WORK = "--output_folder"
 Result = dict[str, Any]
 
 

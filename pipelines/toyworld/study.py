@@ -50,14 +50,8 @@ from arl2.toyworld.world.render import STRIDE
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.config import MemoryConfig, MemoryKind
-from pipelines.provenance import (
-    ROOT,
-    architecture_of,
-    device_name,
-    git_commit,
-    text_fingerprints,
-    vae_fingerprint,
-)
+from pipelines.console.shipped import ROOT
+from pipelines.provenance import architecture_of, device_name, git_commit, text_fingerprints, vae_fingerprint
 from pipelines.records import SETTINGS, claimed, read_record, write_record
 from pipelines.settings import load_config
 from pipelines.training.config import (
@@ -80,7 +74,7 @@ from wan.vae.wan_vae import WanVAE, load_vae, spatial_stride
 log = logging.getLogger(__name__)
 
 CONFIGS = ROOT / "configs" / "toyworld"
-WORK = "--work"
+WORK = "--output_folder"
 Result = dict[str, Any]
 Config = TypeVar("Config", bound=TrainingConfig)
 

@@ -31,6 +31,7 @@ from wan.utils.ranges import (
     Choices,
     Count,
     Formerly,
+    InputPath,
     LayerIndices,
     Length,
     PathText,
@@ -46,8 +47,8 @@ log = logging.getLogger(__name__)
 DEFAULT_SHARE = 75
 """Percent of the layers that are hybrid, of the sets of a layers file."""
 TRAINING_DTYPES = ("bfloat16", "float32")
-TRACKERS = {"tensorboard": "pip install -e .[train]", "wandb": "pip install wandb", "none": ""}
-"""Where figures go, and what has to be installed for it."""
+TRACKERS = {"auto": "", "tensorboard": "pip install tensorboard", "wandb": "pip install wandb", "none": ""}
+"""Where figures go beside the run folder, and what has to be installed for it."""
 FREE_TO_CHANGE = (
     *("model_folder", "checkpoint_path", "run_folder", "data", "init_from", "layers_file", "share"),
     *("batch", "accumulation", "device", "shard", "compile", "checkpointing", "resume", "save_every", "keep"),
@@ -75,7 +76,7 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
         sample_every: steps between sample videos, the teacher's beside the student's; 0 for none.
         sample_frames: latent frames of a sample; null for as many as the data has.
         sample_fps: frames a second of a sample.
-        tracker: tensorboard, wandb or none.
+        tracker: tensorboard, wandb or none; auto for tensorboard where it is installed, and none elsewhere.
         device, dtype: null for the GPU if there is one, and bfloat16 there; the dtype is that of the frozen weights.
         shard: divide the frozen weights over ranks (FSDP2).
         deterministic: use PyTorch's deterministic algorithms, so that a run repeats bit by bit on the same GPUs. In
@@ -83,8 +84,8 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
         state: variant of the recurrent state; what starts from a run must have the variant of that run.
     """
 
-    model_folder: PathText = "wan_models/Wan2.1-T2V-1.3B"
-    checkpoint_path: PathText | None = None
+    model_folder: InputPath = "wan_models/Wan2.1-T2V-1.3B"
+    checkpoint_path: InputPath | None = None
     use_ema: bool = False
     data: Annotated[list[PathText], Length(1, 1000), Unique()] = field(default_factory=lambda: ["data/rollouts"])
     run_folder: PathText = "runs/stage1"
@@ -97,12 +98,18 @@ class TrainingConfig(TrainerSettings, SamplingConfig):
     sample_every: Annotated[int, Bounds(0, 10**9)] = 0
     sample_frames: Frames | None = None
     sample_fps: FramesPerSecond = 16
-    tracker: Annotated[str, Choices(tuple(TRACKERS))] = "tensorboard"
+    tracker: Annotated[str, Choices(tuple(TRACKERS))] = "auto"
     device: str | None = None
     dtype: Annotated[str, Choices(TRAINING_DTYPES)] | None = None
     shard: bool = False
     deterministic: bool = False
     state: StateSettings = field(default_factory=StateSettings)
+
+    def active_tracker(self) -> str | None:
+        """The tracker that figures go to; None for none."""
+        if self.tracker == "auto":
+            return "tensorboard" if find_spec("tensorboard") is not None else None
+        return None if self.tracker == "none" else self.tracker
 
     def trainer(self) -> TrainerSettings:
         """As the trainer takes them."""
@@ -167,7 +174,7 @@ class Stage2Config(TrainingConfig):
     hybrid_layers: LayerIndices = field(default_factory=list)
     layers_file: PathText | None = None
     share: Annotated[int, Bounds(1, 100)] | None = None
-    init_from: PathText | None = None
+    init_from: InputPath | None = None
     lora: bool = True
     lora_rank: Rank = 16
     lora_alpha: Annotated[float, Bounds(0, 10**6, above=True)] = DEFAULT_LORA_ALPHA
@@ -249,7 +256,7 @@ class GatesConfig(TrainingConfig):
 
     run_folder: PathText = "runs/gates"
     steps: Count = 500
-    init_from: PathText = "runs/stage1"
+    init_from: InputPath = "runs/stage1"
     budget: Budget = 0.5
     budget_weight: BudgetWeight = 10.0
     temperature: Temperature = 1.0
@@ -303,7 +310,7 @@ def check_training(config: TrainingConfig, data: Samples | None = None) -> Sampl
     """
     check_ranges(config)
     _check_together(config)
-    if config.tracker != "none" and find_spec(config.tracker) is None:
+    if TRACKERS[config.tracker] and find_spec(config.tracker) is None:
         raise InputError(f"{config.tracker} is not installed: {TRACKERS[config.tracker]}, or set tracker=none")
     folder = Path(config.model_folder)
     if config.checkpoint_path is not None and not Path(config.checkpoint_path).exists():

@@ -73,13 +73,13 @@ LOCK = ".lock"
 def parse_config(kind: type[Config], description: str | None) -> Config:
     """The command line of a training stage: a config and `key=value` settings that go before its own."""
     parser = Parser(description, kind, reads_config=True)
-    add, run = parser.add_setting, parser.add_argument_group("run")
-    add("--output_folder", "run_folder", "everything that the run leaves", group=run)
-    add("--checkpoint_path", "checkpoint_path", "the teacher's weights", group=run)
-    add("--use_ema", "use_ema", "take generator_ema of the checkpoint", group=run)
-    add("--seed", "seed", "of order, noise and initial values", group=run)
-    add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one", group=run)
-    add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU", group=run)
+    add = parser.add_setting
+    add("--output_folder", "run_folder", "everything that the run leaves")
+    add("--checkpoint_path", "checkpoint_path", "the teacher's weights")
+    add("--use_ema", "use_ema", "take generator_ema of the checkpoint")
+    add("--seed", "seed", "of order, noise and initial values")
+    add("--device", "device", "cpu, cuda or cuda:N; by default the GPU if there is one")
+    add("--dtype", "dtype", "of the frozen weights; by default bfloat16 on a GPU and float32 on a CPU")
     arguments = parser.parse_args()
     config = load_config(kind, arguments.config, arguments.settings, arguments.flags)
     if isinstance(config, Stage2Config):
@@ -174,7 +174,7 @@ def new_accelerator(config: TrainingConfig) -> Accelerator:
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=precision_of(weights_dtype(config, device)),
-            log_with=None if config.tracker == "none" else config.tracker,
+            log_with=config.active_tracker(),
             project_dir=config.run_folder,
         )
 
@@ -438,7 +438,7 @@ def describe_run(
     """Write the page of a session that can train, and begin its tracking; all ranks must call this."""
     if accelerator.is_main_process:
         write_run_page(config, folder, fingerprint, accelerator)
-    if config.tracker != "none":
+    if config.active_tracker() is not None:
         with writing(folder):
             accelerator.init_trackers(folder.name, config={name: str(value) for name, value in fingerprint.items()})
 

@@ -6,7 +6,7 @@
 Errors are relative to float64, beside those of the plain form in bfloat16. Attention and writes are timed by backend.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -265,6 +265,7 @@ def main() -> int:
         bench_writes(bench)
     page = {"device": device_name(device), "torch": torch.__version__, "rows": bench.rows}
     write_json(arguments.json, page)
+    Console(soft_wrap=True, highlight=False).print(f"the figures are in {arguments.json}", markup=False)
     return 0
 
 

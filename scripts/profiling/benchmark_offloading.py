@@ -9,7 +9,7 @@ Weights are random. Each row generates one video to warm up and one that is meas
 of the row plain, whose parts are all on the device.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -31,7 +31,6 @@ FLAGS = {
     "num_hybrid_layers": "how many of the first layers are hybrid",
     "height": "in pixels",
     "width": "in pixels",
-    "latent_frames": "of the video",
     "window_frames": "latent frames of the window of softmax layers",
     "sink_frames": "of which these first ones are kept",
     "seed": "of weights and noise",
@@ -41,11 +40,12 @@ FLAGS = {
 @entry_point()
 def main() -> int:
     """Parse, measure, report."""
-    parser = Parser(__doc__, OffloadingBenchmark)
+    parser = Parser(__doc__, OffloadingBenchmark, aliases={"--latent_frames": "--num_output_frames"})
+    parser.add_setting("--num_output_frames", "latent_frames", "latent frames of the video")
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="by default all")
-    folder = f"of {JSON_FILE} ({OUTPUT_FOLDER})"
+    folder = f"of {JSON_FILE} (default {OUTPUT_FOLDER})"
     parser.add_argument("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=folder)
     parser.add_device()
     arguments = parser.parse_args()
@@ -62,7 +62,9 @@ def main() -> int:
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
         differences = (f"{row[key]:.3g}" if key in row else "–" for key in ("mean_difference", "greatest_difference"))
         table.add_row(name, f"{row['fps']:.2f}", f"{row['first_frame_seconds']:.2f}", peak, *differences)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(f"results in {arguments.output_folder / JSON_FILE}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -10,7 +10,7 @@ Weights and data are random. Every row is written as soon as it is measured, and
 one stopped; a row for which memory runs out says so.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -27,15 +27,16 @@ from pipelines.dtypes import choose_dtype
 from pipelines.flags import Parser, as_path
 
 OUTPUT_FOLDER = Path("output/benchmark_training")
+FORMER = {"--hybrid_layers": "--num_hybrid_layers", "--frames": "--num_output_frames"}
+"""Former names of flags."""
 FLAGS = {
     "size": "of the transformer",
     "height": "in pixels",
     "width": "in pixels",
-    "frames": "latent frames",
     "frames_per_block": "latent frames per block",
     "num_hybrid_layers": "how many of the first layers are hybrid in stage 2",
     "lora_rank": "of stage 2",
-    "steps": "measured",
+    "steps": "measured training steps",
     "seed": "of weights, data and noise",
 }
 
@@ -60,14 +61,16 @@ def table(results: dict[str, Any]) -> Table:
 @end_together
 def main() -> int:
     """Parse, measure, report."""
-    parser = Parser(__doc__, TrainingBenchmark, aliases={"--hybrid_layers": "--num_hybrid_layers"})
+    parser = Parser(__doc__, TrainingBenchmark, aliases=FORMER)
     add = parser.add_argument
     names = [row.name for row in ROWS]
     add("--rows", nargs="+", choices=names, default=names, help="which ones (default all)")
+    parser.add_setting("--num_output_frames", "frames", "latent frames of a video")
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     parser.add_setting("--shard", "shard", "divide the frozen weights over the ranks")
-    add("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=f"of results ({OUTPUT_FOLDER})")
+    about = f"of results (default {OUTPUT_FOLDER})"
+    add("--output_folder", type=as_path, default=OUTPUT_FOLDER, metavar="PATH", help=about)
     parser.add_device()
     arguments = parser.parse_args()
     config = TrainingBenchmark(**arguments.flags)

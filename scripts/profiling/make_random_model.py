@@ -4,7 +4,7 @@ python scripts/profiling/make_random_model.py --size 1.3B --output_folder wan_mo
 python scripts/profiling/make_random_model.py --size toy --layout diffusers --output_folder models/random-toy
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -40,11 +40,17 @@ def main() -> int:
     parser = Parser(__doc__, HybridConfig, aliases={"--folder": "--output_folder"})
     parser.add_argument("--size", choices=WAN_SIZES, required=True, help="toy brings a toy VAE and text encoder")
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the model goes")
-    parser.add_argument("--layout", choices=("native", "diffusers"), default="native", help="of the folder")
+    parser.add_argument(
+        "--layout", choices=("native", "diffusers"), default="native", help="of the folder (default native)"
+    )
     parser.add_setting("--hybrid_layers", "layers", "layers with hybrid attention; only in the diffusers layout")
-    parser.add_argument("--text_encoder", choices=("real", "toy"), default="real", help="real is UMT5-XXL, 11 GB")
+    parser.add_argument(
+        "--text_encoder", choices=("real", "toy"), default="real", help="real (the default) is UMT5-XXL, 11 GB"
+    )
     parser.add_seed()
-    parser.add_argument("--device", help="where the weights are drawn; by default the GPU if there is one")
+    parser.add_argument(
+        "--device", help="where weights are drawn: cpu, cuda or cuda:N; by default the GPU if there is one"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default bfloat16)")
     arguments = parser.parse_args()
     toy = arguments.size == "toy"

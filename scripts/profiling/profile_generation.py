@@ -1,13 +1,14 @@
 """Tell where the time of generating a video goes: GPU seconds by kernel, and by what the kernels do.
 
-    python scripts/profiling/profile_generation.py --row hybrid-75-window --frames 249 --no_vae --json profile.json
-    python scripts/profiling/profile_generation.py --config configs/toyworld/benchmark.yaml --row hybrid-100 --frames 21
+    python scripts/profiling/profile_generation.py --row hybrid-75-window --num_frames 249 --no_vae --json profile.json
+    python scripts/profiling/profile_generation.py --config configs/toyworld/benchmark.yaml --row hybrid-100 \\
+        --num_frames 21
 
 Weights are random, as in scripts/benchmark.py, whose configs and rows these are. While the GPU is not busy, it waits:
 for launches, copies, the CPU. On a CPU it is operations and not kernels.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -36,15 +37,17 @@ from pipelines.settings import load_config
 from wan.config import wan_size
 from wan.utils.files import check_target, write_json
 
+FORMER = {"--frames": "--num_frames"}
+"""Former names of flags."""
 SHOWN = 25
 """Kernels in the table; the JSON has all."""
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__, BenchmarkConfig, reads_config=True, config=Path("configs/benchmark.yaml"))
+    parser = Parser(__doc__, BenchmarkConfig, reads_config=True, config=Path("configs/benchmark.yaml"), aliases=FORMER)
     parser.add_argument("--row", required=True, help="name of a row of the config")
-    parser.add_value("--frames", PixelFrames, "pixel frames of the video", default=249)
+    parser.add_value("--num_frames", PixelFrames, "pixel frames of the video", default=249)
     parser.add_setting("--no_vae", "vae", "only the transformer", const=False)
     parser.add_argument("--json", type=as_path, metavar="PATH", help="where to write everything")
     add_speed_flags(parser)
@@ -96,7 +99,7 @@ def main() -> int:
     """Parse, profile, report."""
     arguments = parse()
     config = load_config(BenchmarkConfig, arguments.config, arguments.settings, arguments.flags)
-    config = replace(select(config, [arguments.row], [arguments.frames]), blocks_sampled=None)
+    config = replace(select(config, [arguments.row], [arguments.num_frames]), blocks_sampled=None)
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     if arguments.json is not None:
@@ -105,9 +108,11 @@ def main() -> int:
     check_speed(config.speed, device, dtype, size["dim"], size["ffn_dim"])
     with tempfile.TemporaryDirectory() as folder:
         result = measure(config, device, dtype, Path(folder))
-    Console().print(*pages(result), sep="\n")
+    console = Console()
+    console.print(*pages(result), sep="\n")
     if arguments.json is not None:
         write_json(arguments.json, result)
+        console.print(f"all figures are in {arguments.json}", soft_wrap=True, markup=False)
     return 0
 
 

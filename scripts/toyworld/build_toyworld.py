@@ -1,7 +1,7 @@
 """Build the toy world's models, step by step; a step that is done is skipped, so the script can be started again.
 
-    python scripts/toyworld/build_toyworld.py --work runs/toyworld                 # every step that is not done
-    python scripts/toyworld/build_toyworld.py --work runs/toyworld --step teacher  # one, again
+    python scripts/toyworld/build_toyworld.py --output_folder runs/toyworld                # every step that is not done
+    python scripts/toyworld/build_toyworld.py --output_folder runs/toyworld --step teacher # one, again
 
 1. first_vae  a small AutoencoderKLWan
 2. vae        the same, trained further on the edges of objects
@@ -12,11 +12,11 @@
 7. bundle     everything in half precision, in diffusers' layout, as models/toyworld ships it
 
 A killed step goes on from where it was at most 500 steps before. Each leaves its weights and a JSON with its quality,
-settings, seconds, card and versions in the work folder. A step that was made with other settings, or from models that
+settings, seconds, card and versions in the output folder. A step that was made with other settings, or from models that
 were made again since, is not skipped but refused: --step makes it again. One process at a time works on a folder.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -62,7 +62,7 @@ from arl2.toyworld.world.latents import (
 from arl2.toyworld.world.scenes import HEIGHT, NUM_FRAMES, WIDTH
 from arl2.trained_memory import TrainedMemory
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.provenance import device_name
 from pipelines.records import read_record, write_record
@@ -360,23 +360,24 @@ def run_steps(build: Build, only: str | None) -> None:
 @entry_point()
 def main() -> int:
     """Parse, and run the steps that are not done."""
-    parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
-    parser.add_argument("--work", type=as_path, required=True, metavar="PATH", help="folder of the steps' results")
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos", "--work": "--output_folder"})
+    parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="of the steps' results")
     parser.add_argument("--step", choices=STEPS, help="only this one, again if it is done")
     parser.add_value("--steps", Count, "optimiser steps in the place of the default, with --step")
     videos = "at most, everywhere; few for a rehearsal"
     parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**7)], videos, default=TRAINING_VIDEOS)
     trained = "folder of a trained VAE, such as models/toyworld/vae: trains none"
-    parser.add_argument("--vae", type=as_path, metavar="PATH", help=trained)
+    parser.add_argument("--vae", type=as_input, metavar="PATH", help=trained)
     parser.add_device(None)
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.step is None and arguments.num_videos == TRAINING_VIDEOS:
         raise InputError("--steps needs --step, but for a rehearsal with --num_videos")
     device = choose_device(arguments.device)
-    check_writable(arguments.work)
-    with exclusive(arguments.work / ".lock", str(arguments.work)):
-        build = Build(arguments.work, device, arguments.steps, arguments.num_videos, arguments.vae)
+    check_writable(arguments.output_folder)
+    with exclusive(arguments.output_folder / ".lock", str(arguments.output_folder)):
+        build = Build(arguments.output_folder, device, arguments.steps, arguments.num_videos, arguments.vae)
         run_steps(build, arguments.step)
+    log.info("models and their figures are in %s", arguments.output_folder)
     return 0
 
 

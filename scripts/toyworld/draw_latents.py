@@ -1,6 +1,6 @@
 """Make training data of the toy world at any length: scenes, drawn and encoded, in resumable shards.
 
-    python scripts/toyworld/draw_latents.py --world long --videos 2560 --latent_frames 84 --seed 0 \\
+    python scripts/toyworld/draw_latents.py --world long --num_videos 2560 --num_output_frames 84 --seed 0 \\
         --output_folder data/toy_long
 
 Video n of a set is the scene of seed + n, of the worlds of --world in turn; a longer video begins with the shorter one.
@@ -13,21 +13,22 @@ Other worlds, lengths, fractions or models are refused. The data are those of sc
 and train_stage2.py take the folder.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
 
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
+from pipelines.console.shipped import ROOT
 from pipelines.dtypes import choose_dtype
-from pipelines.flags import Parser, as_path
-from pipelines.provenance import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.draw import DrawSettings, draw_latents
 
+FORMER = {"--videos": "--num_videos", "--folder": "--output_folder", "--latent_frames": "--num_output_frames"}
+"""Former names of flags."""
 FLAGS = {
     "num_videos": "how many",
-    "latent_frames": "length of the videos in latent frames",
     "seed": "of the first scene; others have its successors",
     "informative": "fraction of the captions that name colours and shapes",
     "batch": "videos at once, for speed alone",
@@ -37,14 +38,16 @@ FLAGS = {
 @entry_point()
 def main() -> int:
     """Parse, check, draw, encode, write."""
-    parser = Parser(__doc__, DrawSettings, aliases={"--videos": "--num_videos", "--folder": "--output_folder"})
-    bundle = "the toy world's bundle, of which VAE and text encoder are taken; models/toyworld by default"
+    parser = Parser(__doc__, DrawSettings, aliases=FORMER)
+    bundle = "the toy world's bundle, of which VAE and text encoder are taken (default models/toyworld)"
     parser.add_argument(
-        "--model_folder", type=as_path, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle
+        "--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle
     )
     parser.add_argument("--output_folder", type=as_path, required=True, metavar="PATH", help="where the shards go")
     worlds = "kinds of scenes, in turn if there are several; standard by default"
     parser.add_argument("--world", nargs="+", choices=list(World), default=[World.STANDARD], help=worlds)
+    length = "length of the videos in latent frames; F make 4F - 3 frames"
+    parser.add_setting("--num_output_frames", "latent_frames", length)
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     parser.add_device()

@@ -1,20 +1,20 @@
 """The study of long training on the toy world: what a memory of constant size keeps at 16 times a video's length.
 
-    python scripts/toyworld/long_study.py --work runs/long_study --part data
-    python scripts/toyworld/long_study.py --work runs/long_study --part hybrids softmax contexts --budget_seconds 540
-    python scripts/toyworld/long_study.py --work runs/long_study --part hybrids --only hybrid_75 --seed 1
-    python scripts/toyworld/long_study.py --work runs/long_study --part curves --only hybrid_75 softmax_full
-    python scripts/toyworld/long_study.py --work runs/long_study --part table
+    python scripts/toyworld/long_study.py --output_folder runs/long_study --part data
+    python scripts/toyworld/long_study.py --output_folder runs/long_study --part hybrids softmax --budget_seconds 540
+    python scripts/toyworld/long_study.py --output_folder runs/long_study --part hybrids --rows hybrid_75 --seed 1
+    python scripts/toyworld/long_study.py --output_folder runs/long_study --part curves --rows hybrid_75 softmax_full
+    python scripts/toyworld/long_study.py --output_folder runs/long_study --part table
 
 Parts: data draws the training videos; hybrids, softmax, contexts, states and long_world train and examine models, row
 by row (arl2/toyworld/study/long_rows.py says what each is); curves examines rows at 64 times the length; table writes
-WORK/long_study.md. Every row is a JSON in WORK/results and is skipped when it is there. A run that is killed, or that
-stops when --budget_seconds are over, goes on at the same step, and in exams at the same batch of videos. The same
-command may run several times at once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no
-other has.
+long_study.md into the output folder. Every row is a JSON in results below it, and is skipped when it is there. A run
+that is killed, or that stops when --budget_seconds are over, goes on at the same step, and in exams at the same batch
+of videos. The same command may run several times at once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the
+next row that no other has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -26,8 +26,8 @@ import time
 from arl2.toyworld.study.long_rows import PARTS
 from arl2.toyworld.world.worlds import World
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
-from pipelines.provenance import ROOT
+from pipelines.console.shipped import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.long_study import LongStudy, LongStudySettings, rows_of
 from pipelines.toyworld.long_table import write_tables
 from pipelines.toyworld.study import OutOfTimeError
@@ -49,13 +49,13 @@ FLAGS = {
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__, LongStudySettings)
+    parser = Parser(__doc__, LongStudySettings, aliases={"--work": "--output_folder", "--only": "--rows"})
     add = parser.add_argument
-    add("--work", type=as_path, required=True, metavar="PATH", help="folder of everything")
+    add("--output_folder", type=as_path, required=True, metavar="PATH", help="where everything goes")
     add("--part", choices=("data", *PARTS, "curves", "table"), required=True, nargs="+", help="what to make")
-    add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
-    bundle = "the bundle: VAE, text encoder, few-step generator, hybrid (models/toyworld)"
-    add("--model_folder", type=as_path, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
+    add("--rows", nargs="+", default=[], metavar="NAME", help="only these rows; by default all")
+    bundle = "the bundle: VAE, text encoder, few-step generator, hybrid (default models/toyworld)"
+    add("--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
     for name, about in FLAGS.items():
         parser.add_setting(f"--{name}", name, about)
     parser.add_value("--budget_seconds", NotNegative, "stop cleanly after them")
@@ -86,7 +86,7 @@ def main() -> int:
     """Parse, and run the parts that are asked for."""
     arguments = parse()
     settings = LongStudySettings(
-        work=arguments.work,
+        work=arguments.output_folder,
         model=arguments.model_folder,
         device=choose_device(arguments.device),
         overrides=tuple(arguments.set),
@@ -98,10 +98,11 @@ def main() -> int:
     try:
         for part in arguments.part:
             started = time.perf_counter()
-            run_part(study, part, arguments.only)
+            run_part(study, part, arguments.rows)
             log.info("part %s: %.0f s", part, time.perf_counter() - started)
     except OutOfTimeError:
         log.info("the time is over; the same command goes on where this one stopped")
+    log.info("everything is in %s", arguments.output_folder)
     return 0
 
 

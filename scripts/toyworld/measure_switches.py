@@ -1,6 +1,6 @@
 """Measure sessions on the toy world: bytes of a saved one, and what a video shows after its prompt has changed.
 
-    python scripts/toyworld/measure_switches.py --videos 16 --json switches.json
+    python scripts/toyworld/measure_switches.py --num_videos 16 --json switches.json
 
 Every video begins as "a red ring moves behind the wall and comes out again", with a colour and a shape that its number
 chooses, and is switched after three blocks, while the object is away or about to be, to another colour and shape. The
@@ -8,7 +8,7 @@ reader of the toy world then tells what the last third of the video shows: what 
 one named, or something else. Both ways of `on_switch` start from the same noise.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -25,10 +25,10 @@ from arl2.toyworld.world.reader import detect
 from arl2.toyworld.world.scenes import COLOURS, SHAPES
 from pipelines.cli import choose_device, entry_point
 from pipelines.config import MemoryConfig, MemoryKind
+from pipelines.console.shipped import ROOT
 from pipelines.flags import Parser, as_path
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.prompts.schedules import OnSwitch
-from pipelines.provenance import ROOT
 from wan.utils.files import check_target, write_json
 from wan.utils.ranges import Bounds
 
@@ -102,9 +102,9 @@ def bytes_of_saves(pipeline: CausalVideoPipeline, memory: MemoryConfig, folder: 
 @entry_point()
 def main() -> int:
     """Parse, generate, save, read, write."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, aliases={"--videos": "--num_videos"})
     parser.add_argument("--json", type=as_path, required=True, metavar="PATH", help="where the figures go")
-    parser.add_value("--videos", Annotated[int, Bounds(1, 10**6)], "videos per row", default=16)
+    parser.add_value("--num_videos", Annotated[int, Bounds(1, 10**6)], "videos per row", default=16)
     parser.add_device(None)
     arguments = parser.parse_args()
     check_target(arguments.json)
@@ -117,9 +117,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             page[name] = {"bytes of a save": bytes_of_saves(pipeline, memory, Path(temporary))}
         for on_switch in OnSwitch:
-            page[name][on_switch.value] = outcomes(pipeline, memory, on_switch, arguments.videos)
+            page[name][on_switch.value] = outcomes(pipeline, memory, on_switch, arguments.num_videos)
         log.info("%s: %s", name, page[name])
         write_json(arguments.json, page)
+    log.info("the figures are in %s", arguments.json)
     return 0
 
 

@@ -3,7 +3,7 @@
 python scripts/toyworld/toyworld_samples.py
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -68,7 +68,7 @@ def main() -> int:
     parser = Parser(__doc__, aliases={"--folder": "--output_folder"})
     folder = Path("docs/images")
     parser.add_argument(
-        "--output_folder", type=as_path, default=folder, metavar="PATH", help=f"where both go ({folder})"
+        "--output_folder", type=as_path, default=folder, metavar="PATH", help=f"where both go (default {folder})"
     )
     parser.add_value("--seed", SceneSeed, "the default shows all colours and shapes", default=6816)
     parser.add_value("--fps", FramesPerSecond, "of the video", default=16)

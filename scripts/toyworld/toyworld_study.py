@@ -1,18 +1,18 @@
 """The study of distillation on the toy world: what the two stages keep of a softmax model's memory, and what matters.
 
-    python scripts/toyworld/toyworld_study.py --work runs/toyworld --part stage1  # once, for everything
-    python scripts/toyworld/toyworld_study.py --work runs/toyworld --part ratios --budget_seconds 540
-    python scripts/toyworld/toyworld_study.py --work runs/toyworld --part ablations --only no_gate --seed 1
-    python scripts/toyworld/toyworld_study.py --work runs/toyworld --part table
+    python scripts/toyworld/toyworld_study.py --output_folder runs/toyworld --part stage1  # once, for everything
+    python scripts/toyworld/toyworld_study.py --output_folder runs/toyworld --part ratios --budget_seconds 540
+    python scripts/toyworld/toyworld_study.py --output_folder runs/toyworld --part ablations --rows no_gate --seed 1
+    python scripts/toyworld/toyworld_study.py --output_folder runs/toyworld --part table
 
 Parts: data, stage1, ratios, window, ablations, settings, selection, table, export; docs/results/distillation.md says
-what each measures. Every row is a JSON in WORK/study/results and is skipped when it is there; a run that is killed, or
-that stops when --budget_seconds are over, goes on at the same step. Of an exam (about half a minute on an H100) nothing
-is kept in the middle: leave that much between the budget and a hard limit. The same command may run several times at
-once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no other has.
+what each measures. Every row is a JSON in study/results below the output folder, and is skipped when it is there; a run
+that is killed, or that stops when --budget_seconds are over, goes on at the same step. Of an exam (about half a minute
+on an H100) nothing is kept in the middle: leave that much between the budget and a hard limit. The same command may run
+several times at once, on one GPU or several (CUDA_VISIBLE_DEVICES): each takes the next row that no other has.
 """
 
-from wan.utils.signals import end_on_signals
+from arl2 import end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()
@@ -23,14 +23,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 from arl2.layer_selection.scores import Selection, random_scores, read_stage1_errors
 from arl2.toyworld.probe.memory_benchmark import MemoryBenchmarkSettings
 from arl2.toyworld.study.rows import PARTS, RANDOM_SETS, SELECTION_SHARE, Row, row_for
 from pipelines.cli import choose_device, entry_point
-from pipelines.flags import Parser, as_path
+from pipelines.console.shipped import ROOT
+from pipelines.flags import Parser, as_input, as_path
 from pipelines.toyworld.study import OutOfTimeError, Result, Study, StudySettings
 from pipelines.toyworld.table import write_report
 from wan.utils.errors import InputError
@@ -39,25 +39,32 @@ from wan.utils.ranges import Bounds, Count, NotNegative
 
 log = logging.getLogger(__name__)
 
+FORMER = {
+    "--videos": "--num_videos",
+    "--model": "--model_folder",
+    "--work": "--output_folder",
+    "--only": "--rows",
+}
+"""Former names of flags."""
 EXAM_BATCH = {"cpu": 16, "cuda": 256}
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__, aliases={"--videos": "--num_videos", "--model": "--model_folder"})
+    parser = Parser(__doc__, aliases=FORMER)
     add, number = parser.add_argument, parser.add_value
-    add("--work", type=as_path, required=True, metavar="PATH", help="folder of everything")
+    add("--output_folder", type=as_path, required=True, metavar="PATH", help="where everything goes")
     parts = ("data", "stage1", *PARTS, "selection", "table", "export")
     add("--part", choices=parts, required=True, nargs="+", help="what to make")
-    add("--only", nargs="+", default=[], metavar="NAME", help="only these rows")
-    bundle = "the bundle: VAE, text encoder, few-step generator (models/toyworld)"
-    add("--model_folder", type=as_path, default=Path("models/toyworld"), metavar="PATH", help=bundle)
+    add("--rows", nargs="+", default=[], metavar="NAME", help="only these rows; by default all")
+    bundle = "the bundle: VAE, text encoder, few-step generator (default models/toyworld)"
+    add("--model_folder", type=as_input, default=ROOT / "models" / "toyworld", metavar="PATH", help=bundle)
     number("--steps", Count, "of every training but stage 1, in the place of configs/toyworld/*.yaml")
     number("--stage1_steps", Count, "of stage 1")
     number("--num_videos", Annotated[int, Bounds(2, 10**5)], "of an exam", default=256)
     number("--long_videos", Annotated[int, Bounds(0, 10**5)], "of four times the length; 0 for none", default=128)
     number("--exam_batch", Annotated[int, Bounds(1, 10**5)], "videos made at a time")
-    to_draw = "to draw, if WORK has no latents_*_from_0.safetensors yet"
+    to_draw = "to draw, if the output folder has no latents_*_from_0.safetensors yet"
     number("--training_videos", Annotated[int, Bounds(1, 10**7)], to_draw, default=24576)
     layers = "of scripts/select_layers.py, in the place of stage 1's errors"
     add("--layers_file", type=as_path, metavar="PATH", help=layers)
@@ -77,7 +84,7 @@ def settings_from(arguments: argparse.Namespace) -> StudySettings:
     device = choose_device(arguments.device)
     batch = arguments.exam_batch or EXAM_BATCH[device.type]
     settings = StudySettings(
-        work=arguments.work,
+        work=arguments.output_folder,
         model=arguments.model_folder,
         device=device,
         training_videos=arguments.training_videos,
@@ -178,10 +185,11 @@ def main() -> int:
     try:
         for part in arguments.part:
             started = time.perf_counter()
-            run_part(study, part, arguments.only)
+            run_part(study, part, arguments.rows)
             log.info("part %s: %.0f s", part, time.perf_counter() - started)
     except OutOfTimeError:
         log.info("the time is over; the same command goes on where this one stopped")
+    log.info("everything is in %s", arguments.output_folder)
     return 0
 
 

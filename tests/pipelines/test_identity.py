@@ -247,7 +247,7 @@ def test_rollouts_that_were_interrupted_have_the_values_of_an_unbroken_run(
 
 
 def test_code_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "SOURCES", tmp_path)
     file = tmp_path / "arl2" / "ops" / "one.py"
     file.parent.mkdir(parents=True)
     found = []

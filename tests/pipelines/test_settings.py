@@ -245,7 +245,7 @@ def test_a_folder_and_names_that_cannot_be(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, "is a folder"),
         (tmp_path / "none.yaml", "is not there"),
-        (Path("/dev/null"), "no config file /dev/null: it is no regular file; see configs/"),
+        (Path("/dev/null"), "no config file /dev/null: it is no regular file; those of the project are in "),
     ):
         with pytest.raises(InputError, match=message):
             load_config(Stage1Config, path)

@@ -151,6 +151,11 @@ class IsPath:
 
 
 @dataclasses.dataclass(frozen=True)
+class IsInputPath(IsPath):
+    """A path that is read and never written: it may name what comes with the project."""
+
+
+@dataclasses.dataclass(frozen=True)
 class IsDevice:
     """The name of a device; whether this machine has it is another question."""
 
@@ -183,6 +188,8 @@ Seed = Annotated[int, Bounds(-(2**63), MAX_INT)]
 """What random numbers are drawn from: any integer of 64 bits."""
 PathText = Annotated[str, IsPath()]
 """A path, as text."""
+InputPath = Annotated[str, IsInputPath()]
+"""A path that is read and never written, as text."""
 LayerIndices = list[Annotated[int, Bounds(0, 10**5)]]
 """Indices of layers; whether the model has them is checked against its sizes."""
 

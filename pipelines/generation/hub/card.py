@@ -44,7 +44,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     """
     found = [read_json(path, InputError, "make the videos again") for path in sorted(folder.glob("*.json"))]
     if not found:
-        raise InputError(f"no records in {folder}: give an --output_folder or --metrics_dir of inference.py")
+        raise InputError(f"no records in {folder}: give an --output_folder or --metrics_folder of inference.py")
     for record, path in zip(found, sorted(folder.glob("*.json")), strict=True):
         if not isinstance(record.get("fps"), dict) or not isinstance(record.get("settings"), dict):
             raise InputError(f"{path} is no record of a video: give a folder with nothing but those of inference.py")

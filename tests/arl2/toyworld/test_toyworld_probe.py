@@ -98,7 +98,7 @@ def test_the_script_writes_what_it_promises(
     assert models["ground_truth"]["accuracy"] == 1.0
     monkeypatch.setattr(sys, "argv", ["probe_memory.py", *map(str, flags), "--only", "nobody"])
     assert import_module("probe_memory").main() == 2
-    assert "--only nobody: no such row; there are teacher, local_only, window_sink" in capsys.readouterr().err
+    assert "--rows nobody: no such row; there are teacher, local_only, window_sink" in capsys.readouterr().err
     rows = dict.fromkeys(("teacher", "local_only"), Mock())
     chosen = import_module("probe_memory").chosen
     assert set(chosen(rows, None)) == set(rows) and set(chosen(rows, ["local_only"])) == {"local_only"}

@@ -184,7 +184,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
         (("--dimensions", "size"), "--dimensions size: mine has paths"),
         (("--suite", "interactive"), "3 prompts for 2 blocks: make the video longer"),
         (("--on_switch", "recompute"), "on_switch is of a prompt that changes"),
-        (("--samples", 0), "--samples 0 is out of range"),
+        (("--samples", 0), "--videos_per_prompt 0 is out of range"),
         (("strength=0.5",), "strength is of a video"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The console command `arl2`: its commands, the files that ship with them, completion in shells."""
