@@ -38,9 +38,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]
     calls: list[tuple[str, tuple[str, ...]]] = []
     whole = scoring_run.measure_clip
 
-    def noted(clip: Any, metrics: Any, drift_seconds: float) -> Any:
+    def noted(clip: Any, metrics: Any, *rest: Any) -> Any:
         calls.append((clip.name, tuple(metrics)))
-        return whole(clip, metrics, drift_seconds)
+        return whole(clip, metrics, *rest)
 
     monkeypatch.setattr(scoring_run, "measure_clip", noted)
     return calls
