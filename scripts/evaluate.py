@@ -26,7 +26,7 @@ from pipelines.cli import EXIT_FAILURE, choose_device, end_together, entry_point
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.compare import Comparison, Tolerance, compare
 from pipelines.evaluation.scoring.metric import Blocks
-from pipelines.evaluation.scoring.metrics.read_back import read_results
+from pipelines.evaluation.scoring.metrics.read_back import PROGRAMS, read_results
 from pipelines.evaluation.scoring.metrics.smoothness import DEFAULT_PYTHON
 from pipelines.evaluation.scoring.ranks.team import join_team
 from pipelines.evaluation.scoring.registry import GROUPS, OWN, Resources, chosen_metrics
@@ -59,8 +59,9 @@ def evaluate_parser() -> Parser:
     environment = "interpreter of an environment with VBench, for motion_smoothness (make vbench-env)"
     add("--vbench_python", type=as_path, default=DEFAULT_PYTHON, metavar="PATH", help=environment)
     add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help="weights of metrics")
-    results = "what VBench wrote, *_eval_results.json, for the group vbench"
-    add("--vbench_results", type=as_path, metavar="PATH", help=results)
+    for program in PROGRAMS:
+        group = program.prefix.removesuffix("_")
+        add(program.flag, type=as_path, metavar="PATH", help=f"what {program.name} wrote, for the group {group}")
     files = f"a file of weights: {', '.join(SOURCES)}"
     add("--weights", action="collect", nargs="+", default=[], metavar="NAME=FILE", help=files)
     blocks = "frames of the first block and of every later one; by default what the manifest says"
@@ -131,12 +132,15 @@ def plan(arguments: argparse.Namespace) -> Run:
     blocks = None if arguments.blocks is None else Blocks(*arguments.blocks)
     clips = find_clips(arguments.folder, blocks, arguments.prompts_from_names)
     reference = None if arguments.reference is None else find_clips(arguments.reference)
-    vbench = None if arguments.vbench_results is None else read_results(arguments.vbench_results)
+    files_of_others = {program: vars(arguments)[program.flag.removeprefix("--")] for program in PROGRAMS}
+    results = {
+        program.prefix: read_results(program, path) for program, path in files_of_others.items() if path is not None
+    }
     weights = WeightFolder(arguments.weights_folder, files)
     folder = arguments.json.with_name(f"{arguments.json.name}.features")
     sets = SetSettings(arguments.fvd_network, arguments.fvd_frames, arguments.fvd_fps, folder)
     device = choose_device(arguments.device)
-    resources = Resources(device, weights, clips, reference, vbench, arguments.vbench_python, sets)
+    resources = Resources(device, weights, clips, reference, results, arguments.vbench_python, sets)
     return Run(clips, names, resources, arguments.drift_seconds)
 
 

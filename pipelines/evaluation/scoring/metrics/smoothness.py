@@ -18,6 +18,8 @@ SUFFIX = ".mp4"
 """VBench reads no other videos."""
 MIN_FRAMES = 3
 """Two that are kept, and the one between them."""
+MULTIPLE, MIN_PADDED_SIDE = 16, 128
+"""VBench pads sides to a multiple. AMT-S gives NaN for smaller ones, of which VBench makes a number all the same."""
 
 
 class MotionSmoothness(Metric):
@@ -81,6 +83,8 @@ class MotionSmoothness(Metric):
             raise NotMeasuredError(f"VBench reads {SUFFIX} alone")
         if clip.num_frames < MIN_FRAMES:
             raise NotMeasuredError(f"it has fewer than {MIN_FRAMES} frames")
+        if min(clip.height, clip.width) <= MIN_PADDED_SIDE - MULTIPLE:
+            raise NotMeasuredError(f"AMT-S takes no frames with a side of {MIN_PADDED_SIDE - MULTIPLE} pixels or less")
         value = self._worker.ask({"video": str(clip.path.absolute())}).get("value")
         if not isinstance(value, float) or not math.isfinite(value):
             raise NotMeasuredError("it gives numbers that are not finite")

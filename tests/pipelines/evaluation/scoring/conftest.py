@@ -1,6 +1,8 @@
 """Folders of small videos whose pixels are known, and one real output of the toy world."""
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from pipelines.media.video import VideoWriter
 
 Frames = NDArray[np.uint8]
 Folder = Callable[..., Path]
+evaluate = import_module("evaluate")
 
 
 @pytest.fixture
@@ -71,3 +74,15 @@ def folder(tmp_path: Path) -> Folder:
 @pytest.fixture
 def clips(folder: Folder) -> ClipFolder:
     return find_clips(folder())
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """scripts/evaluate.py with some words."""
+
+    def call(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        status: int = evaluate.main()
+        return status
+
+    return call
