@@ -22,7 +22,7 @@ import math
 
 from rich.console import Console
 
-from pipelines.cli import EXIT_FAILURE, choose_device, end_together, entry_point, rank_and_world_size
+from pipelines.cli import EXIT_FAILURE, choose_device, entry_point, rank_and_world_size
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.compare import Comparison, Tolerance, compare
 from pipelines.evaluation.scoring.metric import Blocks
@@ -144,7 +144,6 @@ def plan(arguments: argparse.Namespace) -> Run:
     return Run(clips, names, resources, arguments.drift_seconds)
 
 
-@end_together
 @entry_point()
 def main() -> int:
     """Score or compare. Status 1 if the second file is worse, or if nothing could be measured, 2 for bad input."""
@@ -161,6 +160,7 @@ def main() -> int:
     run = plan(arguments)
     team = join_team()
     page = score(run, arguments.json, team)
+    team.leave()
     if not team.leads:
         return 0
     console.print(score_table(page))

@@ -71,6 +71,11 @@ class Team:
         distributed.broadcast_object_list(found, src=0)
         return found[0]
 
+    def leave(self) -> None:
+        """End the work with others. Processes that fail end without it, and torchrun ends the others."""
+        if self.size > 1:
+            distributed.destroy_process_group()
+
     def gathered(self, thing: Any) -> list[Any]:
         """What every process has, by rank; only the leading one gets it, the others get nothing."""
         if self.size == 1:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from pipelines.evaluation.scoring.clips import ClipFolder, find_clips
 from pipelines.media.video import VideoWriter
@@ -86,3 +89,35 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return status
 
     return call
+
+
+class Tiny(nn.Module):
+    """A random network with the interface of the literature's I3D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv3d(3, 6, 3, stride=2), nn.Conv3d(6, 5, 3)
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        if resize:
+            size = [x.size(2), 16, 16]
+            x = F.interpolate(x, size=size, mode="trilinear", align_corners=False)
+        if rescale:
+            x = x / 127.5 - 1
+        features = 20 * self.second(torch.tanh(self.first(x))).mean(dim=[2, 3, 4])
+        return features if return_features else features * 0
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    """A network of videos, with 5 features."""
+    return Tiny().eval()
+
+
+@pytest.fixture
+def script(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It as a TorchScript file."""
+    path = tmp_path_factory.mktemp("network") / "i3d_torchscript.pt"
+    torch.jit.script(tiny).save(str(path))
+    return path

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.compare import BETTER, EQUAL, NOT_COMPARED, WORSE, Tolerance, compare
@@ -40,7 +39,6 @@ from wan.utils.errors import InputError
 
 evaluate: Any = import_module("evaluate")
 CPU = torch.device("cpu")
-WIDTH = 5
 NEEDS = "needs the extra eval: pip install -e '.[eval]'"
 Features = NDArray[np.float64]
 Program = Callable[..., int]
@@ -175,31 +173,6 @@ def test_frames_at_a_common_rate() -> None:
         Sampling(34, 16.0).check([clip])
 
 
-class Tiny(nn.Module):
-    """A random network with the interface of the literature's I3D."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Conv3d(3, 6, 3, stride=2), nn.Conv3d(6, WIDTH, 3)
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        if resize:
-            size = [x.size(2), 16, 16]
-            x = F.interpolate(x, size=size, mode="trilinear", align_corners=False)
-        if rescale:
-            x = x / 127.5 - 1
-        features = 20 * self.second(torch.tanh(self.first(x))).mean(dim=[2, 3, 4])
-        return features if return_features else features * 0
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "i3d_torchscript.pt"
-    torch.jit.script(Tiny().eval()).save(str(path))
-    return path
-
-
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, script: Path) -> Program:
     """scripts/evaluate.py with the network of this file."""
@@ -217,9 +190,8 @@ def names(number: int) -> tuple[str, ...]:
     return tuple(f"prompt {place}" for place in range(number))
 
 
-def vectors_of(folder: Path, places: list[int]) -> Features:
+def vectors_of(folder: Path, places: list[int], model: nn.Module) -> Features:
     """By the network itself, from all frames of the videos."""
-    model = Tiny().eval()
     rows = []
     for path in sorted(folder.iterdir()):
         frames = torch.from_numpy(read_video(path)[places]).permute(3, 0, 1, 2)[None].float()
@@ -228,7 +200,9 @@ def vectors_of(folder: Path, places: list[int]) -> Features:
     return np.stack(rows)
 
 
-def test_both_distances_to_a_reference(program: Program, folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_both_distances_to_a_reference(
+    program: Program, folder: Callable[..., Path], tiny: nn.Module, tmp_path: Path
+) -> None:
     """The reference has another rate, another size, other names and another number of videos."""
     videos = folder("videos", prompts=names(7), samples=2)
     reference = folder("real", names(13), 1, change=lambda frames: frames[:, 2:, :, ::-1] // 2, fps=24)
@@ -236,7 +210,10 @@ def test_both_distances_to_a_reference(program: Program, folder: Callable[..., P
     flags = ("--metrics", "sets", "--reference", reference, "--fvd_frames", 9, "--json", out)
     assert program(videos, *flags) == 0
     page = json.loads(out.read_text())
-    first, second = vectors_of(videos, list(range(9))), vectors_of(reference, [int(1.5 * k) for k in range(9)])
+    first, second = (
+        vectors_of(videos, list(range(9)), tiny),
+        vectors_of(reference, [int(1.5 * k) for k in range(9)], tiny),
+    )
     expected = {"fvd": plain_frechet(first, second), "kvd": plain_kernel(first, second, list(range(14)))}
     for name, value in expected.items():
         about = page["metrics"][name]
@@ -341,9 +318,9 @@ def test_too_few_videos(
     )
 
 
-def test_files_that_are_no_such_network(script: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_such_network(script: Path, tiny: nn.Module, tmp_path: Path) -> None:
     weights = WeightFolder(tmp_path)
-    torch.save(Tiny().state_dict(), tmp_path / "state.pt")
+    torch.save(tiny.state_dict(), tmp_path / "state.pt")
     torch.jit.script(nn.Conv3d(3, 2, 1)).save(str(tmp_path / "conv.pt"))
     for name, words in (
         ("state.pt", "is no TorchScript file"),
@@ -354,7 +331,7 @@ def test_files_that_are_no_such_network(script: Path, tmp_path: Path) -> None:
             video_network(tmp_path / name, weights, CPU, 16)
     with pytest.raises(InputError, match="does not take 3 frames"):
         video_network(script, weights, CPU, 3)
-    assert video_network(script, weights, CPU, 16).width == WIDTH
+    assert video_network(script, weights, CPU, 16).width == 5
 
 
 def test_what_is_missing_says_where_it_comes_from(tmp_path: Path) -> None:
