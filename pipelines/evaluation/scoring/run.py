@@ -228,7 +228,9 @@ def _sum_up(
 ) -> None:
     """Add means and distances to the file, and how fast metrics were."""
     page = records.page
-    page["videos"] = {clip.name: page["videos"][clip.name] for clip in run.clips.clips if clip.name in page["videos"]}
+    page["videos"] = {
+        clip.name: page["videos"].get(clip.name) or _facts(clip) | {"scores": {}} for clip in run.clips.clips
+    }
     page["metrics"].update({name: _about(ENTRIES[name]) | {NOT_MEASURED: why} for name, why in missing.items()})
     for name, about in page["metrics"].items():
         if name in sets:
