@@ -35,8 +35,9 @@ install: $(DEVELOPMENT)
 eval-env: $(EVALUATION)  ## install what metrics with networks need
 
 # The project itself comes without its pins of torch; everything else that it asks for is read from it.
-REQUIRED := from importlib.metadata import requires; \
-	print(*(line.split(";")[0].strip() for line in requires("arl2") if not line.startswith("torch") \
+REQUIRED := import re; from importlib.metadata import requires; \
+	print(*(line.split(";")[0].strip() for line in requires("arl2") \
+	if re.match("[A-Za-z0-9_-]+", line)[0] not in ("torch", "torchvision") \
 	and ("extra" not in line or "\"eval\"" in line.replace(chr(39), chr(34)))), sep="\n")
 
 $(EVALUATION): setup.py
@@ -49,6 +50,7 @@ $(EVALUATION): setup.py
 	$(EVAL_VENV)/bin/python -c '$(REQUIRED)' > $(EVAL_VENV)/requirements.txt
 	$(EVAL_VENV)/bin/python -m pip freeze | grep -E "^(torch|torchvision)==" > $(EVAL_VENV)/constraints.txt
 	$(EVAL_VENV)/bin/python $(PIP_INSTALL) -c $(EVAL_VENV)/constraints.txt -r $(EVAL_VENV)/requirements.txt
+	$(EVAL_VENV)/bin/python -c "import open_clip, timm, torchmetrics, pyiqa.archs.musiq_arch"
 	touch $@
 
 vbench-env: $(VBENCH_VENV)/.installed  ## install VBench and VBench-Long

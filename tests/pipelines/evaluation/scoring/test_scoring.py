@@ -56,7 +56,8 @@ def test_what_a_run_says(program: Program, folder: Folder, tmp_path: Path) -> No
     assert flicker["drift"]["videos"] == 4 and "drift" in video["scores"]["temporal_flickering"]
     assert "--blocks" in page["metrics"]["seam_jumps"]["not_measured"]
     assert "--reference" in page["metrics"]["psnr"]["not_measured"]
-    assert "make vbench-env" in page["metrics"]["motion_smoothness"]["not_measured"]
+    reason = page["metrics"]["motion_smoothness"]["not_measured"]
+    assert "make vbench-env" in reason or "amt-s.pth" in reason
     assert page["environment"]["versions"]["torch"] and page["settings"]["drift_seconds"] == 1.0
 
 
