@@ -287,7 +287,8 @@ def measure_clip(
             scores[name] = reader.score(drift_seconds)
         except NotMeasuredError as error:
             scores[name] = {NOT_MEASURED: str(error)}
-    timing.count([name for name in metrics if NOT_MEASURED not in scores[name]], clip.num_frames)
+    measured = [name for name in metrics if NOT_MEASURED not in scores[name] and not metrics[name].is_read]
+    timing.count(measured, clip.num_frames)
     timing.count([DECODING] if readers else [], clip.num_frames)
     return scores
 

@@ -189,6 +189,8 @@ class ReadBack(Metric):
         results: None without a file.
     """
 
+    is_read = True
+
     def __init__(self, program: Program, name: str, results: Results | None) -> None:
         if results is None:
             raise NotMeasuredError(

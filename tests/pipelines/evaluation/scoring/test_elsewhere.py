@@ -220,6 +220,7 @@ def test_results_of_vbench_are_read_back(
     assert page["metrics"]["vbench_motion_smoothness"]["value"]["mean"] == pytest.approx(0.15)
     assert page["videos"]["two-1.mp4"]["scores"]["vbench_motion_smoothness"]["value"] == pytest.approx(0.3)
     assert "not measured here" in page["metrics"]["vbench_motion_smoothness"]["drift"]["not_measured"]
+    assert "sharpness" in page["timing"] and "vbench_motion_smoothness" not in page["timing"]
     quality = page["metrics"]["vbench_imaging_quality"]
     assert quality["value"]["mean"] == 0.6 and quality["videos_not_measured"] == 3
     assert "has no color" in page["metrics"]["vbench_color"]["not_measured"]
