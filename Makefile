@@ -8,9 +8,16 @@ RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 EVAL_VENV := .venv-eval
 EVALUATION := $(EVAL_VENV)/.evaluation-installed
+# Builds that fit each other. Another pair, from another index: make eval-env EVAL_TORCH="--index-url … torch torchvision"
+EVAL_TORCH ?= torch==2.14.1 torchvision==0.29.1
+VBENCH_VENV := .venv-vbench
+# VBench pins a tokenizer that has no builds for later versions.
+VBENCH_PYTHON ?= python3.11
+FASTVIDEO_VENV := .venv-fastvideo
+PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PAGE := $(VENV)/.page-installed
 
-.PHONY: demo app docs test install eval-env lint format types clean
+.PHONY: demo app docs test install eval-env vbench-env fastvideo-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
@@ -27,15 +34,53 @@ docs: $(DEVELOPMENT)  ## install, and build the documentation site into build/si
 
 install: $(DEVELOPMENT)
 
-# Beside the main environment, never in it: torchvision must fit the build of torch.
+# Beside the main environment, never in it: torchvision must fit the build of torch, which may be another one there.
 eval-env: $(EVALUATION)  ## install what metrics with networks need
+
+# The project itself comes without its pins of torch; everything else that it asks for is read from it.
+REQUIRED := import re; from importlib.metadata import requires; \
+	print(*(line.split(";")[0].strip() for line in requires("arl2") \
+	if re.match("[A-Za-z0-9_-]+", line)[0] not in ("torch", "torchvision") \
+	and ("extra" not in line or "\"eval\"" in line.replace(chr(39), chr(34)))), sep="\n")
 
 $(EVALUATION): setup.py
 	@"$(PYTHON)" $(IS_NEW_ENOUGH) 2>/dev/null || { echo >&2 "error: Python 3.11 or newer is needed: set PYTHON"; exit 2; }
 	"$(PYTHON)" -m venv $(EVAL_VENV)
-	$(EVAL_VENV)/bin/python -m pip install -q --disable-pip-version-check -e ".[eval]"
+	$(EVAL_VENV)/bin/python $(PIP_INSTALL) $(EVAL_TORCH)
 	@$(EVAL_VENV)/bin/python -c "import torchvision" 2>/dev/null || { echo >&2 "error: torchvision does not import \
-	beside this build of torch: install both from one index into $(EVAL_VENV), then run make eval-env again"; exit 2; }
+	beside this build of torch: set EVAL_TORCH to a pair of one index, then run make eval-env again"; exit 2; }
+	$(EVAL_VENV)/bin/python $(PIP_INSTALL) --no-deps -e .
+	$(EVAL_VENV)/bin/python -c '$(REQUIRED)' > $(EVAL_VENV)/requirements.txt
+	$(EVAL_VENV)/bin/python -m pip freeze | grep -E "^(torch|torchvision)==" > $(EVAL_VENV)/constraints.txt
+	$(EVAL_VENV)/bin/python $(PIP_INSTALL) -c $(EVAL_VENV)/constraints.txt -r $(EVAL_VENV)/requirements.txt
+	$(EVAL_VENV)/bin/python -c "import open_clip, timm, torchmetrics, pyiqa.archs.musiq_arch"
+	touch $@
+
+vbench-env: $(VBENCH_VENV)/.installed  ## install VBench and VBench-Long
+
+# The last two are what VBench-Long imports and vbench does not ask for.
+$(VBENCH_VENV)/.installed:
+	"$(VBENCH_PYTHON)" -m venv $(VBENCH_VENV)
+	$(VBENCH_VENV)/bin/python $(PIP_INSTALL) torch==2.9.1 torchvision==0.24.1 "numpy<2"
+	$(VBENCH_VENV)/bin/python $(PIP_INSTALL) vbench==0.1.5 scenedetect==0.7.2 moviepy==1.0.3
+	$(VBENCH_VENV)/bin/python -c "import vbench.motion_smoothness"
+	touch $@
+
+fastvideo-env: $(FASTVIDEO_VENV)/.installed  ## install what FastVideo's evaluation needs
+
+# Without its kernels, which are built for one GPU and which evaluation does not use. vbench has the code of some metrics.
+UNUSED := ["fastvideo-kernel", "flashinfer-python", "nvidia-cutlass-dsl", "gradio", "ray", "wandb", "moviepy", "flask"]
+RESOLVED := import json, sys; found = [p["metadata"] for p in json.load(sys.stdin)["install"]]; \
+	print(*(p["name"] + "==" + p["version"] for p in found if p["name"].lower() not in $(UNUSED)), sep="\n")
+
+$(FASTVIDEO_VENV)/.installed:
+	"$(PYTHON)" -m venv $(FASTVIDEO_VENV)
+	$(FASTVIDEO_VENV)/bin/python $(PIP_INSTALL) --dry-run --ignore-installed --report $(FASTVIDEO_VENV)/report.json \
+	  "fastvideo[eval]==0.2.1" > /dev/null
+	$(FASTVIDEO_VENV)/bin/python -c '$(RESOLVED)' < $(FASTVIDEO_VENV)/report.json > $(FASTVIDEO_VENV)/requirements.txt
+	$(FASTVIDEO_VENV)/bin/python $(PIP_INSTALL) --no-deps -r $(FASTVIDEO_VENV)/requirements.txt
+	$(FASTVIDEO_VENV)/bin/python $(PIP_INSTALL) --no-deps vbench==0.1.5 decord==0.6.0
+	$(FASTVIDEO_VENV)/bin/fastvideo eval list > /dev/null
 	touch $@
 
 lint: $(DEVELOPMENT)
@@ -74,4 +119,4 @@ $(PAGE): setup.py $(RUNTIME)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) $(VBENCH_VENV) $(FASTVIDEO_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py output/vbench --metrics pixels learned --json output/vbench/scores.json
     python scripts/evaluate.py output/new --metrics pixels reference --reference output/old --json new.json
+    torchrun --nproc_per_node 8 scripts/evaluate.py output/vbench --metrics learned --json output/vbench/scores.json
     python scripts/evaluate.py --compare old.json new.json --tolerance 0.01
 
 FOLDER is what scripts/sample_suite.py wrote, or any folder of videos. One JSON holds the value of every video and
@@ -21,14 +22,17 @@ import math
 
 from rich.console import Console
 
-from pipelines.cli import EXIT_FAILURE, choose_device, entry_point
+from pipelines.cli import EXIT_FAILURE, choose_device, entry_point, rank_and_world_size
 from pipelines.evaluation.scoring.clips import find_clips
 from pipelines.evaluation.scoring.compare import Comparison, Tolerance, compare
 from pipelines.evaluation.scoring.metric import Blocks
-from pipelines.evaluation.scoring.metrics.read_back import read_results
+from pipelines.evaluation.scoring.metrics.read_back import PROGRAMS, read_results
+from pipelines.evaluation.scoring.metrics.smoothness import DEFAULT_PYTHON
+from pipelines.evaluation.scoring.ranks.team import join_team
 from pipelines.evaluation.scoring.registry import GROUPS, OWN, Resources, chosen_metrics
 from pipelines.evaluation.scoring.report import comparison_table, left_out, score_table
 from pipelines.evaluation.scoring.run import Run, score
+from pipelines.evaluation.scoring.sets.metric import SetSettings
 from pipelines.evaluation.scoring.weights import DEFAULT_FOLDER, SOURCES, WeightFolder, named_files
 from pipelines.flags import Parser, as_path
 from pipelines.records import write_record
@@ -47,11 +51,18 @@ def evaluate_parser() -> Parser:
     add("--json", type=as_path, metavar="PATH", help="where scores go, or those of a comparison")
     names = f"{', '.join(OWN)}; groups: {', '.join(GROUPS)} (default pixels)"
     add("--metrics", nargs="+", metavar="NAME", help=names)
-    add("--reference", type=as_path, metavar="PATH", help="videos of the same names, for psnr and ssim")
+    reference = "videos to compare with: of the same names for psnr and ssim, any for fvd and kvd"
+    add("--reference", type=as_path, metavar="PATH", help=reference)
+    add("--fvd_network", type=as_path, metavar="PATH", help="a TorchScript I3D that you trust, for fvd and kvd")
+    parser.add_value("--fvd_frames", Count, "frames of every video, from its beginning, for fvd and kvd", default=16)
+    parser.add_value("--fvd_fps", Positive, "frames per second of them; by default the lowest rate of all videos")
+    environment = "interpreter of an environment with VBench, for motion_smoothness (make vbench-env)"
+    add("--vbench_python", type=as_path, default=DEFAULT_PYTHON, metavar="PATH", help=environment)
     weights = f"weights of metrics (default {DEFAULT_FOLDER})"
     add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help=weights)
-    results = "what VBench wrote, *_eval_results.json, for the group vbench"
-    add("--vbench_results", type=as_path, metavar="PATH", help=results)
+    for program in PROGRAMS:
+        group = program.prefix.removesuffix("_")
+        add(program.flag, type=as_path, metavar="PATH", help=f"what {program.name} wrote, for the group {group}")
     files = f"a file of weights: {', '.join(SOURCES)}"
     add("--weights", action="collect", nargs="+", default=[], metavar="NAME=FILE", help=files)
     blocks = "frames of the first block and of every later one; by default what the manifest says"
@@ -122,9 +133,15 @@ def plan(arguments: argparse.Namespace) -> Run:
     blocks = None if arguments.blocks is None else Blocks(*arguments.blocks)
     clips = find_clips(arguments.folder, blocks, arguments.prompts_from_names)
     reference = None if arguments.reference is None else find_clips(arguments.reference)
-    vbench = None if arguments.vbench_results is None else read_results(arguments.vbench_results)
+    files_of_others = {program: vars(arguments)[program.flag.removeprefix("--")] for program in PROGRAMS}
+    results = {
+        program.prefix: read_results(program, path) for program, path in files_of_others.items() if path is not None
+    }
     weights = WeightFolder(arguments.weights_folder, files)
-    resources = Resources(choose_device(arguments.device), weights, reference, vbench)
+    folder = arguments.json.with_name(f"{arguments.json.name}.features")
+    sets = SetSettings(arguments.fvd_network, arguments.fvd_frames, arguments.fvd_fps, folder)
+    device = choose_device(arguments.device)
+    resources = Resources(device, weights, clips, reference, results, arguments.vbench_python, sets)
     return Run(clips, names, resources, arguments.drift_seconds)
 
 
@@ -134,6 +151,8 @@ def main() -> int:
     arguments = evaluate_parser().parse_args()
     console = Console()
     if arguments.compare is not None:
+        if rank_and_world_size()[1] > 1:
+            raise InputError("--compare is work for one process: start it without torchrun")
         rows = compare_runs(arguments)
         console.print(comparison_table(rows))
         for line in left_out(rows):
@@ -141,7 +160,12 @@ def main() -> int:
         if arguments.json is not None:
             log.info("the comparison is in %s", arguments.json)
         return EXIT_FAILURE if any(row.fails for row in rows) else 0
-    page = score(plan(arguments), arguments.json)
+    run = plan(arguments)
+    team = join_team()
+    page = score(run, arguments.json, team)
+    team.leave()
+    if not team.leads:
+        return 0
     console.print(score_table(page))
     log.info("the scores of %d videos are in %s", len(page["videos"]), arguments.json)
     return 0 if any("value" in metric for metric in page["metrics"].values()) else EXIT_FAILURE

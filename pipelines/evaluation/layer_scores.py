@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.evaluation.scoring.metric import NOT_MEASURED
-from pipelines.evaluation.scoring.metrics.read_back import PREFIX
+from pipelines.evaluation.scoring.metrics.read_back import VBENCH
 from pipelines.evaluation.tables.sources import Kind, Source, read_source
 from pipelines.evaluation.tables.vbench import QUALITY, SHOWN
 from wan.utils.errors import InputError
@@ -59,7 +59,7 @@ def _prefix(baseline: Source, dimensions: Sequence[str]) -> dict[str, str]:
     def is_measured(name: str) -> bool:
         return isinstance(metrics.get(name), Mapping) and NOT_MEASURED not in metrics[name]
 
-    return {name: PREFIX + name if is_measured(PREFIX + name) else name for name in dimensions}
+    return {name: VBENCH.prefix + name if is_measured(VBENCH.prefix + name) else name for name in dimensions}
 
 
 def _mean(source: Source, name: str, baseline: Source) -> float:

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipelines.evaluation.scoring.metric import NOT_MEASURED, Direction
+from pipelines.evaluation.scoring.sets.distances import DRAWS, interval
 from pipelines.evaluation.scoring.statistics import Estimate, estimate
 from pipelines.prompts.names import shown
 from wan.utils.errors import InputError
@@ -130,7 +133,18 @@ def _is_metric(entry: Any) -> bool:
     """Check the form of a metric's entry in a file of scores."""
     directions = [direction.value for direction in Direction]
     is_described = isinstance(entry, dict) and entry.get("direction") in directions
-    return is_described and isinstance(entry.get("identity", {}), dict)
+    return is_described and isinstance(entry.get("identity", {}), dict) and _is_set_or_none(entry)
+
+
+def _is_set_or_none(entry: Mapping[str, Any]) -> bool:
+    """Check the form of a distance of sets, if a metric's entry is one."""
+    if "draws" not in entry:
+        return True
+    draws, value = entry["draws"], entry.get("value")
+    numbers = isinstance(draws, list) and len(draws) == DRAWS and all(isinstance(draw, float) for draw in draws)
+    counts = isinstance(value, dict) and all(type(value.get(key)) is int for key in ("prompts", "videos"))
+    is_value = isinstance(value, dict) and counts and isinstance(value.get("mean"), float)
+    return (draws is None or numbers) and is_value and isinstance(entry.get("of_prompts"), str)
 
 
 Pair = tuple[str, dict[str, Any], dict[str, Any]]
@@ -176,6 +190,8 @@ def _compare(
             return Comparison(name, unit, direction, NOT_COMPARED, NOT_MEASURED not in abouts[0], reason=reason)
     what = f"{name} of {paths[0]} and of {paths[1]} were measured"
     require_same_settings(abouts[0].get("identity", {}), abouts[1].get("identity", {}), what, CURE)
+    if all("draws" in side for side in abouts):
+        return _compare_sets(name, abouts, tolerance)
     values: list[dict[str, list[float]]] = [{}, {}, {}]
     lost = unmeasured = 0
     for group, *sides in pairs:
@@ -197,6 +213,23 @@ def _compare(
     return Comparison(
         name, unit, direction, verdict, is_worse or bool(lost), means[0].mean, means[1].mean, means[2], allowed, missing
     )
+
+
+def _compare_sets(name: str, sides: Sequence[Mapping[str, Any]], tolerance: Tolerance) -> Comparison:
+    """Compare two distances of sets to the same reference, whose draws are of the same prompts."""
+    unit, direction = str(sides[0].get("unit")), str(sides[0]["direction"])
+    before, after = (side["value"]["mean"] for side in sides)
+    draws = [side["draws"] for side in sides]
+    if None in draws or sides[0]["of_prompts"] != sides[1]["of_prompts"]:
+        reason = "a distance of sets is compared for the same prompts alone, at least two"
+        return Comparison(name, unit, direction, NOT_COMPARED, True, before, after, reason=reason)
+    low, high = interval(np.array(draws[1]) - np.array(draws[0]))
+    value = sides[0]["value"]
+    difference = Estimate(after - before, low, high, value["prompts"], value["videos"])
+    allowed = tolerance.of(name, before)
+    verdict = _verdict(difference, Direction(direction))
+    is_worse = verdict in (WORSE, CHANGED) and abs(difference.mean) > allowed
+    return Comparison(name, unit, direction, verdict, is_worse, before, after, difference, allowed)
 
 
 def _verdict(difference: Estimate, direction: Direction) -> str:

@@ -117,9 +117,11 @@ class Metric(ABC):
 
     Attributes:
         of_pairs: whether rows belong to pairs of frames.
+        is_read: whether values were measured elsewhere before, so that how long they take here says nothing.
     """
 
     of_pairs = False
+    is_read = False
 
     def identity(self) -> dict[str, Any]:
         """Everything beside the video that values depend on: settings, hashes of weights."""

@@ -1,14 +1,18 @@
 """All metrics by name: how each is made from what the command line gives."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from pipelines.evaluation.scoring.clips import ClipFolder
-from pipelines.evaluation.scoring.metric import Direction, Metric, NotMeasuredError, Spec
-from pipelines.evaluation.scoring.metrics import embeddings, learned, pixels, read_back, reference
+from pipelines.evaluation.scoring.metric import Metric, NotMeasuredError, Spec
+from pipelines.evaluation.scoring.metrics import embeddings, learned, pixels, read_back, reference, smoothness
+from pipelines.evaluation.scoring.metrics.read_back import PROGRAMS, Program, Results
+from pipelines.evaluation.scoring.sets.metric import KINDS, NO_REFERENCE, SPECS, SetMetric, SetSettings
+from pipelines.evaluation.scoring.sets.networks import video_network
 from pipelines.evaluation.scoring.weights import WeightFolder
 from wan.utils.errors import InputError
 
@@ -20,14 +24,20 @@ class Resources:
     Attributes:
         device: for models.
         weights: where weights are looked for.
+        videos: that are scored; metrics of sets need them.
         reference: videos to compare with; None without.
-        vbench: results to read back; None without.
+        results: of other programs to read back, by the prefix of their metrics.
+        vbench_python: interpreter of an environment that has VBench.
+        sets: how sets of videos are compared.
     """
 
     device: torch.device
     weights: WeightFolder
+    videos: ClipFolder | None = None
     reference: ClipFolder | None = None
-    vbench: read_back.VBenchResults | None = None
+    results: Mapping[str, Results] = field(default_factory=dict)
+    vbench_python: Path = smoothness.DEFAULT_PYTHON
+    sets: SetSettings = field(default_factory=SetSettings)
 
 
 @dataclass(frozen=True)
@@ -41,31 +51,22 @@ class Entry:
     """
 
     spec: Spec
-    make: Callable[[Resources], Metric]
+    make: Callable[[Resources], Metric | SetMetric]
     packages: tuple[str, ...] = ()
 
 
-def _elsewhere(why: str) -> Callable[[Resources], Metric]:
-    """A metric that this project does not compute."""
-
-    def make(resources: Resources) -> Metric:
-        raise NotMeasuredError(why)
-
-    return make
-
-
-def _read_back(dimension: str, given: Resources) -> Metric:
-    return read_back.ReadBack(dimension, given.vbench)
+def _set_metric(name: str, given: Resources) -> SetMetric:
+    """A distance between sets of videos."""
+    if given.reference is None or given.videos is None:
+        raise NotMeasuredError(NO_REFERENCE)
+    network = video_network(given.sets.network, given.weights, given.device, given.sets.frames)
+    return SetMetric.make(KINDS[name], network, given.sets, given.videos, given.reference)
 
 
-MOTION_SMOOTHNESS = Spec(
-    "motion_smoothness",
-    "VBench",
-    Direction.HIGHER,
-    "0 to 1",
-    "likeness of every other frame to one that a network interpolates from its neighbours",
-    "vbench 0.1.5, vbench/motion_smoothness.py",
-)
+def _read_back(program: Program, name: str, given: Resources) -> Metric:
+    return read_back.ReadBack(program, name, given.results.get(program.prefix))
+
+
 PIXELS = ("temporal_flickering", "frozen_share", "dynamic_range", "sharpness", "seam_jumps")
 REFERENCE = ("psnr", "ssim")
 LEARNED = (
@@ -99,10 +100,8 @@ ENTRIES = {
             _CLIP,
         ),
         Entry(
-            MOTION_SMOOTHNESS,
-            _elsewhere(
-                "its network, AMT, has no maintained package: run VBench, and read vbench_motion_smoothness back"
-            ),
+            smoothness.MotionSmoothness.SPEC,
+            lambda given: smoothness.MotionSmoothness.load(given.vbench_python, given.weights, given.device),
         ),
         Entry(
             learned.DynamicDegree.SPEC, lambda given: learned.DynamicDegree.load(given.weights, given.device), _VISION
@@ -124,10 +123,19 @@ ENTRIES = {
         ),
     )
 }
-ENTRIES |= {spec.name: Entry(spec, partial(_read_back, dimension)) for dimension, spec in read_back.SPECS.items()}
-VBENCH = tuple(spec.name for spec in read_back.SPECS.values())
-OWN = tuple(name for name in ENTRIES if name not in VBENCH)
-GROUPS = {"pixels": PIXELS, "reference": REFERENCE, "learned": LEARNED, "vbench": VBENCH, "all": OWN}
+ENTRIES |= {name: Entry(spec, partial(_set_metric, name), _VISION) for name, spec in SPECS.items()}
+ENTRIES |= {
+    spec.name: Entry(spec, partial(_read_back, program, name))
+    for program in PROGRAMS
+    for name, spec in program.specs.items()
+}
+READ_BACK = {
+    program.prefix.removesuffix("_"): tuple(spec.name for spec in program.specs.values()) for program in PROGRAMS
+}
+SETS = tuple(SPECS)
+"""Metrics of the set of all videos: no video has a value of its own."""
+OWN = tuple(name for name in ENTRIES if not any(name in names for names in READ_BACK.values()))
+GROUPS = {"pixels": PIXELS, "reference": REFERENCE, "learned": LEARNED, "sets": SETS, **READ_BACK, "all": OWN}
 """Names that stand for several metrics."""
 
 
@@ -140,7 +148,7 @@ def chosen_metrics(names: Sequence[str]) -> list[str]:
     unknown = [name for name in names if name not in ENTRIES and name not in GROUPS]
     if unknown:
         raise InputError(
-            f"--metrics {', '.join(unknown)}: no such metric; there are {', '.join(OWN)}, vbench_DIMENSION, groups: "
+            f"--metrics {', '.join(unknown)}: no such metric; there are {', '.join(OWN)}, vbench_DIMENSION …, groups: "
             f"{', '.join(GROUPS)}"
         )
     return list(dict.fromkeys(one for name in names for one in GROUPS.get(name, (name,))))

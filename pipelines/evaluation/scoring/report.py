@@ -17,18 +17,28 @@ NONE = "–"
 def score_table(page: Mapping[str, Any]) -> Table:
     """The means of a run, with intervals; the log and the file say why others are not measured."""
     table = Table(
-        Column("metric", no_wrap=True), "", "mean", "95 %", "drift", "videos", "prompts", title=escape(page["folder"])
+        Column("metric", no_wrap=True),
+        "",
+        "mean",
+        "95 %",
+        "drift",
+        "videos",
+        "prompts",
+        "frames/s",
+        title=escape(page["folder"]),
     )
+    timing = page.get("timing", {})
     for name, metric in page["metrics"].items():
         sign = SIGNS[metric["direction"]]
         if NOT_MEASURED in metric:
-            table.add_row(name, sign, "not measured", *[NONE] * 4)
+            table.add_row(name, sign, "not measured", *[NONE] * 5)
             continue
         value = metric["value"]
         drift = metric["drift"]
         shown_drift = NONE if NOT_MEASURED in drift else _number(drift["mean"])
         interval = NONE if value["interval"] is None else _range(*value["interval"])
-        counts = str(value["videos"]), str(value["prompts"])
+        rate = _number(timing[name]["frames_per_second"]) if name in timing else NONE
+        counts = str(value["videos"]), str(value["prompts"]), rate
         table.add_row(name, sign, _number(value["mean"]), interval, shown_drift, *counts)
     return table
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import numpy as np
 
 from pipelines.evaluation.scoring.clips import ClipFolder
 from pipelines.evaluation.scoring.metric import NOT_MEASURED, Clip, Frames, Metric, NotMeasuredError, Rows
-from pipelines.evaluation.scoring.registry import ENTRIES, Entry, Resources
+from pipelines.evaluation.scoring.ranks.shares import adopt_shares, share_path, take_shares
+from pipelines.evaluation.scoring.ranks.team import Team, Timing, summed
+from pipelines.evaluation.scoring.registry import ENTRIES, SETS, Entry, Resources
+from pipelines.evaluation.scoring.sets.metric import SetMetric
 from pipelines.evaluation.scoring.statistics import estimate, over_time
 from pipelines.media.video import iterate_video
 from pipelines.prompts.names import shown
 from pipelines.provenance import environment, versions
 from pipelines.records import Records, open_records
 from wan.utils.errors import InputError
+from wan.utils.files import remove
 from wan.utils.settings import plain, require_same_settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +39,13 @@ WHOLE = {NOT_MEASURED: "a value of the whole video was read, not measured here"}
 LEFT_OUT = "videos_not_measured"
 SUMMED_UP = ("value", "drift", "slope")
 CURE = "give another --json, or remove that one"
+SET_VALUES = ("draws", "reference_videos", "of", "of_prompts")
+ALONE = Team()
+DECODING = "decoding"
+"""The name under which the time that decoding takes is kept, beside the metrics."""
 Score = dict[str, Any]
+Todo = tuple[str, list[str]]
+"""A video, and the metrics to measure it by."""
 
 
 @dataclass(frozen=True)
@@ -54,40 +65,63 @@ class Run:
     drift_seconds: float
 
 
-def score(run: Run, json: Path) -> dict[str, Any]:
+def score(run: Run, json: Path, team: Team = ALONE) -> dict[str, Any]:
     """Score the videos that a file does not have yet, and sum up.
 
     Scores are kept by video and metric. A video whose content changed is scored again. Metrics that could not be
-    measured are tried again.
+    measured are tried again. Processes of a team share the videos, and all must call this; those that do not lead keep
+    their share in a file of their own until it is in the one of the leading process.
 
     Args:
         json: the file, which need not be there.
 
     Returns:
-        its content.
+        its content; of a process that does not lead, its share.
 
     Raises:
         InputError: the file was made of other videos, settings or weights, or cannot be written; or a video is damaged.
     """
-    with open_records(json, "videos", others={"metrics": {}}, cure=CURE) as records:
-        records.made_with({"format": FORMAT, "drift_seconds": run.drift_seconds})
-        _check_videos(run, records, json)
-        made, missing = _make(run, records, json)
+    settings = {"format": FORMAT, "drift_seconds": run.drift_seconds}
+    with ExitStack() as stack:
+        with team.step():
+            if team.leads:
+                records = _opened(stack, json, settings)
+                _check_videos(run, records, json)
+                adopt_shares(records, json)
+        with team.step():
+            if not team.leads:
+                records = _opened(stack, share_path(json, team.rank), settings)
+            made, missing = _make(run, records, json)
+        team.agree({"videos": run.clips.fingerprint, "metrics": list(run.names), "missing": missing})
+        team.agree({name: metric.identity() for name, metric in made.items()})
         records.page["folder"] = str(run.clips.path)
         records.page["made_with"] = dict(run.clips.settings or {})
         records.page["environment"] = environment(run.resources.device)
+        single = {name: metric for name, metric in made.items() if isinstance(metric, Metric)}
+        todo = team.from_leader(_todo(run, single, records) if team.leads else None)
+        timing = Timing()
         try:
-            _score_clips(run, made, records)
+            records.save()
+            _score_clips(run, single, todo[team.rank :: team.size], records, timing)
         finally:
             records.save()
-        records.page["metrics"].update(
-            {name: _about(ENTRIES[name]) | {NOT_MEASURED: why} for name, why in missing.items()}
-        )
-        for name, about in records.page["metrics"].items():
-            if "identity" in about:
-                records.page["metrics"][name] = _described(about) | _summary(records.page["videos"], name)
-        records.save()
+        take_shares(records, team.gathered(records.page["videos"]))
+        found = _measure_sets({name: one for name, one in made.items() if isinstance(one, SetMetric)}, team, timing)
+        timings = team.gathered(timing)
+        if team.leads:
+            _sum_up(run, records, missing, found, summed(timings))
+        with team.step():  # the shares are in the file now
+            pass
+        if not team.leads:
+            remove(share_path(json, team.rank))
         return records.page
+
+
+def _opened(stack: ExitStack, path: Path, settings: Mapping[str, Any]) -> Records:
+    """A file of scores, held until the stack ends."""
+    records = stack.enter_context(open_records(path, "videos", others={"metrics": {}}, cure=CURE))
+    records.made_with(settings)
+    return records
 
 
 def _check_videos(run: Run, records: Records, json: Path) -> None:
@@ -100,9 +134,9 @@ def _check_videos(run: Run, records: Records, json: Path) -> None:
         )
 
 
-def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric], dict[str, str]]:
+def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric | SetMetric], dict[str, str]]:
     """Make the metrics, and say why others cannot be made."""
-    made: dict[str, Metric] = {}
+    made: dict[str, Metric | SetMetric] = {}
     missing: dict[str, str] = {}
     known: dict[str, Any] = records.page["metrics"]
     for name in run.names:
@@ -121,7 +155,7 @@ def _make(run: Run, records: Records, json: Path) -> tuple[dict[str, Metric], di
             require_same_settings(before, now, f"{name} of {json} was measured", CURE)
             if former.get("versions") != about["versions"]:
                 log.warning("%s was measured with %s before, now with %s", name, former["versions"], about["versions"])
-        known[name] = about
+        known[name] = former | about if name in SETS else about
     return made, missing
 
 
@@ -133,60 +167,117 @@ def _about(entry: Entry) -> dict[str, Any]:
 
 def _described(about: Mapping[str, Any]) -> dict[str, Any]:
     """Strip a metric's entry of the sums of an earlier run."""
-    return {key: value for key, value in about.items() if key not in (*SUMMED_UP, NOT_MEASURED, LEFT_OUT)}
+    return {key: value for key, value in about.items() if key not in (*SUMMED_UP, *SET_VALUES, NOT_MEASURED, LEFT_OUT)}
 
 
-def _score_clips(run: Run, made: Mapping[str, Metric], records: Records) -> None:
-    """Score all videos; save and tell now and then."""
+def _facts(clip: Clip) -> dict[str, Any]:
+    """What a file says of a video beside its scores."""
+    return plain({key: value for key, value in asdict(clip).items() if key not in ("name", "path")})
+
+
+def _todo(run: Run, made: Mapping[str, Metric], records: Records) -> list[Todo]:
+    """Videos with the metrics that they lack."""
+    found = []
+    for clip in run.clips.clips:
+        former = records.find(clip.name) or {}
+        scores: dict[str, Score] = former.get("scores", {})
+        facts = _facts(clip)
+        changed = [key for key in facts if former and former.get(key) != facts[key]]
+        if changed:
+            log.warning("%s has another %s than before: it is scored again", shown(clip.name), ", ".join(changed))
+            scores = {}
+        wanted = [name for name in made if NOT_MEASURED in scores.get(name, {NOT_MEASURED: ""})]
+        if wanted:
+            found.append((clip.name, wanted))
+    return found
+
+
+def _score_clips(run: Run, made: Mapping[str, Metric], todo: Sequence[Todo], records: Records, timing: Timing) -> None:
+    """Score videos; save and tell now and then."""
     told = saved = time.monotonic()
-    for number, clip in enumerate(run.clips.clips, 1):
-        if not _score_clip(run, clip, made, records):
-            continue
+    for number, (name, wanted) in enumerate(todo, 1):
+        clip, former = run.clips.by_name[name], records.find(name) or {}
+        facts = _facts(clip)
+        scores = former["scores"] if former and all(former.get(key) == facts[key] for key in facts) else {}
+        scores = scores | measure_clip(clip, {one: made[one] for one in wanted}, run.drift_seconds, timing)
+        records.page["videos"][name] = facts | {"scores": scores}
         if time.monotonic() - saved > SAVE_SECONDS:
             records.save()
             saved = time.monotonic()
         if time.monotonic() - told > LOG_SECONDS:
-            log.info("scored %d of %d videos", number, len(run.clips.clips))
+            log.info("scored %d of %d videos", number, len(todo))
             told = time.monotonic()
 
 
-def _score_clip(run: Run, clip: Clip, made: Mapping[str, Metric], records: Records) -> bool:
-    """Score a video by the metrics that it lacks; whether there were some."""
-    former = records.find(clip.name) or {}
-    facts = plain({key: value for key, value in asdict(clip).items() if key not in ("name", "path")})
-    scores: dict[str, Score] = former.get("scores", {})
-    changed = [key for key in facts if former and former.get(key) != facts[key]]
-    if changed:
-        log.warning("%s has another %s than before: it is scored again", shown(clip.name), ", ".join(changed))
-        scores = {}
-    wanted = {name: metric for name, metric in made.items() if NOT_MEASURED in scores.get(name, {NOT_MEASURED: ""})}
-    if wanted:
-        scores = scores | measure_clip(clip, wanted, run.drift_seconds)
-        records.page["videos"][clip.name] = facts | {"scores": scores}
-    return bool(wanted)
+def _measure_sets(made: Mapping[str, SetMetric], team: Team, timing: Timing) -> dict[str, Any]:
+    """Distances of the set of videos, or why one has none; features are made by all processes."""
+    found: dict[str, Any] = {}
+    for name, metric in made.items():
+        with team.step(), timing.of(name), suppress(NotMeasuredError):  # the leading process comes across it again
+            timing.count([name], metric.fill(team.rank, team.size))
+        if team.leads:
+            try:
+                found[name] = metric.measure()
+            except NotMeasuredError as error:
+                found[name] = {NOT_MEASURED: str(error)}
+    return found
 
 
-def measure_clip(clip: Clip, metrics: Mapping[str, Metric], drift_seconds: float) -> dict[str, Score]:
+def _sum_up(
+    run: Run, records: Records, missing: Mapping[str, str], sets: Mapping[str, Any], timing: Mapping[str, Any]
+) -> None:
+    """Add means and distances to the file, and how fast metrics were."""
+    page = records.page
+    page["videos"] = {
+        clip.name: page["videos"].get(clip.name) or _facts(clip) | {"scores": {}} for clip in run.clips.clips
+    }
+    page["metrics"].update({name: _about(ENTRIES[name]) | {NOT_MEASURED: why} for name, why in missing.items()})
+    for name, about in page["metrics"].items():
+        if name in sets:
+            page["metrics"][name] = _described(about) | sets[name]
+        elif name in SETS:
+            if about.get("of", run.clips.fingerprint) != run.clips.fingerprint:
+                page["metrics"][name] = _described(about) | {NOT_MEASURED: "videos changed since: ask for it again"}
+        elif "identity" in about:
+            page["metrics"][name] = _described(about) | _summary(page["videos"], name)
+    page["timing"] = page.get("timing", {}) | dict(timing)
+    records.save()
+
+
+def measure_clip(
+    clip: Clip, metrics: Mapping[str, Metric], drift_seconds: float, timing: Timing | None = None
+) -> dict[str, Score]:
     """Measure a video by some metrics.
+
+    Args:
+        timing: counts what each takes.
 
     Raises:
         InputError: it is damaged, or is not as its container says.
     """
+    timing = timing or Timing()
     scores: dict[str, Score] = {}
     readers: dict[str, _Reader] = {}
     for name, metric in metrics.items():
         try:
-            if (value := metric.known(clip)) is not None:
+            with timing.of(name):
+                value = metric.known(clip)
+            if value is not None:
                 scores[name] = {"value": value, "drift": WHOLE, "slope": WHOLE}
             else:
                 readers[name] = _Reader(metric, clip)
         except NotMeasuredError as error:
             scores[name] = {NOT_MEASURED: str(error)}
-    num_frames = 0
-    for chunk in _chunks(clip) if readers else ():
+    num_frames, chunks = 0, _chunks(clip)
+    while readers:
+        with timing.of(DECODING):
+            chunk = next(chunks, None)
+        if chunk is None:
+            break
         num_frames += len(chunk)
-        for reader in readers.values():
-            reader.add(chunk)
+        for name, reader in readers.items():
+            with timing.of(name):
+                reader.add(chunk)
     if readers and num_frames != clip.num_frames:
         raise InputError(
             f"{shown(clip.path)} has {num_frames} frames, its container says {clip.num_frames}: make it again"
@@ -196,6 +287,9 @@ def measure_clip(clip: Clip, metrics: Mapping[str, Metric], drift_seconds: float
             scores[name] = reader.score(drift_seconds)
         except NotMeasuredError as error:
             scores[name] = {NOT_MEASURED: str(error)}
+    measured = [name for name in metrics if NOT_MEASURED not in scores[name] and not metrics[name].is_read]
+    timing.count(measured, clip.num_frames)
+    timing.count([DECODING] if readers else [], clip.num_frames)
     return scores
 
 

@@ -72,7 +72,19 @@ RAFT = WeightSource(
     "https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth",
     (f"{TORCH_HUB}/checkpoints",),
 )
-SOURCES = {source.name: source for source in (CLIP_B, CLIP_L, DINO, AESTHETIC, MUSIQ, RAFT)}
+R3D = WeightSource(
+    "r3d",
+    "r3d_18-b3b3357e.pth",
+    "https://download.pytorch.org/models/r3d_18-b3b3357e.pth",
+    (f"{TORCH_HUB}/checkpoints",),
+)
+AMT = WeightSource(
+    "amt",
+    "amt-s.pth",
+    "https://huggingface.co/lalala125/AMT/resolve/main/amt-s.pth",
+    (f"{VBENCH}/amt_model",),
+)
+SOURCES = {source.name: source for source in (CLIP_B, CLIP_L, DINO, AESTHETIC, MUSIQ, RAFT, R3D, AMT)}
 
 
 @dataclass(frozen=True)

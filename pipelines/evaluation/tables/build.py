@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.scoring.metric import NOT_MEASURED
-from pipelines.evaluation.scoring.metrics.read_back import PREFIX
+from pipelines.evaluation.scoring.metrics.read_back import VBENCH
 from pipelines.evaluation.tables import vbench
 from pipelines.evaluation.tables.sources import Kind, Source
 from pipelines.evaluation.tables.table import Cell, Row, Table
@@ -146,7 +146,7 @@ def _scored(source: Source, *names: str, part: str = "value", digits: int = 4) -
 
 def _totals(source: Source) -> tuple[Cell, Cell, Cell]:
     """VBench's quality, semantic and total score, from its own values alone."""
-    cells = {name: _scored(source, PREFIX + name) for name in (*vbench.QUALITY, *vbench.SEMANTIC)}
+    cells = {name: _scored(source, VBENCH.prefix + name) for name in (*vbench.QUALITY, *vbench.SEMANTIC)}
     values = {name: cell.value for name, cell in cells.items() if cell.value is not None}
     totals = (
         (vbench.QUALITY, vbench.mean_of(vbench.QUALITY, values)),
@@ -155,7 +155,7 @@ def _totals(source: Source) -> tuple[Cell, Cell, Cell]:
     )
     made = []
     for needed, value in totals:
-        missing = [PREFIX + name for name in needed if name not in values]
+        missing = [VBENCH.prefix + name for name in needed if name not in values]
         reason = f"needs {missing[0]} and {len(missing) - 1} more of VBench's own values" if missing else ""
         made.append(_measured(value, source, reason))
     return made[0], made[1], made[2]
@@ -166,7 +166,7 @@ def quality_table(sources: Sequence[Source]) -> Table:
     names = (*vbench.SHOWN, "temporal_flickering")
     rows = []
     for source in _of_kind(sources, Kind.SCORES, "quality"):
-        dimensions = (_scored(source, PREFIX + name, name) for name in names)
+        dimensions = (_scored(source, VBENCH.prefix + name, name) for name in names)
         rows.append(Row(source.label, (*dimensions, *_totals(source))))
     columns = (*(name.replace("_", " ") for name in names), "quality, %", "semantic, %")
     empty = [""] * len(columns)

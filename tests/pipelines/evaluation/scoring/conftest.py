@@ -1,17 +1,23 @@
 """Folders of small videos whose pixels are known, and one real output of the toy world."""
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from pipelines.evaluation.scoring.clips import ClipFolder, find_clips
 from pipelines.media.video import VideoWriter
 
 Frames = NDArray[np.uint8]
 Folder = Callable[..., Path]
+evaluate = import_module("evaluate")
 
 
 @pytest.fixture
@@ -71,3 +77,47 @@ def folder(tmp_path: Path) -> Folder:
 @pytest.fixture
 def clips(folder: Folder) -> ClipFolder:
     return find_clips(folder())
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """scripts/evaluate.py with some words."""
+
+    def call(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        status: int = evaluate.main()
+        return status
+
+    return call
+
+
+class Tiny(nn.Module):
+    """A random network with the interface of the literature's I3D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv3d(3, 6, 3, stride=2), nn.Conv3d(6, 5, 3)
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        if resize:
+            size = [x.size(2), 16, 16]
+            x = F.interpolate(x, size=size, mode="trilinear", align_corners=False)
+        if rescale:
+            x = x / 127.5 - 1
+        features = 20 * self.second(torch.tanh(self.first(x))).mean(dim=[2, 3, 4])
+        return features if return_features else features * 0
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    """A network of videos, with 5 features."""
+    return Tiny().eval()
+
+
+@pytest.fixture
+def script(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It as a TorchScript file."""
+    path = tmp_path_factory.mktemp("network") / "i3d_torchscript.pt"
+    torch.jit.script(tiny).save(str(path))
+    return path

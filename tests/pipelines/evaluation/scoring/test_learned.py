@@ -151,7 +151,7 @@ def test_what_is_missing_says_where_it_comes_from(tmp_path: Path) -> None:
             ENTRIES[name].make(resources)
         text = str(caught.value)
         assert "\n" not in text
-        assert any(words in text for words in ("does not import", "fetch https://", "run VBench"))
+        assert any(words in text for words in ("does not import", "fetch https://", "run make vbench-env"))
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Work that other environments do: a process of theirs is asked in lines of JSON."""

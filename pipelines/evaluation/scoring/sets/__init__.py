@@ -1,0 +1,1 @@
+"""Distances between sets of videos: features of whole videos, and what is made of them."""
