@@ -10,12 +10,12 @@ EVAL_VENV := .venv-eval
 EVALUATION := $(EVAL_VENV)/.evaluation-installed
 PAGE := $(VENV)/.page-installed
 
-.PHONY: demo app test install eval-env lint format types clean
+.PHONY: demo app app-env test install eval-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
 
-app: $(PAGE)  ## install, and open a page in which videos are generated live
+app: app-env  ## install, and open a page in which videos are generated live
 	$(BIN)/python scripts/app.py --config configs/toyworld/inference.yaml \
 	  --hybrid_checkpoint models/toyworld/hybrid_75.safetensors --open_browser
 
@@ -23,6 +23,8 @@ test: lint types  ## install, lint, check types, test
 	$(BIN)/python -m pytest -n 2
 
 install: $(DEVELOPMENT)
+
+app-env: $(PAGE)  ## install what the page needs, and open nothing
 
 # Beside the main environment, never in it: torchvision must fit the build of torch.
 eval-env: $(EVALUATION)  ## install what metrics with networks need
