@@ -18,6 +18,8 @@ FORM: dict[str, Any] = {
     "width": 96,
     "blocks": 0,
     "image": None,
+    "video": None,
+    "on_switch": "keep",
 }
 
 
