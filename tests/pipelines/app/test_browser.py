@@ -150,24 +150,31 @@ def set_blocks(page: Any, blocks: int) -> None:
     page.get_by_label("number input for Blocks").fill(str(blocks))
 
 
-def save_mp4(page: Any, number: int, path: Path) -> Path:
-    page.get_by_label("Video", exact=True).fill(str(number))
-    click(page, "Make an mp4 of what is there")
-    link = page.locator(f'a[download*="video-{number}-"]').first
+def save(page: Any, button: str, name: str, path: Path) -> Path:
+    """Download what a button makes of the first video."""
+    click(page, button)
     with page.expect_download() as download:
-        link.click()
+        page.locator(f'a[download^="{name}"]').first.click()
     download.value.save_as(path)
     return path
 
 
+def send(page: Any, place: str, path: Path) -> None:
+    """Drop a file where the page takes one, and wait until it is there."""
+    block = page.locator(".block").filter(has_text=place)
+    block.locator("input[type=file]").set_input_files(path)
+    block.get_by_text(path.stem).first.wait_for()
+
+
 def test_a_visit(page: Any, keep: Callable[[str], None], tmp_path: Path) -> None:
     keep("opened")
+    set_blocks(page, 3)
     begin = time.monotonic()
     click(page, "Start")
     lane(page, 1).locator("img").wait_for()
     assert time.monotonic() - begin < FIRST_PICTURE_SECONDS
     says(page, "finished")
-    assert [frames_shown(page, number) for number in (1, 2, 3)] == [81] * 3
+    assert [frames_shown(page, number) for number in (1, 2, 3)] == [33] * 3
     keep("side by side")
 
     page.get_by_label("Prompt", exact=True).fill("")
@@ -197,9 +204,46 @@ def test_a_visit(page: Any, keep: Callable[[str], None], tmp_path: Path) -> None
     until(lambda: frames_shown(page, 2) > counts[1])
     click(page, "Stop")
     says(page, "stopped")
-    for number in (1, 2):
-        # One block may have been computed, and not be shown, when it was stopped.
-        assert 0 <= count_frames(save_mp4(page, number, tmp_path / f"{number}.mp4")) - frames_shown(page, number) <= 12
+    page.get_by_label("Video", exact=True).fill("2")
+    file = save(page, "Make an mp4", "video-2", tmp_path / "video.mp4")
+    # One block may have been computed, and not be shown, when it was stopped.
+    assert 0 <= count_frames(file) - frames_shown(page, 2) <= 12
+
+
+def test_a_memory_test(page: Any, keep: Callable[[str], None]) -> None:
+    click(page, "Memory test")
+    lane(page, 1).locator(".arl2-back").wait_for()
+    says(page, "finished")
+    found = [lane(page, number).locator(".arl2-verdict").all_inner_texts() for number in (1, 2, 3)]
+    assert [len(verdicts) for verdicts in found] == [1] * 3
+    assert found[0][0].startswith("right: ") and found[1][0].startswith("gone: ")
+    keep("memory test")
+
+
+def test_a_video_and_a_session_are_continued(page: Any, keep: Callable[[str], None], tmp_path: Path) -> None:
+    page.get_by_label("full memory").uncheck()
+    page.get_by_label("equal window").uncheck()
+    set_blocks(page, 2)
+    click(page, "Start")
+    says(page, "finished")
+    assert frames_shown(page, 1) == 21
+    send(page, "Video to continue", save(page, "Make an mp4", "video-1", tmp_path / "given.mp4"))
+    set_blocks(page, 0)
+    page.get_by_label("recompute").check()
+    click(page, "Start")
+    lane(page, 1).filter(has_text="45 frames").wait_for()  # those of the file, and two blocks
+    session = save(page, "Save the session", "session-1", tmp_path / "kept.safetensors")
+    click(page, "Stop")
+    says(page, "stopped")
+    send(page, "Saved session", session)
+    click(page, "Load the session")
+    lane(page, 1).filter(has_text="saved session").wait_for()
+    page.get_by_label("Another prompt").fill("a blue square bounces off the sides")
+    click(page, "Switch")
+    lane(page, 1).filter(has_text="a blue square").wait_for()
+    keep("continued")
+    click(page, "Stop")
+    says(page, "stopped")
 
 
 def test_closed_in_the_middle(page: Any, served: Served) -> None:
