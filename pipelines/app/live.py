@@ -144,7 +144,7 @@ class Lane:
             frames_THWC=frames,
             total_frames=self._total,
             remembered=remembered + self._session.past_bytes,
-            fps=len(frames) / seconds,
+            fps=min(len(frames), self._model.frames_per_block) / seconds,  # the first block brings given frames too
             is_recorded=is_recorded,
             findings=None if self._watch is None else self._watch.findings(),
         )

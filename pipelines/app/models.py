@@ -49,6 +49,11 @@ class AppModel:
             video=request.video,
         )
 
+    @property
+    def frames_per_block(self) -> int:
+        """Frames that a block adds to a video, after the first, which may have fewer."""
+        return int(self.pipeline.config.frames_per_block) * self.pipeline.wan_vae.temporal_compression
+
     def bytes_remembered(self, request: Request, latent_frames: int | None) -> int:
         """Bytes that the memory of a video takes after some latent frames, see `memory_bytes`."""
         return memory_bytes(self.pipeline, request, latent_frames, self.choose_memory(request))
