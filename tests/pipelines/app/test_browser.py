@@ -37,7 +37,7 @@ FLAGS = (
 SCREEN = {"width": 1280, "height": 900}
 START_SECONDS, WAIT_SECONDS = 60, 30
 FIRST_PICTURE_SECONDS = 10
-"""The page promises 2 on two idle cores; a machine that runs other tests besides is slower."""
+"""Seconds until the first picture: 2 are wanted on two idle cores, and a machine that runs other tests is slower."""
 
 
 @dataclass
