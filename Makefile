@@ -17,12 +17,12 @@ FASTVIDEO_VENV := .venv-fastvideo
 PIP_INSTALL := -m pip install -q --disable-pip-version-check
 PAGE := $(VENV)/.page-installed
 
-.PHONY: demo app docs test install eval-env vbench-env fastvideo-env lint format types clean
+.PHONY: demo app app-env docs test install eval-env vbench-env fastvideo-env lint format types clean
 
 demo: $(RUNTIME)  ## install, and generate a video
 	$(BIN)/python scripts/demo.py
 
-app: $(PAGE)  ## install, and open a page in which videos are generated live
+app: app-env  ## install, and open a page in which videos are generated live
 	$(BIN)/python scripts/app.py --config configs/toyworld/inference.yaml \
 	  --hybrid_checkpoint models/toyworld/hybrid_75.safetensors --open_browser
 
@@ -33,6 +33,8 @@ docs: $(DEVELOPMENT)  ## install, and build the documentation site into build/si
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict
 
 install: $(DEVELOPMENT)
+
+app-env: $(PAGE)  ## install what the page needs, and open nothing
 
 # Beside the main environment, never in it: torchvision must fit the build of torch, which may be another one there.
 eval-env: $(EVALUATION)  ## install what metrics with networks need

@@ -88,6 +88,6 @@ setup(
         # Never in the core: torchvision does not import beside a CPU build of torch, and breaks diffusers there.
         "eval": ["torchvision>=0.26", "open_clip_torch==3.3.0", "timm>=1.0.31", "pyiqa>=0.1.16", "torchmetrics>=1.9"],
         "demo": ["gradio>=6.31"],
-        "dev": ["pytest>=9", "pytest-xdist>=3.8", "ruff==0.17.6", "mypy>=2.4", "types-PyYAML"],
+        "dev": ["pytest>=9", "pytest-xdist>=3.8", "ruff==0.17.6", "mypy>=2.4", "types-PyYAML", "playwright>=1.60"],
     },
 )

@@ -29,6 +29,7 @@ from pipelines.generation.arguments import InferenceRun, add_generation_flags, p
 from pipelines.generation.run import load_pipeline
 from wan.utils.errors import InputError
 from wan.utils.ranges import Bounds
+from wan.vae.wan_vae import temporal_stride
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def app_parser() -> Parser:
     running, waiting = Annotated[int, Bounds(1, 1000)], Annotated[int, Bounds(0, 1000)]
     parser.add_value("--running", running, "generations that take turns", group=page, default=Limits.running)
     parser.add_value("--waiting", waiting, "generations that wait behind them", group=page, default=Limits.waiting)
+    upload = "megabytes of a file that a visitor sends: a picture, a video, or a session, which holds a memory"
+    parser.add_value("--max_upload", Annotated[int, Bounds(1, 10**6)], upload, group=page, default=100)
     add_generation_flags(parser)
     # inference.py has these; a page's videos begin with nothing, and go where the page says.
     parser.set_defaults(i2v=False, image=None, video=None, metrics_folder=None)
@@ -63,6 +66,7 @@ def limits_of(arguments: argparse.Namespace, config: InferenceConfig) -> Limits:
         waiting=arguments.waiting,
         pixels=config.height * config.width,
         blocks=config.num_output_frames // config.frames_per_block,
+        given_frames=(config.num_output_frames - 1) * temporal_stride(Path(config.model_folder)) + 1,
         playback_fps=config.fps,
     )
 
@@ -97,10 +101,12 @@ def main() -> int:
         from pipelines.app.page import Defaults, build, serving  # needs gradio, which the command line does not
 
         logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
-        defaults = Defaults(arguments.prompt, run.config.height, run.config.width, limits.blocks, arguments.seed)
+        size, switch = (run.config.height, run.config.width), run.config.on_switch
+        defaults = Defaults(arguments.prompt, *size, limits.blocks, arguments.seed, switch)
         with load_app(run, hybrid, limits, arguments.output_folder) as app:
             page = build(app, defaults, folder / "page")
-            with serving(page, arguments.host, arguments.port, arguments.open_browser) as address:
+            where, upload = (arguments.host, arguments.port), f"{arguments.max_upload}mb"
+            with serving(page, *where, arguments.open_browser, upload) as address:
                 log.info("the page is at %s; Ctrl-C ends it", address)
                 while True:
                     time.sleep(1)

@@ -3,15 +3,17 @@
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.app.limits import Limits, read_prompt, read_request
-from pipelines.app.live import LiveRun, RunState, Update, explain
+from pipelines.app.limits import Limits, read_file, read_prompt, read_request
+from pipelines.app.live import Job, LiveRun, RunState, Update, explain
+from pipelines.app.memory_test import MemoryTest, is_of_toyworld, read_seed
 from pipelines.app.models import AppModel
 from pipelines.app.registry import Place, Registry
+from pipelines.app.saved import read_saved
 from wan.utils.errors import InputError
 from wan.utils.ranges import Seed, typed
 
@@ -37,6 +39,11 @@ class App:
         self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
         self._sweeper.start()
 
+    @property
+    def has_memory_test(self) -> bool:
+        """Whether the models are the toy world's, whose scenes a memory test is made of."""
+        return all(is_of_toyworld(model.pipeline) for model in self.models.values())
+
     def start(self, visitor: str, form: Mapping[str, Any]) -> Iterator[Update]:
         """Generate what a visitor asks for; bad input and errors are the message of the one update, or of the last.
 
@@ -44,20 +51,45 @@ class App:
             visitor: key of the browser session.
             form: see `pipelines.app.limits.read_request`.
         """
+        return self._generate(visitor, lambda: Job(read_request(form, self.limits, list(self.models)), self.models))
+
+    def test(self, visitor: str, form: Mapping[str, Any]) -> Iterator[Update]:
+        """Let models continue a scene whose object comes back, and judge what comes back; otherwise as `start`.
+
+        Args:
+            form: see `pipelines.app.memory_test.MemoryTest.request`.
+        """
+        return self._generate(visitor, lambda: self._read_test(form))
+
+    def load(self, visitor: str, file: Any) -> Iterator[Update]:
+        """Go on with a session that was saved; otherwise as `start`.
+
+        Args:
+            file: where it is.
+        """
+        return self._generate(visitor, lambda: self._engine.submit(self._read_saved, file).result())
+
+    def _read_test(self, form: Mapping[str, Any]) -> Job:
+        if not self.has_memory_test:
+            raise InputError("the memory test is of the toy world: start the app on its models")
+        test = MemoryTest.draw(read_seed(form))
+        return Job(test.request(form, self.limits, list(self.models)), self.models, test)
+
+    def _read_saved(self, file: Any) -> Job:
+        model, request = read_saved(read_file(file, "session"), self.models, self.limits)
+        return Job(request, {model.name: model})
+
+    def _generate(self, visitor: str, read: Callable[[], Job]) -> Iterator[Update]:
         try:
-            request = read_request(form, self.limits, list(self.models))
+            job = read()
             folder = self._folder / uuid.uuid4().hex
-            place = self._registry.enter(
-                visitor, lambda: LiveRun(request, self.models, self._engine, folder, self.limits)
-            )
-        except InputError as error:
-            yield Update(RunState.failed, message=str(error))
+            place = self._registry.enter(visitor, lambda: LiveRun(job, self._engine, folder, self.limits))
+        except Exception as error:
+            yield Update(RunState.failed, message=explain(error))
             return
         try:
             yield from self._updates(place)
-        except InputError as error:  # its place was taken away
-            yield Update(RunState.failed, message=str(error))
-        except Exception as error:
+        except Exception as error:  # its place was taken away, for one
             yield Update(RunState.failed, message=explain(error))
         finally:
             place.run.stop()
@@ -105,6 +137,14 @@ class App:
             number: of the video, from 1.
         """
         return self._registry.of(visitor).save(typed(int, number, "video") - 1)
+
+    def save_session(self, visitor: str, number: Any) -> Path:
+        """See `LiveRun.save_session`.
+
+        Args:
+            number: of the video, from 1.
+        """
+        return self._registry.of(visitor).save_session(typed(int, number, "video") - 1)
 
     def leave(self, visitor: str) -> None:
         """Free everything that a visitor has."""

@@ -1,5 +1,6 @@
 """A generation that a page watches and steers while it runs."""
 
+import copy
 import logging
 import shutil
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from pipelines.app.limits import Limits, Request
+from pipelines.app.memory_test import Findings, MemoryTest, Watch
 from pipelines.app.models import AppModel
 from pipelines.app.recording import Recording
 from pipelines.generation.blocks import NonFiniteBlockError
@@ -51,6 +53,7 @@ class LaneBlock:
         remembered: bytes of the transformer's memory.
         fps: frames per second of computing.
         is_recorded: whether the video's file has them.
+        findings: of a memory test; None for other videos.
     """
 
     lane: int
@@ -61,6 +64,22 @@ class LaneBlock:
     remembered: int
     fps: float
     is_recorded: bool
+    findings: Findings | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a visitor asks for.
+
+    Attributes:
+        request: checked.
+        models: by the names in the request.
+        test: that the videos are watched for; None for none.
+    """
+
+    request: Request
+    models: Mapping[str, AppModel]
+    test: MemoryTest | None = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +99,30 @@ class Update:
 class Lane:
     """One of the videos side by side. All methods are for the engine's thread.
 
+    Args:
+        number: index among the videos.
+        title: see `LaneBlock`.
+        model: that makes the video.
+        request: what is asked of it.
+        session, recording: of the video's own.
+        watch: of a memory test; None for none.
+
     Attributes:
         is_done: whether the video has all its blocks.
     """
 
     def __init__(
-        self, number: int, title: str, model: AppModel, request: Request, session: Session, recording: Recording
+        self,
+        number: int,
+        title: str,
+        model: AppModel,
+        request: Request,
+        session: Session,
+        recording: Recording,
+        watch: Watch | None = None,
     ) -> None:
         self.number, self.title, self.request, self.recording = number, title, request, recording
-        self._model, self._session, self._total = model, session, 0
+        self._model, self._session, self._total, self._watch = model, session, 0, watch
         self.is_done = False
 
     def step(self) -> LaneBlock:
@@ -100,15 +134,19 @@ class Lane:
         is_recorded = not self.recording.is_full
         self.recording.write(frames)
         self._total += len(frames)
+        if self._watch is not None:
+            self._watch.add(frames)
+        remembered = self._model.bytes_remembered(self.request, self._session.next_frame)
         return LaneBlock(
             lane=self.number,
             title=self.title,
             prompt=self.request.prompt,
             frames_THWC=frames,
             total_frames=self._total,
-            remembered=self._model.bytes_remembered(self.request, self._session.next_frame),
-            fps=len(frames) / seconds,
+            remembered=remembered + self._session.past_bytes,
+            fps=min(len(frames), self._model.frames_per_block) / seconds,  # the first block brings given frames too
             is_recorded=is_recorded,
+            findings=None if self._watch is None else self._watch.findings(),
         )
 
     def switch(self, prompt: str) -> None:
@@ -121,9 +159,21 @@ class Lane:
         session = self._session.fork(seeds=[seed])
         recording = self.recording.copy(folder)
         request = replace(self.request, seed=seed)
-        other = Lane(number, f"{self._model.name}, fork with seed {seed}", self._model, request, session, recording)
+        title = f"{self._model.name}, fork with seed {seed}"
+        other = Lane(number, title, self._model, request, session, recording, copy.deepcopy(self._watch))
         other._total, other.is_done = self._total, self.is_done
         return other
+
+    def save_session(self, path: Path) -> None:
+        """Write a file from which the video goes on.
+
+        Raises:
+            InputError: the video has all its blocks, or the file cannot be written.
+        """
+        if self.is_done:
+            raise InputError("the video has all its blocks: save a session before its video ends")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._session.save(path)
 
     def release(self) -> None:
         """Give the memory back; the recording stays."""
@@ -131,21 +181,17 @@ class Lane:
 
 
 class LiveRun:
-    """Videos of one request, side by side; the page's thread iterates `updates`, any other steers.
+    """Videos of one job, side by side; the page's thread iterates `updates`, any other steers.
 
     Args:
-        request: checked.
-        models: by name.
+        job: what is asked for.
         engine: its one thread does everything that a session does; generations take turns there, block by block.
         folder: of its own, for recordings; it need not exist.
         limits: of the app.
     """
 
-    def __init__(
-        self, request: Request, models: Mapping[str, AppModel], engine: Executor, folder: Path, limits: Limits
-    ) -> None:
-        self.request = request
-        self._models, self._engine, self._folder, self._limits = models, engine, folder, limits
+    def __init__(self, job: Job, engine: Executor, folder: Path, limits: Limits) -> None:
+        self._job, self._engine, self._folder, self._limits = job, engine, folder, limits
         self._lanes: tuple[Lane, ...] = ()
         self._go, self._stopped, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._go.set()
@@ -156,9 +202,9 @@ class LiveRun:
     def updates(self) -> Iterator[Update]:
         """Generate; a block is handed out while the next is computed. Errors become the message of a last update."""
         try:
-            yield from self._signs_of_life([begun := self._engine.submit(self._begin)])
+            yield from self._signs_of_life([checked := self._engine.submit(self._check)])
             if not self._stopped.is_set():
-                begun.result()
+                checked.result()
                 yield from self._blocks()
             is_stopped = self._stopped.is_set()
             yield Update(RunState.stopped if is_stopped else RunState.finished)
@@ -169,8 +215,8 @@ class LiveRun:
             self._end()
 
     def _blocks(self) -> Iterator[Update]:
-        # At first each video is shown as soon as it is there; then they go on together.
-        for each in self._submit_round():
+        # At first each video is begun and shown by itself, as soon as it is there; then they go on together.
+        for each in [self._engine.submit(self._first, name) for name in self._job.request.models]:
             yield from self._computed([each])
             if self._stopped.is_set():
                 return
@@ -235,8 +281,14 @@ class LiveRun:
         return self._stopped.is_set()
 
     def switch(self, prompt: str) -> None:
-        """Give all videos another prompt, after the block that is being computed."""
+        """Give all videos another prompt, after the block that is being computed.
+
+        Raises:
+            InputError: it is a memory test, which another caption could answer.
+        """
         self._require_going()
+        if self._job.test is not None:
+            raise InputError("a memory test keeps its caption, which names nothing: start a generation to switch")
         self._do(self._engine.submit(self._switch, prompt))
 
     def fork(self, seed: int) -> None:
@@ -254,11 +306,26 @@ class LiveRun:
         Raises:
             InputError: there is no such video, or it has no frames yet.
         """
+        chosen = self._lane(lane)
+        return chosen.recording.save(self._folder / f"video-{lane + 1}-seed-{chosen.request.seed}.mp4")
+
+    def save_session(self, lane: int) -> Path:
+        """A file from which a video goes on after its newest block, which may be one that is still to be shown.
+
+        Raises:
+            InputError: there is no such video, or it has all its blocks.
+        """
+        self._require_going()
+        chosen = self._lane(lane)
+        path = self._folder / f"session-{lane + 1}-seed-{chosen.request.seed}.safetensors"
+        self._do(self._engine.submit(chosen.save_session, path))
+        return path
+
+    def _lane(self, number: int) -> Lane:
         lanes = self._lanes
-        if not 0 <= lane < len(lanes):
-            raise InputError(f"there is no video {lane + 1}: {len(lanes)} are there")
-        recording = lanes[lane].recording
-        return recording.save(self._folder / f"video-{lane + 1}-seed-{lanes[lane].request.seed}.mp4")
+        if not 0 <= number < len(lanes):
+            raise InputError(f"there is no video {number + 1}: {len(lanes)} are there")
+        return lanes[number]
 
     def close(self) -> None:
         """End, and remove all files."""
@@ -267,19 +334,24 @@ class LiveRun:
 
     # -- in the engine's thread
 
-    def _begin(self) -> None:
+    def _check(self) -> None:
+        """Refuse a request that one of the models cannot have as a whole, before the first one takes memory."""
+        for name in self._job.request.models:
+            self._job.models[name].choose_memory(self._job.request)
+
+    def _first(self, name: str) -> LaneBlock:
+        """Begin the video of a model, and generate its first block."""
         if self._stopped.is_set():
-            return
-        # Before the first one takes memory: a request that one model cannot have is refused as a whole.
-        models = [self._models[name] for name in self.request.models]
-        for model in models:
-            model.choose_memory(self.request)
-        for number, model in enumerate(models):
-            session = model.begin(self.request)
-            self._lanes = (*self._lanes, Lane(number, model.name, model, self.request, session, self._record(number)))
+            raise CancelledError
+        model, request, test = self._job.models[name], self._job.request, self._job.test
+        session, number = model.begin(request), len(self._lanes)
+        watch = None if test is None else Watch(test)
+        lane = Lane(number, model.name, model, request, session, self._record(number), watch)
+        self._lanes = (*self._lanes, lane)
+        return lane.step()
 
     def _record(self, number: int) -> Recording:
-        size, limits = (self.request.height, self.request.width), self._limits
+        size, limits = (self._job.request.height, self._job.request.width), self._limits
         return Recording(self._lane_folder(number), *size, limits.playback_fps, limits.recorded_frames)
 
     def _lane_folder(self, number: int) -> Path:

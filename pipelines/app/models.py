@@ -7,6 +7,7 @@ import torch
 
 from pipelines.app.limits import Request
 from pipelines.config import InferenceConfig, MemoryConfig, MemoryKind
+from pipelines.generation.inputs.given import frames_to_continue
 from pipelines.generation.pipeline import CausalVideoPipeline
 from pipelines.generation.sessions.session import Session
 from pipelines.prompts.schedules import OnSwitch
@@ -22,14 +23,12 @@ class AppModel:
     Attributes:
         about: what it remembers, in a few words.
         choose_memory: the memory for a request; raises InputError for a request that it cannot have.
-        on_switch: what happens to the memory when the prompt changes.
     """
 
     name: str
     about: str
     pipeline: CausalVideoPipeline
     choose_memory: Callable[[Request], MemoryConfig]
-    on_switch: OnSwitch = OnSwitch.keep
 
     def begin(self, request: Request) -> Session:
         """A session for a request; equal seeds give all models the same noise.
@@ -39,27 +38,41 @@ class AppModel:
         """
         return self.pipeline.session(
             request.prompt,
-            num_frames(self.pipeline, request.blocks),
+            num_frames(self.pipeline, latent_frames(self.pipeline, request)),
             request.height,
             request.width,
             seeds=[request.seed],
             num_inference_steps=request.steps,
             memory=self.choose_memory(request),
-            on_switch=self.on_switch,
+            on_switch=request.on_switch,
             image=request.image,
+            video=request.video,
         )
+
+    @property
+    def frames_per_block(self) -> int:
+        """Frames that a block adds to a video, after the first, which may have fewer."""
+        return int(self.pipeline.config.frames_per_block) * self.pipeline.wan_vae.temporal_compression
 
     def bytes_remembered(self, request: Request, latent_frames: int | None) -> int:
         """Bytes that the memory of a video takes after some latent frames, see `memory_bytes`."""
         return memory_bytes(self.pipeline, request, latent_frames, self.choose_memory(request))
 
 
-def num_frames(pipeline: CausalVideoPipeline, blocks: int | None) -> int | None:
-    """Frames of a video of so many blocks; None for no end."""
-    if blocks is None:
+def latent_frames(pipeline: CausalVideoPipeline, request: Request) -> int | None:
+    """Latent frames of a video: its given blocks, and those that are generated; None for no end."""
+    if request.blocks is None:
         return None
-    latents = blocks * int(pipeline.config.frames_per_block)
-    return (latents - 1) * pipeline.wan_vae.temporal_compression + 1
+    per_block, given = int(pipeline.config.frames_per_block), 0
+    if request.given_frames:
+        given = frames_to_continue(request.given_frames, pipeline.wan_vae.temporal_compression, quiet=True)[1]
+    # What does not fill a block begins the first generated one.
+    return (request.blocks + given // per_block) * per_block
+
+
+def num_frames(pipeline: CausalVideoPipeline, latents: int | None) -> int | None:
+    """Frames of a video of so many latent frames; None for no end."""
+    return None if latents is None else (latents - 1) * pipeline.wan_vae.temporal_compression + 1
 
 
 def memory_bytes(
@@ -94,15 +107,14 @@ def models_of(
         )
     if pipeline.transformer.hybrid.layers:
         return _by_name([_hybrid_model(config, pipeline)])
-    switch = config.on_switch
-    full = AppModel(FULL, "all keys and values of all frames", pipeline, _everything, switch)
+    full = AppModel(FULL, "all keys and values of all frames", pipeline, _everything)
     if hybrid is None:
         window = _endless(config)
         about = f"keys and values of {window.window_frames} latent frames"
-        return _by_name([full, AppModel(WINDOW, about, pipeline, lambda _: window, switch)])
+        return _by_name([full, AppModel(WINDOW, about, pipeline, lambda _: window)])
     state = _hybrid_model(config, hybrid)
     about = "keys and values of as many last frames as the hybrid's memory would hold"
-    equal = AppModel(EQUAL_WINDOW, about, pipeline, lambda request: equal_window(pipeline, state, request), switch)
+    equal = AppModel(EQUAL_WINDOW, about, pipeline, lambda request: equal_window(pipeline, state, request))
     return _by_name([full, equal, state])
 
 
@@ -131,16 +143,19 @@ def _hybrid_model(config: InferenceConfig, pipeline: CausalVideoPipeline) -> App
         return _endless(config) if request.blocks is None and grows else config.memory
 
     count, total = len(pipeline.transformer.hybrid.layers), int(pipeline.transformer.config.num_layers)
-    return AppModel(HYBRID, f"a state of fixed size in {count} of {total} layers", pipeline, choose, config.on_switch)
+    return AppModel(HYBRID, f"a state of fixed size in {count} of {total} layers", pipeline, choose)
 
 
 def equal_window(pipeline: CausalVideoPipeline, hybrid: AppModel, request: Request) -> MemoryConfig:
     """The largest window whose bytes are no more than those of the hybrid's memory at the end of the video.
 
-    It has whole latent frames, no sink, and at least the block itself.
+    It has no sink, and at least the block itself. It is of whole latent frames; where a switch computes the memory
+    anew, of whole blocks.
     """
     per_block = int(pipeline.config.frames_per_block)
     full = MemoryConfig(MemoryKind.full)
     per_frame = memory_bytes(pipeline, request, per_block, full) // per_block
-    wanted = hybrid.bytes_remembered(request, None if request.blocks is None else request.blocks * per_block)
-    return MemoryConfig(MemoryKind.window, max(wanted // per_frame, per_block), 0)
+    frames = hybrid.bytes_remembered(request, latent_frames(pipeline, request)) // per_frame
+    if request.on_switch is OnSwitch.recompute:
+        frames -= frames % per_block
+    return MemoryConfig(MemoryKind.window, max(frames, per_block), 0)

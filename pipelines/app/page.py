@@ -14,8 +14,9 @@ from typing import Any
 
 from pipelines.app.app import App
 from pipelines.app.limits import MAX_STEPS
-from pipelines.app.live import LaneBlock, RunState
+from pipelines.app.live import LaneBlock, RunState, Update
 from pipelines.app.pictures import STYLE, lanes_html, message_html
+from pipelines.prompts.schedules import OnSwitch
 from wan.utils.errors import InputError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
@@ -30,8 +31,8 @@ CACHE_SECONDS = (300, 1800)
 """How often gradio looks for old copies of downloads, and how old they may become."""
 HEARTBEAT_SECONDS = "2"
 """Time after which the server notices at the latest that a page's connection is gone."""
-MAX_UPLOAD = "20mb"
-"""Size of a picture's file."""
+FILE_HEIGHT = 120
+"""Pixels of the place where a file is dropped."""
 SAID = {
     RunState.running: "generating",
     RunState.paused: "paused",
@@ -45,7 +46,7 @@ class Defaults:
     """What the page shows at first.
 
     Attributes:
-        blocks: length of a video; 0 for no end.
+        blocks: to be generated; 0 for no end.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class Defaults:
     width: int
     blocks: int
     seed: int = 0
+    on_switch: OnSwitch = OnSwitch.keep
 
 
 def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
@@ -75,39 +77,62 @@ def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
             height = gr.Number(defaults.height, label="Height", precision=0)
             width = gr.Number(defaults.width, label="Width", precision=0)
             blocks = gr.Slider(0, limits.blocks, defaults.blocks, step=1, label="Blocks (0: no end)")
+            choices = [switch.value for switch in OnSwitch]
+            on_switch = gr.Radio(choices, value=defaults.on_switch.value, label="Memory when the prompt changes")
         with gr.Row():
-            buttons = {name: gr.Button(name) for name in ("Start", "Pause", "Go on", "Stop")}
+            names = ("Start", *(("Memory test",) if app.has_memory_test else ()), "Pause", "Go on", "Stop")
+            buttons = {name: gr.Button(name) for name in names}
         said, stage = gr.HTML(), gr.HTML()
-        image = gr.File(label="Picture to start with", file_types=["image"], height=90)
-        form = [prompt, models, seed, steps, height, width, blocks, image]
-        buttons["Start"].click(_starter(app), form, [stage, said], api_name="start", show_progress="hidden")
+        with gr.Row():
+            image = gr.File(label="Picture to start with", file_types=["image"], height=FILE_HEIGHT)
+            video = gr.File(label="Video to continue", file_types=["video"], height=FILE_HEIGHT)
+        form = [prompt, models, seed, steps, height, width, blocks, image, video, on_switch]
+        _on_click(buttons["Start"], _starter(app), form, [stage, said])
+        if app.has_memory_test:
+            _on_click(buttons["Memory test"], _tester(app), [models, seed, steps], [stage, said])
         for name, action in (("Pause", app.pause), ("Go on", app.go_on), ("Stop", app.stop)):
-            event = {"api_name": name.lower().replace(" ", "_"), "show_progress": "hidden"}
-            buttons[name].click(_handler(action), [], said, **event)
+            _on_click(buttons[name], _handler(action), [], said)
         _add_steering(app, said)
+        _add_files(app, stage, said)
         page.unload(_leaver(app))
     page.queue(max_size=MAX_EVENTS, default_concurrency_limit=None)
     return page
 
 
+def _on_click(button: gr.Button, handler: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
+    """Call a handler when a button is pressed; the button's text is the name of the call for programs."""
+    name = button.value.lower().replace(" ", "_")
+    button.click(handler, inputs, outputs, api_name=name, show_progress="hidden")
+
+
 def _add_steering(app: App, said: gr.HTML) -> None:
-    """Prompt switching, forks and downloads."""
+    """Prompt switching and forks."""
     with gr.Row():
         prompt = gr.Textbox(label="Another prompt", max_length=app.limits.prompt_characters, scale=3)
         switch = gr.Button("Switch")
         seed = gr.Number(1, label="Seed of the fork", precision=0)
         fork = gr.Button("Fork the first video")
-    switch.click(_text_handler(app.switch), [prompt], said, api_name="switch", show_progress="hidden")
-    fork.click(_number_handler(app.fork), [seed], said, api_name="fork", show_progress="hidden")
+    _on_click(switch, _text_handler(app.switch), [prompt], said)
+    _on_click(fork, _number_handler(app.fork), [seed], said)
+
+
+def _add_files(app: App, stage: gr.HTML, said: gr.HTML) -> None:
+    """Downloads of videos and sessions, and sessions that are brought back."""
     with gr.Row():
         number = gr.Number(1, label="Video", precision=0)
-        save = gr.Button("Make an mp4 of what is there")
-        file = gr.File(label="mp4", interactive=False)
-    save.click(_saver(app), [number], [file, said], api_name="save", show_progress="hidden")
+        with gr.Column():
+            save = gr.Button("Make an mp4")
+            keep = gr.Button("Save the session")
+        file = gr.File(label="File to download", interactive=False, height=FILE_HEIGHT)
+        saved = gr.File(label="Saved session", file_types=[".safetensors"], height=FILE_HEIGHT)
+        load = gr.Button("Load the session")
+    _on_click(save, _saver(app.save, "the file holds all frames so far"), [number], [file, said])
+    _on_click(keep, _saver(app.save_session, "the file holds what goes on after these frames"), [number], [file, said])
+    _on_click(load, _loader(app), [saved], [stage, said])
 
 
 def _starter(app: App) -> Callable[..., Iterator[tuple[Any, Any]]]:
-    names = ("prompt", "models", "seed", "steps", "height", "width", "blocks", "image")
+    names = ("prompt", "models", "seed", "steps", "height", "width", "blocks", "image", "video", "on_switch")
 
     def start(
         prompt: str,
@@ -118,24 +143,45 @@ def _starter(app: App) -> Callable[..., Iterator[tuple[Any, Any]]]:
         width: int,
         blocks: int,
         image: str | None,
+        video: str | None,
+        on_switch: str,
         request: gr.Request,
     ) -> Iterator[tuple[Any, Any]]:
-        values = (prompt, models, seed, steps, height, width, blocks, image)
-        shown: dict[int, LaneBlock] = {}
-        last: tuple[RunState, str] | None = None
-        updates = app.start(_visitor(request), dict(zip(names, values, strict=True)))
-        try:
-            for update in updates:
-                shown |= {block.lane: block for block in update.blocks}
-                text = update.message or SAID.get(update.state, "")
-                is_news = (update.state, text) != last and bool(text)
-                last = (update.state, text) if is_news else last
-                said = message_html(text, update.state is RunState.failed) if is_news else gr.skip()
-                yield lanes_html(list(shown.values()), app.limits.playback_fps) if update.blocks else gr.skip(), said
-        finally:
-            updates.close()  # type: ignore[attr-defined]  # a generator
+        values = (prompt, models, seed, steps, height, width, blocks, image, video, on_switch)
+        yield from _shown(app, app.start(_visitor(request), dict(zip(names, values, strict=True))))
 
     return start
+
+
+def _tester(app: App) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    def test(models: list[str], seed: int, steps: int, request: gr.Request) -> Iterator[tuple[Any, Any]]:
+        form = {"models": models, "seed": seed, "steps": steps}
+        yield from _shown(app, app.test(_visitor(request), form))
+
+    return test
+
+
+def _loader(app: App) -> Callable[..., Iterator[tuple[Any, Any]]]:
+    def load(file: str | None, request: gr.Request) -> Iterator[tuple[Any, Any]]:
+        yield from _shown(app, app.load(_visitor(request), file))
+
+    return load
+
+
+def _shown(app: App, updates: Iterator[Update]) -> Iterator[tuple[Any, Any]]:
+    """What the page shows of a generation: videos, and what is said."""
+    shown: dict[int, LaneBlock] = {}
+    last: tuple[RunState, str] | None = None
+    try:
+        for update in updates:
+            shown |= {block.lane: block for block in update.blocks}
+            text = update.message or SAID.get(update.state, "")
+            is_news = (update.state, text) != last and bool(text)
+            last = (update.state, text) if is_news else last
+            said = message_html(text, update.state is RunState.failed) if is_news else gr.skip()
+            yield lanes_html(list(shown.values()), app.limits.playback_fps) if update.blocks else gr.skip(), said
+    finally:
+        updates.close()  # type: ignore[attr-defined]  # a generator
 
 
 def _visitor(request: gr.Request) -> str:
@@ -179,15 +225,15 @@ def _number_handler(action: Callable[[str, Any], None]) -> Callable[..., str]:
     return handle
 
 
-def _saver(app: App) -> Callable[..., tuple[str | None, str]]:
-    def save(number: int, request: gr.Request) -> tuple[str | None, str]:
+def _saver(save: Callable[[str, Any], Path], about: str) -> Callable[..., tuple[str | None, str]]:
+    def handle(number: int, request: gr.Request) -> tuple[str | None, str]:
         try:
-            path = app.save(_visitor(request), number)
+            path = save(_visitor(request), number)
         except InputError as error:
             return None, message_html(str(error), is_error=True)
-        return str(path), message_html("the file holds all frames so far")
+        return str(path), message_html(about)
 
-    return save
+    return handle
 
 
 def _leaver(app: App) -> Callable[..., None]:
@@ -198,12 +244,15 @@ def _leaver(app: App) -> Callable[..., None]:
 
 
 @contextmanager
-def serving(page: gr.Blocks, host: str, port: int, open_browser: bool = False) -> Iterator[str]:
+def serving(
+    page: gr.Blocks, host: str, port: int, open_browser: bool = False, max_upload: str = "100mb"
+) -> Iterator[str]:
     """Serve a page while the context lasts.
 
     Args:
         host: address to listen on; 127.0.0.1 lets nobody else in.
         port: 0 for any that is free.
+        max_upload: size of a file that a visitor sends.
 
     Yields:
         the page's address.
@@ -224,7 +273,7 @@ def serving(page: gr.Blocks, host: str, port: int, open_browser: bool = False) -
             mcp_server=False,
             enable_monitoring=False,
             footer_links=[],
-            max_file_size=MAX_UPLOAD,
+            max_file_size=max_upload,
             max_threads=MAX_EVENTS,
             css=STYLE,
         )

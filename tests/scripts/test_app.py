@@ -28,7 +28,7 @@ def test_the_config_bounds_what_the_page_offers(monkeypatch: pytest.MonkeyPatch,
     assert (arguments.host, arguments.port, arguments.open_browser) == ("127.0.0.1", 7860, False)
     arguments.output_folder = tmp_path
     limits = app.limits_of(arguments, plan_run(arguments, lambda _: []).config)
-    assert limits == Limits(running=3, waiting=8, pixels=64 * 96, blocks=14, playback_fps=8)
+    assert limits == Limits(running=3, waiting=8, pixels=64 * 96, blocks=14, given_frames=165, playback_fps=8)
 
 
 def test_without_gradio_one_line_says_what_to_install(

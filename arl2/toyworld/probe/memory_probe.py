@@ -19,7 +19,8 @@ from arl2.toyworld.world.captions import caption_scenes, names_answer
 from arl2.toyworld.world.latents import embed_captions, encode_pixels
 from arl2.toyworld.world.reader import CHANCE, Reading, judge, read_generated, read_video
 from arl2.toyworld.world.render import as_pixels, hidden_spans, render, visible_fraction
-from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, Scenes, sample_scenes
+from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, SceneBatch, Scenes, sample_scenes
+from arl2.toyworld.world.worlds import caption_world
 from wan.text import TextEncoder
 from wan.utils.errors import InputError
 from wan.vae.wan_vae import WanVAE
@@ -71,6 +72,19 @@ class ProbeSet:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.latents_BFCHW.device)
 
 
+def silent_captions(scenes: SceneBatch) -> list[str]:
+    """Captions of scenes of any world that name no colour and no shape.
+
+    Raises:
+        InputError: one names an answer, which would make the probe void.
+    """
+    captions = caption_world(scenes, informative=False)
+    told = [caption for caption in captions if names_answer(caption)]
+    if told:
+        raise InputError(f"the caption {told[0]!r} names the answer: the probe's captions must not")
+    return captions
+
+
 def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hidden_frames: int) -> ProbeSet:
     """Sample scenes that hide one or two objects behind a wall.
 
@@ -81,10 +95,7 @@ def make_probe_set(vae: WanVAE, encoder: TextEncoder, videos: int, seed: int, hi
     scenes = sample_scenes(
         torch.arange(first, first + videos, device=vae.device), mix=PROBE_MIX, hidden_frames=hidden_frames
     )
-    captions = caption_scenes(scenes, informative=False)
-    told = [caption for caption in captions if names_answer(caption)]
-    if told:
-        raise InputError(f"the caption {told[0]!r} names the answer: the probe's captions must not")
+    captions = silent_captions(scenes)
     latents = torch.cat([encode_pixels(vae, as_pixels(render(scenes[rows]))) for rows in _batches(videos)])
     text, telling = (
         embed_captions(encoder, spoken).to(vae.device)

@@ -240,14 +240,7 @@ def read_session(path: Path, host: MakingMixin) -> tuple[VideoPlan, SessionFacts
         CheckpointError: the file is missing, damaged, no session's, of another version, pipeline or size.
     """
     record = _read_record(path)
-    _require_same_pipeline(path, record, host)
-    try:
-        facts: SessionFacts = typed(SessionFacts, record["facts"], "")
-        facts.check(host.config.frames_per_block)
-        sampler = facts.few_steps()
-        host.latent_size(facts.height, facts.width)
-    except InputError as error:
-        raise CheckpointError(f"{path} holds no session that can be continued ({error}): {CURE}") from error
+    facts, sampler = _facts_of(path, record, host)
     tensors = _read_tensors(path, record)
     snapshot = Snapshot(tensors, record["counters"])
     try:
@@ -256,6 +249,38 @@ def read_session(path: Path, host: MakingMixin) -> tuple[VideoPlan, SessionFacts
     except InputError as error:
         raise does_not_fit(path, error) from error
     return plan, facts, snapshot.clone(host._execution_device), spec
+
+
+def was_saved_by(path: Path, host: MakingMixin) -> bool:
+    """Whether a session's file names the transformer of a pipeline as its own; nothing else is compared.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no session's or of another version.
+    """
+    weights = _read_record(path)["made_with"].get("weights")
+    return isinstance(weights, dict) and weights.get("transformer") == host.fingerprints()["transformer"]
+
+
+def read_facts(path: Path, host: MakingMixin) -> SessionFacts:
+    """What a session's file says beside its tensors, which are not read.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no session's, or of another version or pipeline.
+    """
+    return _facts_of(path, _read_record(path), host)[0]
+
+
+def _facts_of(path: Path, record: Mapping[str, Any], host: MakingMixin) -> tuple[SessionFacts, FewStepSampler]:
+    """The facts of a file, held against a pipeline, and the steps."""
+    _require_same_pipeline(path, record, host)
+    try:
+        facts: SessionFacts = typed(SessionFacts, record["facts"], "")
+        facts.check(host.config.frames_per_block)
+        sampler = facts.few_steps()
+        host.latent_size(facts.height, facts.width)
+    except InputError as error:
+        raise CheckpointError(f"{path} holds no session that can be continued ({error}): {CURE}") from error
+    return facts, sampler
 
 
 def does_not_fit(path: Path, error: InputError) -> CheckpointError:

@@ -406,7 +406,13 @@ class Session:
     def memory_bytes(self) -> int:
         """Bytes of the transformer's memory, and of the blocks that a switch would compute it anew from."""
         self._require_open()
-        return self._video.memory.num_bytes + (0 if self._past is None else self._past.num_bytes)
+        return self._video.memory.num_bytes + self.past_bytes
+
+    @property
+    def past_bytes(self) -> int:
+        """Of `memory_bytes`, those of the blocks that a switch would compute the memory anew from."""
+        self._require_open()
+        return 0 if self._past is None else self._past.num_bytes
 
     def close(self) -> None:
         """Give memory and decoder back. Nothing can be done with the session after it; closing twice does nothing."""

@@ -37,7 +37,7 @@ def test_intervals_are_wilsons() -> None:
 
 
 def test_captions_that_tell_make_the_probe_void(vae: WanVAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_module, "caption_scenes", lambda scenes, informative: ["a red ring"] * len(scenes))
+    monkeypatch.setattr(probe_module, "caption_world", lambda scenes, informative: ["a red ring"] * len(scenes))
     with pytest.raises(InputError, match="names the answer"):
         make_probe_set(vae, toy_text_encoder(), 1, 0, 27)
 

@@ -22,6 +22,8 @@ FORM: dict[str, Any] = {
     "width": WIDTH,
     "blocks": BLOCKS,
     "image": None,
+    "video": None,
+    "on_switch": "keep",
 }
 
 

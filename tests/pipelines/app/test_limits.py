@@ -18,6 +18,8 @@ FORM: dict[str, Any] = {
     "width": 96,
     "blocks": 0,
     "image": None,
+    "video": None,
+    "on_switch": "keep",
 }
 
 
@@ -54,6 +56,11 @@ def test_a_request_is_read() -> None:
         ({"image": "/nowhere/picture.png"}, "picture.png"),
         ({"image": __file__}, "test_limits.py"),
         ({"image": 5}, "int"),
+        ({"video": "/nowhere/video.mp4"}, "video.mp4"),
+        ({"video": __file__}, "test_limits.py"),
+        ({"video": 5}, "int"),
+        ({"on_switch": "forget"}, "on_switch"),
+        ({"on_switch": None}, "on_switch"),
         ({"width": -96, "height": -64}, "height|width"),
     ],
 )

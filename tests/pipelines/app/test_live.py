@@ -52,7 +52,7 @@ def next_blocks(updates: Iterator[Update]) -> Update:
 def stream(model: AppModel, memory: MemoryConfig) -> torch.Tensor:
     """The same video by the pipeline alone."""
     pipeline, options = model.pipeline, {"seeds": [3], "num_inference_steps": 2, "memory": memory}
-    blocks = pipeline.stream("a red shape", num_frames(pipeline, BLOCKS), HEIGHT, WIDTH, **options)
+    blocks = pipeline.stream("a red shape", num_frames(pipeline, 3 * BLOCKS), HEIGHT, WIDTH, **options)
     return torch.cat([block.frames_BTHWC.wait()[0] for block in blocks])
 
 
@@ -177,7 +177,7 @@ def test_a_video_starts_with_a_picture(app: App, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (WIDTH, HEIGHT), "red").save(picture)
     pipeline, options = models()[HYBRID].pipeline, {"seeds": [3], "num_inference_steps": 2, "image": picture}
-    expected = pipeline.stream("a red shape", num_frames(pipeline, BLOCKS), HEIGHT, WIDTH, **options)
+    expected = pipeline.stream("a red shape", num_frames(pipeline, 3 * BLOCKS), HEIGHT, WIDTH, **options)
     found = frames(lane_blocks(app.start("a", ALONE | {"image": str(picture)})))
     assert torch.equal(found, torch.cat([block.frames_BTHWC.wait()[0] for block in expected]))
     assert not torch.equal(found, stream(models()[HYBRID], MemoryConfig()))
