@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from arl2.toyworld.probe.long_probe import GIVEN_BLOCKS, num_frames_of
-from arl2.toyworld.world.scenes import FRAMES_PER_BLOCK, HEIGHT, WIDTH
+from arl2.toyworld.world.scenes import HEIGHT, WIDTH
 from pipelines.cli import entry_point
 from pipelines.flags import Parser
 from pipelines.generation.arguments import inference_parser, plan_run
@@ -80,8 +79,8 @@ def show_memory(sheet: Path, animation: Path) -> None:
     rows = setups(model, hybrid, pipeline.sampler, tokens)
     scenes = continue_scenes(rows, vae, encoder, 0, list(SCENES))
     with atomic_path(sheet) as temporary:
-        memory_sheet(scenes, num_frames_of(GIVEN_BLOCKS * FRAMES_PER_BLOCK)).save(temporary, format="png")
-    write_animation(scenes[0], animation)
+        memory_sheet(scenes).save(temporary, format="png")
+    write_animation(scenes[1], animation)
 
 
 @entry_point()

@@ -17,9 +17,8 @@ from arl2.model import HybridWanModel
 from arl2.rollout import FewStepSampler
 from arl2.toyworld.probe.long_probe import STANDARD_LATENTS, LongProbe, make_long_probe, watch
 from arl2.toyworld.probe.memory_benchmark import equal_memory_window
-from arl2.toyworld.probe.passes import Answer, PassVotes, answers_of
+from arl2.toyworld.probe.passes import Answer, Passes, PassVotes, answers_of
 from arl2.toyworld.world.reader import detect
-from arl2.toyworld.world.render import STRIDE
 from arl2.toyworld.world.worlds import World
 from pipelines.media.contact_sheet import FAINT, GAP, INK, LINE, PAGE, enlarge
 from pipelines.media.video import to_uint8
@@ -49,6 +48,19 @@ class Watched:
     answers: list[Answer]
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A scene, and what models made of it.
+
+    Attributes:
+        rows: one per model.
+        moments: frame in the middle of every time that the first object is in sight, and the first frame of that time.
+    """
+
+    rows: list[Watched]
+    moments: list[tuple[int, int]]
+
+
 def setups(
     generator: HybridWanModel, hybrid: HybridWanModel, sampler: FewStepSampler, tokens_per_frame: int
 ) -> dict[str, EvalSetup | None]:
@@ -67,8 +79,8 @@ def setups(
 
 def continue_scenes(
     rows: Mapping[str, EvalSetup | None], vae: WanVAE, encoder: TextEncoder, seed: int, videos: list[int]
-) -> list[list[Watched]]:
-    """Let every model continue every scene; by scene, then by model.
+) -> list[Scene]:
+    """Let every model continue every scene.
 
     Args:
         rows: from `setups`.
@@ -76,12 +88,19 @@ def continue_scenes(
         seed, videos: scenes of the probe, see `arl2.toyworld.probe.long_probe.probe_scenes`.
     """
     probe = make_long_probe(encoder, World.STANDARD, seed, videos, TIMES * STANDARD_LATENTS)
-    scenes: list[list[Watched]] = [[] for _ in videos]
+    passes = probe.passes()
+    scenes = [Scene([], _moments(passes, place)) for place in range(len(videos))]
     for title, setup in rows.items():
         frames, answers = _watched(setup, vae, probe)
         for place, scene in enumerate(scenes):
-            scene.append(Watched(title, frames[place], answers[place]))
+            scene.rows.append(Watched(title, frames[place], answers[place]))
     return scenes
+
+
+def _moments(passes: Passes, place: int) -> list[tuple[int, int]]:
+    """See `Scene`."""
+    firsts, lasts = (times[place, 0].tolist() for times in (passes.first, passes.last))
+    return [((first + last) // 2, first) for first, last in zip(firsts, lasts, strict=True) if first >= 0]
 
 
 def _watched(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe) -> tuple[Tensor, list[list[Answer]]]:
@@ -93,27 +112,27 @@ def _watched(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe) -> tuple[Te
     return torch.cat(shown, 1), answers_of(passes, votes, probe.scenes, probe.asked(passes))
 
 
-def memory_sheet(scenes: list[list[Watched]], given_frames: int, scale: int = 2) -> Image.Image:
-    """A row per scene and model: the last given frame, and one of each time that the object is back.
+def memory_sheet(scenes: list[Scene], scale: int = 2) -> Image.Image:
+    """A row per scene and model, with a frame of each time that the first object is in sight; the first is given.
+
+    Frames in which colour and shape are right have a green border, others a red one.
 
     Args:
         scenes: from `continue_scenes`.
-        given_frames: frames that the models were given.
         scale: how often each pixel is repeated.
     """
-    asked = [moments_of(rows) for rows in scenes]
-    columns = 1 + max(len(moments) for moments in asked)
-    height, width = (size * scale for size in scenes[0][0].frames.shape[-2:])
+    columns = max(len(scene.moments) for scene in scenes)
+    height, width = (size * scale for size in scenes[0].rows[0].frames.shape[-2:])
     row_height = LINE + height + GAP
-    rows = sum(len(scene) for scene in scenes)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * row_height + GAP), PAGE)
+    sheet_height = sum(len(scene.rows) for scene in scenes) * row_height + GAP
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sheet_height), PAGE)
     page, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     top = 0
-    for scene, moments in zip(scenes, asked, strict=True):
-        for row in scene:
+    for scene in scenes:
+        for row in scene.rows:
             page.text((GAP, top + LINE / 2 + 2), _title(row), INK, font, anchor="lm")
-            right = {answer.frame: bool(answer.colour and answer.shape) for answer in row.answers}
-            for column, (frame, first) in enumerate([(given_frames - 1, None), *moments]):
+            right = {answer.frame: bool(answer.colour and answer.shape) for answer in row.answers if answer.thing == 0}
+            for column, (frame, first) in enumerate(scene.moments):
                 box = (GAP + column * (width + GAP), top + LINE)
                 sheet.paste(Image.fromarray(enlarge(row.frames[frame : frame + 1], scale)[0].numpy()), box)
                 if first in right:
@@ -123,20 +142,12 @@ def memory_sheet(scenes: list[list[Watched]], given_frames: int, scale: int = 2)
     return sheet
 
 
-def moments_of(rows: list[Watched]) -> list[tuple[int, int]]:
-    """Frame to show, and first frame, of every time that the first object is back; the same for all models."""
-    answers = next(row.answers for row in rows if row.answers)
-    firsts = sorted({answer.frame for answer in answers if answer.thing == answers[0].thing})
-    last = len(rows[0].frames) - 1
-    return [(min(first + 2 * STRIDE, last), first) for first in firsts]
-
-
 def _title(row: Watched) -> str:
     right = sum(answer.colour and answer.shape for answer in row.answers)
     return f"{row.title}: {right} of {len(row.answers)} times right" if row.answers else row.title
 
 
-def write_animation(scene: list[Watched], path: Path, scale: int = 2, fps: int = 16) -> None:
+def write_animation(scene: Scene, path: Path, scale: int = 2, fps: int = 16) -> None:
     """Write an animated WebP of a scene, one model below the other.
 
     Args:
@@ -145,13 +156,13 @@ def write_animation(scene: list[Watched], path: Path, scale: int = 2, fps: int =
         scale: how often each pixel is repeated.
         fps: rate of the video; every third frame is shown.
     """
-    height, width = (size * scale for size in scene[0].frames.shape[-2:])
+    height, width = (size * scale for size in scene.rows[0].frames.shape[-2:])
     font = ImageFont.load_default(13)
     pictures = []
-    for frame in range(0, len(scene[0].frames), FRAMES_PER_PICTURE):
+    for frame in range(0, len(scene.rows[0].frames), FRAMES_PER_PICTURE):
         picture = Image.new("RGB", (2 * (width + GAP) + GAP, 2 * (height + LINE) + GAP), PAGE)
         page = ImageDraw.Draw(picture)
-        for place, row in enumerate(scene):
+        for place, row in enumerate(scene.rows):
             left, top = GAP + place % 2 * (width + GAP), place // 2 * (height + LINE)
             page.text((left, top + LINE / 2 + 2), row.title, INK, font, anchor="lm")
             picture.paste(Image.fromarray(enlarge(row.frames[frame : frame + 1], scale)[0].numpy()), (left, top + LINE))
