@@ -80,7 +80,7 @@ def show_memory(sheet: Path, animation: Path) -> None:
     scenes = continue_scenes(rows, vae, encoder, 0, list(SCENES))
     with atomic_path(sheet) as temporary:
         memory_sheet(scenes).save(temporary, format="png")
-    write_animation(scenes[1], animation)
+    write_animation(scenes[len(scenes) // 2], animation)
 
 
 @entry_point()

@@ -56,7 +56,7 @@ def evaluate_parser() -> Parser:
     add("--fvd_network", type=as_path, metavar="PATH", help="a TorchScript I3D that you trust, for fvd and kvd")
     parser.add_value("--fvd_frames", Count, "frames of every video, from its beginning, for fvd and kvd", default=16)
     parser.add_value("--fvd_fps", Positive, "frames per second of them; by default the lowest rate of all videos")
-    environment = "interpreter of an environment with VBench, for motion_smoothness (make vbench-env)"
+    environment = f"interpreter with VBench, for motion_smoothness: make vbench-env (default {DEFAULT_PYTHON})"
     add("--vbench_python", type=as_path, default=DEFAULT_PYTHON, metavar="PATH", help=environment)
     weights = f"weights of metrics (default {DEFAULT_FOLDER})"
     add("--weights_folder", type=as_path, default=DEFAULT_FOLDER, metavar="PATH", help=weights)

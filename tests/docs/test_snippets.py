@@ -1,6 +1,7 @@
 """Commands and snippets of README and guides: those marked `<!-- run -->` run here, all others name what exists.
 
-Blocks marked with one name, `<!-- run NAME -->`, run one after the other in one working directory.
+Blocks marked with one name, `<!-- run NAME -->`, run one after the other in one working directory; those called slow
+only with `-m slow`.
 """
 
 import json
@@ -130,7 +131,9 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", sorted(GROUPS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("slow")) for name in sorted(GROUPS)]
+)
 def test_what_is_marked_runs_as_pasted(name: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")

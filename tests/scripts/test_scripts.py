@@ -201,10 +201,14 @@ def test_the_demo_makes_a_video_with_both_models(
     prompts.write_text("a red ring bounces off the sides\n")
     monkeypatch.setattr(demo, "PROMPTS", prompts)
     monkeypatch.setattr(demo, "OUTPUT_FOLDER", tmp_path / "demo")
+    monkeypatch.setattr(demo, "SCENES", (1,))
+    monkeypatch.setattr("pipelines.toyworld.memory_demo.TIMES", 1)
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 0
     printed = capsys.readouterr().out
     written = [Path(line.removeprefix("wrote ")) for line in printed.splitlines() if line.startswith("wrote ")]
-    assert [path.parent.name for path in written] == [*demo.MODELS, "demo"]
-    assert [path.suffix for path in written] == [".mp4", ".mp4", ".png"]
+    assert [path.parent.name for path in written] == [*demo.MODELS, "demo", "demo", "demo"]
+    assert [path.suffix for path in written] == [".mp4", ".mp4", ".png", ".png", ".webp"]
+    with Image.open(written[4]) as animation:
+        assert animation.n_frames == 27 and animation.size == (2 * (2 * 96 + 8) + 8, 2 * (2 * 64 + 30) + 8)
     assert Image.open(written[2]).size == (9 * (2 * 96 + 8) + 8, 2 * (30 + 2 * 64 + 30) + 8)

@@ -1,6 +1,6 @@
 """Sixteen visitors on loopback, of whom most misbehave: others go on, and memory and sessions come back.
 
-The models are the shipped ones: a session of the hybrid holds 10 MiB.
+The models are the shipped ones: a session of the hybrid holds 10 MiB. A minute on two cores: with `-m slow`.
 """
 
 import ctypes
@@ -92,6 +92,7 @@ def crowd(app: App, address: str, folder: Path) -> None:
     clients[0].close()
 
 
+@pytest.mark.slow
 def test_sixteen_visitors_of_whom_most_misbehave_leave_nothing(served: tuple[App, str, Path], tmp_path: Path) -> None:
     app, address, runs = served
     assert sessions() == 0

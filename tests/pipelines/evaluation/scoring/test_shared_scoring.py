@@ -74,7 +74,7 @@ def test_three_processes_score_as_one_does(folder: Folder, script: Path, program
     process = launched(3, ROOT / "scripts" / "evaluate.py", *flags, together)
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    assert " ".join(said.split()).count("has the scores of 11 videos") == 1, "one process speaks"
+    assert " ".join(said.split()).count("the scores of 11 videos are in") == 1, "one process speaks"
     assert_same_scores(alone, together)
     assert {path.name for path in tmp_path.iterdir()} == {
         "alone.json",
