@@ -82,7 +82,8 @@ def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
         with gr.Row():
             names = ("Start", *(("Memory test",) if app.has_memory_test else ()), "Pause", "Go on", "Stop")
             buttons = {name: gr.Button(name) for name in names}
-        said, stage = gr.HTML(), gr.HTML()
+        # What a button answers is apart: it may come after how the video ended, and must not hide that.
+        answer, said, stage = gr.HTML(), gr.HTML(), gr.HTML()
         with gr.Row():
             image = gr.File(label="Picture to start with", file_types=["image"], height=FILE_HEIGHT)
             video = gr.File(label="Video to continue", file_types=["video"], height=FILE_HEIGHT)
@@ -91,9 +92,9 @@ def build(app: App, defaults: Defaults, folder: Path) -> gr.Blocks:
         if app.has_memory_test:
             _on_click(buttons["Memory test"], _tester(app), [models, seed, steps], [stage, said])
         for name, action in (("Pause", app.pause), ("Go on", app.go_on), ("Stop", app.stop)):
-            _on_click(buttons[name], _handler(action), [], said)
-        _add_steering(app, said)
-        _add_files(app, stage, said)
+            _on_click(buttons[name], _handler(action), [], answer)
+        _add_steering(app, answer)
+        _add_files(app, stage, said, answer)
         page.unload(_leaver(app))
     page.queue(max_size=MAX_EVENTS, default_concurrency_limit=None)
     return page
@@ -105,18 +106,18 @@ def _on_click(button: gr.Button, handler: Callable[..., Any], inputs: list[Any],
     button.click(handler, inputs, outputs, api_name=name, show_progress="hidden")
 
 
-def _add_steering(app: App, said: gr.HTML) -> None:
+def _add_steering(app: App, answer: gr.HTML) -> None:
     """Prompt switching and forks."""
     with gr.Row():
         prompt = gr.Textbox(label="Another prompt", max_length=app.limits.prompt_characters, scale=3)
         switch = gr.Button("Switch")
         seed = gr.Number(1, label="Seed of the fork", precision=0)
         fork = gr.Button("Fork the first video")
-    _on_click(switch, _text_handler(app.switch), [prompt], said)
-    _on_click(fork, _number_handler(app.fork), [seed], said)
+    _on_click(switch, _text_handler(app.switch), [prompt], answer)
+    _on_click(fork, _number_handler(app.fork), [seed], answer)
 
 
-def _add_files(app: App, stage: gr.HTML, said: gr.HTML) -> None:
+def _add_files(app: App, stage: gr.HTML, said: gr.HTML, answer: gr.HTML) -> None:
     """Downloads of videos and sessions, and sessions that are brought back."""
     with gr.Row():
         number = gr.Number(1, label="Video", precision=0)
@@ -126,8 +127,9 @@ def _add_files(app: App, stage: gr.HTML, said: gr.HTML) -> None:
         file = gr.File(label="File to download", interactive=False, height=FILE_HEIGHT)
         saved = gr.File(label="Saved session", file_types=[".safetensors"], height=FILE_HEIGHT)
         load = gr.Button("Load the session")
-    _on_click(save, _saver(app.save, "the file holds all frames so far"), [number], [file, said])
-    _on_click(keep, _saver(app.save_session, "the file holds what goes on after these frames"), [number], [file, said])
+    _on_click(save, _saver(app.save, "the file holds all frames so far"), [number], [file, answer])
+    about = "the file holds what goes on after these frames"
+    _on_click(keep, _saver(app.save_session, about), [number], [file, answer])
     _on_click(load, _loader(app), [saved], [stage, said])
 
 
