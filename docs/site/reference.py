@@ -41,16 +41,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def entry_points() -> list[Path]:
-    """Scripts that a user starts, relative to the repository."""
-    paths = [path for pattern in ("*.py", "scripts/*.py", "scripts/*/*.py") for path in ROOT.glob(pattern)]
-    started = [path for path in paths if path.name != "setup.py" and "__main__" in path.read_text()]
-    return sorted(path.relative_to(ROOT) for path in started)
-
-
 def commands_page() -> str:
     """Every entry point with its `--help`."""
-    command = [sys.executable, __file__, *map(str, entry_points())]
+    from pipelines.console.commands import COMMANDS
+
+    command = [sys.executable, __file__, *sorted(command.script for command in COMMANDS.values())]
     helps = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     parts = ["# Commands", "Every entry point with its `--help`. Run them from the repository's root.", ""]
     for name, text in helps.items():

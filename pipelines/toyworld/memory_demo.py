@@ -91,7 +91,7 @@ def continue_scenes(
     passes = probe.passes()
     scenes = [Scene([], _moments(passes, place)) for place in range(len(videos))]
     for title, setup in rows.items():
-        frames, answers = _watched(setup, vae, probe)
+        frames, answers = _watched(setup, vae, probe, passes)
         for place, scene in enumerate(scenes):
             scene.rows.append(Watched(title, frames[place], answers[place]))
     return scenes
@@ -103,8 +103,9 @@ def _moments(passes: Passes, place: int) -> list[tuple[int, int]]:
     return [((first + last) // 2, first) for first, last in zip(firsts, lasts, strict=True) if first >= 0]
 
 
-def _watched(setup: EvalSetup | None, vae: WanVAE, probe: LongProbe) -> tuple[Tensor, list[list[Answer]]]:
-    passes = probe.passes()
+def _watched(
+    setup: EvalSetup | None, vae: WanVAE, probe: LongProbe, passes: Passes
+) -> tuple[Tensor, list[list[Answer]]]:
     votes, shown = PassVotes(passes, probe.scenes.half_of), []
     for first, pixels in watch(setup, vae, probe):
         votes.add(first, detect(pixels, probe.scenes.halved))

@@ -54,6 +54,21 @@ def write_video(path: Path, frames: Frames, fps: int = 16) -> Path:
 
 
 @pytest.fixture
+def damage_frames() -> Callable[[Path], None]:
+    """Spoils the second half of a video's coded frames, which only the decoder notices."""
+
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        begin = content.rfind(b"mdat")
+        size = int.from_bytes(content[begin - 4 : begin])
+        for place in range(begin + size // 2, begin + size - 8):
+            content[place] ^= 0x5A
+        path.write_bytes(bytes(content))
+
+    return damage
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     """Makes a folder of videos: two prompts of two videos each, or what is asked for."""
 

@@ -253,16 +253,14 @@ def test_prompts_of_names(folder: Folder) -> None:
 
 
 def test_damage_that_only_the_decoder_sees_ends_the_run_in_one_line(
-    program: Program, folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: Program,
+    folder: Folder,
+    damage_frames: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     videos = folder(samples=1, num_frames=64)
-    path = videos / "two-0.mp4"
-    content = bytearray(path.read_bytes())
-    begin = content.rfind(b"mdat")
-    size = int.from_bytes(content[begin - 4 : begin])
-    for place in range(begin + size // 2, begin + size - 8):
-        content[place] ^= 0x5A
-    path.write_bytes(bytes(content))
+    damage_frames(videos / "two-0.mp4")
     assert program(videos, "--json", tmp_path / "scores.json") == 2
     assert "two-0.mp4" in " ".join(capsys.readouterr().err.split())
     assert list(read(tmp_path / "scores.json")["videos"]) == ["one-0.mp4"], "what was scored is kept"
